@@ -1,0 +1,80 @@
+"""Messages to people, on stderr, in Apptainer's form and levels (no `logging`: it costs 6 ms)."""
+
+from __future__ import annotations
+
+import sys
+
+FATAL, ERROR, WARN, LOG, INFO, VERBOSE, DEBUG = -4, -3, -2, -1, 1, 4, 5
+_NAMES = {
+    FATAL: "FATAL",
+    ERROR: "ERROR",
+    WARN: "WARNING",
+    INFO: "INFO",
+    VERBOSE: "VERBOSE",
+    DEBUG: "DEBUG",
+}
+_COLOURS = {FATAL: "31", ERROR: "31", WARN: "33", INFO: "34", VERBOSE: "34", DEBUG: "0"}
+
+level = INFO
+colour: bool | None = None
+stage = "cli"
+
+
+def set_level(number: int) -> None:
+    """Set what is shown: −4 nothing but fatal errors … 5 everything (APPTAINER_MESSAGELEVEL)."""
+    global level
+    level = number
+
+
+def _printable(text: str) -> str:
+    # A name that an image or a user chose must not move the cursor or start a second line.
+    return "".join(
+        c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode() for c in text
+    )
+
+
+def _emit(kind: int, text: str) -> None:
+    if level < kind:
+        return
+    global colour
+    if colour is None:
+        colour = sys.stderr.isatty()
+    prefix = f"{_NAMES[kind] + ':':<9}"
+    if level >= DEBUG:
+        import os
+
+        prefix += f"[U={os.geteuid()},P={os.getpid()}]{stage}() "
+    if colour:
+        prefix = f"\x1b[{_COLOURS[kind]}m{prefix}\x1b[0m"
+    sys.stderr.write(f"{prefix}{_printable(text)}\n")
+    sys.stderr.flush()
+
+
+def fatal(text: str) -> None:
+    """Say why the command ends."""
+    _emit(FATAL, text)
+
+
+def error(text: str) -> None:
+    """Say what failed."""
+    _emit(ERROR, text)
+
+
+def warning(text: str) -> None:
+    """Say what was left out or is unusual."""
+    _emit(WARN, text)
+
+
+def info(text: str) -> None:
+    """Say what is being done for the user."""
+    _emit(INFO, text)
+
+
+def verbose(text: str) -> None:
+    """Say what a curious user wants to know."""
+    _emit(VERBOSE, text)
+
+
+def debug(text: str) -> None:
+    """Say what a maintainer wants to know."""
+    _emit(DEBUG, text)

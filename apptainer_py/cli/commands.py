@@ -1,0 +1,190 @@
+"""The commands that start no container: from a parsed command line to a verb, and its text out."""
+
+from __future__ import annotations
+
+import sys
+
+from apptainer_py.base import log
+from apptainer_py.base.errors import UsageError
+from apptainer_py.cli.table import GROUPS, PROGRAM
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from apptainer_py.model.request import Parsed
+
+_CONFIG_OPERATIONS = ("set", "unset", "get", "reset")
+
+
+def run(parsed: Parsed) -> int:
+    """Do what `parsed` asks for; return the exit status.
+
+    Raises:
+        ApptainerError: it cannot be done.
+    """
+    if parsed.help or (parsed.command in GROUPS):
+        from apptainer_py.cli import help as texts
+
+        sys.stdout.write(texts.full(parsed.command))
+        return 0
+    return _COMMANDS[parsed.command](parsed)
+
+
+def _help(parsed: Parsed) -> int:
+    from apptainer_py.cli import help as texts
+
+    sys.stdout.write(texts.topic(parsed.arguments))
+    return 0
+
+
+def _version(parsed: Parsed) -> int:
+    from apptainer_py.base import build
+
+    start = f"{PROGRAM} version " if parsed.options.get("version") else ""
+    sys.stdout.write(f"{start}{build.VERSION}\n")
+    return 0
+
+
+def _completion(parsed: Parsed) -> int:
+    from apptainer_py.cli import complete
+
+    shell = parsed.command.rpartition(" ")[2]
+    bare = bool(parsed.options["no-descriptions"])
+    sys.stdout.write(complete.script(shell, descriptions=not bare))
+    return 0
+
+
+def _buildcfg(parsed: Parsed) -> int:
+    from apptainer_py.base import build
+
+    values = {
+        "PACKAGE_NAME": PROGRAM,
+        "PACKAGE_VERSION": build.VERSION,
+        "BUILD_ID": build.BUILD_ID,
+        "PREFIX": build.PREFIX,
+        "BINDIR": build.BINDIR,
+        "LIBEXECDIR": build.LIBEXECDIR,
+        "LIBDIR": build.LIBDIR,
+        "SYSCONFDIR": build.SYSCONFDIR.rpartition("/")[0] or "/",
+        "APPTAINER_CONFDIR": build.SYSCONFDIR,
+        "SESSIONDIR": build.SESSIONDIR,
+        "APPTAINER_CONF_FILE": build.CONFIG_FILE,
+        "APPTAINER_SUID_INSTALL": int(build.SETUID),
+        "PYTHON": build.PYTHON,
+        "LIBPYTHON": build.LIBPYTHON,
+    }
+    if not parsed.arguments:
+        sys.stdout.write("".join(f"{name}={value}\n" for name, value in values.items()))
+    elif parsed.arguments[0] in values:
+        sys.stdout.write(f"{values[parsed.arguments[0]]}\n")
+    else:
+        raise UsageError(text=f'no variable named "{parsed.arguments[0]}"')
+    return 0
+
+
+def _inspect(parsed: Parsed) -> int:
+    from apptainer_py.verbs import inspect
+
+    options: dict[str, Any] = {
+        name.replace("-", "_"): value for name, value in parsed.options.items()
+    }
+    found = inspect.inspect(parsed.arguments[0], inspect.Wanted(**options))
+    sys.stdout.write(found.text)
+    for warning in found.warnings:
+        log.warning(warning)
+    return 0
+
+
+def _sif_list(parsed: Parsed) -> int:
+    from apptainer_py.verbs import sif
+
+    shown = sif.sif_list_json if parsed.options["json"] else sif.sif_list
+    sys.stdout.write(shown(parsed.arguments[0]))
+    return 0
+
+
+def _sif_header(parsed: Parsed) -> int:
+    from apptainer_py.verbs import sif
+
+    sys.stdout.write(sif.sif_header(parsed.arguments[0]))
+    return 0
+
+
+def _sif_info(parsed: Parsed) -> int:
+    from apptainer_py.verbs import sif
+
+    number, path = parsed.arguments
+    sys.stdout.write(sif.sif_info(path, number))
+    return 0
+
+
+def _sif_dump(parsed: Parsed) -> int:
+    from apptainer_py.verbs import sif
+
+    number, path = parsed.arguments
+    sif.sif_dump(path, number, sys.stdout.buffer.write)
+    return 0
+
+
+def _config_global(parsed: Parsed) -> int:
+    from apptainer_py.verbs import config
+
+    chosen = [name for name in _CONFIG_OPERATIONS if parsed.options[name]]
+    if not chosen:
+        raise UsageError(text="you must specify an option (eg: --set/--unset)")
+    if len(chosen) > 1:
+        raise UsageError(text=f"--{chosen[0]} and --{chosen[1]} exclude each other")
+    directive, *value = parsed.arguments
+    file = {"file": parsed.config_file} if parsed.config_file else {}
+    text = config.config_global(
+        operation=chosen[0],
+        directive=directive,
+        value="".join(value),
+        dry_run=bool(parsed.options["dry-run"]),
+        **file,
+    )
+    sys.stdout.write(text)
+    return 0
+
+
+def _config_check(parsed: Parsed) -> int:
+    from apptainer_py.verbs import config_report
+
+    file = "".join(parsed.arguments) or parsed.config_file or None
+    outcome = config_report.config_check(file=file, as_json=bool(parsed.options["json"]))
+    sys.stdout.write(outcome.text)
+    return outcome.exit_code
+
+
+def _config_show(parsed: Parsed) -> int:
+    from apptainer_py.verbs import config_report
+
+    user = parsed.options["user"]
+    outcome = config_report.config_show(
+        file="".join(parsed.arguments) or parsed.config_file or None,
+        effective=bool(parsed.options["effective"]),
+        user=str(user) if user else None,
+        as_json=bool(parsed.options["json"]),
+    )
+    sys.stdout.write(outcome.text)
+    return outcome.exit_code
+
+
+_COMMANDS: dict[str, Callable[[Parsed], int]] = {
+    "buildcfg": _buildcfg,
+    "completion bash": _completion,
+    "completion fish": _completion,
+    "completion zsh": _completion,
+    "config check": _config_check,
+    "config global": _config_global,
+    "config show": _config_show,
+    "help": _help,
+    "inspect": _inspect,
+    "sif dump": _sif_dump,
+    "sif header": _sif_header,
+    "sif info": _sif_info,
+    "sif list": _sif_list,
+    "version": _version,
+}

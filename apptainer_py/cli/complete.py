@@ -1,0 +1,165 @@
+"""Completion scripts for bash, zsh and fish, made from the table."""
+
+from __future__ import annotations
+
+from apptainer_py.cli.table import (
+    BOOL,
+    COMMANDS,
+    GROUPS,
+    HIDDEN,
+    HIDDEN_COMMANDS,
+    PROGRAM,
+    REFUSED,
+    SUPPORTED,
+    options_of,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from apptainer_py.cli.table import Command, Option
+
+_PROGRAMS = (PROGRAM, "apptainer", "singularity")
+
+
+def script(shell: str, *, descriptions: bool = True) -> str:
+    """Return the script for `shell`: "bash", "zsh" or "fish"."""
+    if shell == "fish":
+        return _fish(descriptions=descriptions)
+    if shell == "zsh":
+        # zsh understands bash's way since 4.2; its own would need the table a third time.
+        return f"#compdef {PROGRAM}\nautoload -U +X bashcompinit && bashcompinit\n{_bash()}"
+    return _bash()
+
+
+def _commands() -> Iterator[Command]:
+    for row in COMMANDS:
+        if row[4] == SUPPORTED and row[0] not in HIDDEN_COMMANDS:
+            yield row
+
+
+def _shown(path: str) -> list[Option]:
+    return [row for row in options_of(path) if row[6] != REFUSED and row[0] not in HIDDEN]
+
+
+def _words(path: str, *, values: bool) -> str:
+    """Return the options of `path`; with `values`, only those that take one."""
+    words = []
+    for row in _shown(path):
+        if not values or row[2] != BOOL:
+            words += [f"-{row[1]}"] if row[1] else []
+            words.append(f"--{row[0]}")
+    return " ".join(words if values else [*words, "-h", "--help"])
+
+
+_BASH = """\
+# completion for {program}
+__{name}_options() {{
+    case "$1" in
+{options}
+    esac
+}}
+
+__{name}_values() {{
+    case "$1" in
+{values}
+    esac
+}}
+
+__{name}_commands() {{
+    case "$1" in
+{commands}
+    esac
+}}
+
+# Walks over what was typed: sets `command`, and `place` to command, value or argument.
+# Also run by zsh, which counts the elements of arrays from 1.
+__{name}_walk() {{
+    local word number=0
+    command="" place=command
+    for word in "${{COMP_WORDS[@]}}"; do
+        number=$((number + 1))
+        if ((number == 1 || number > COMP_CWORD)); then
+            continue
+        elif [[ $place == value ]]; then
+            place=$after
+        elif [[ $place == argument ]]; then
+            return
+        elif [[ $word == -* ]]; then
+            [[ " $(__{name}_values "$command") " == *" $word "* ]] && after=$place place=value
+        elif [[ -n $command && -z $(__{name}_commands "$command") ]]; then
+            place=argument
+        else
+            command="${{command:+$command }}$word"
+        fi
+    done
+}}
+
+__{name}_complete() {{
+    local command place after current=$2
+    COMPREPLY=()
+    __{name}_walk
+    if [[ $place == command && $current == -* ]]; then
+        COMPREPLY=($(compgen -W "$(__{name}_options "$command")" -- "$current"))
+    elif [[ $place == command ]]; then
+        COMPREPLY=($(compgen -W "$(__{name}_commands "$command")" -- "$current"))
+    fi
+}}
+
+complete -o default -F __{name}_complete {programs}
+"""
+
+
+def _bash() -> str:
+    paths = ["", *(row[0] for row in _commands())]
+
+    def cases(texts: Iterator[tuple[str, str]]) -> str:
+        return "\n".join(f'    "{path}") echo "{text}" ;;' for path, text in texts if text)
+
+    return _BASH.format(
+        program=PROGRAM,
+        name=PROGRAM.replace("-", "_"),
+        programs=" ".join(_PROGRAMS),
+        options=cases((path, _words(path, values=False)) for path in paths),
+        values=cases((path, _words(path, values=True)) for path in paths),
+        commands=cases((path, " ".join(_below(path))) for path in paths),
+    )
+
+
+def _below(path: str) -> list[str]:
+    if path == "help":
+        return _below("")
+    if path and path not in GROUPS:
+        return []
+    start = f"{path} " if path else ""
+    names = [row[0][len(start) :] for row in _commands() if row[0].startswith(start)]
+    return [name for name in names if name and " " not in name]
+
+
+def _fish(*, descriptions: bool) -> str:
+    lines = [f"# completion for {PROGRAM}"]
+    for program in _PROGRAMS:
+        lines += _fish_lines(program, descriptions=descriptions)
+    return "\n".join(lines) + "\n"
+
+
+def _fish_lines(program: str, *, descriptions: bool) -> Iterator[str]:
+    def about(text: str) -> str:
+        escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+        return f" -d '{escaped}'" if descriptions else ""
+
+    for row in _commands():
+        group, _, name = row[0].rpartition(" ")
+        where = f"__fish_seen_subcommand_from {group}" if group else "__fish_use_subcommand"
+        yield f"complete -c {program} -n '{where}' -a {name}{about(row[5])}"
+    for path in ["", *(row[0] for row in _commands())]:
+        words = [f"__fish_seen_subcommand_from {word}" for word in path.split()]
+        where = "; and ".join(words) or "__fish_use_subcommand"
+        for option in _shown(path):
+            letter = f" -s {option[1]}" if option[1] else ""
+            value = "" if option[2] == BOOL else " -r"
+            yield (
+                f"complete -c {program} -n '{where}'{letter} -l {option[0]}{value}"
+                f"{about(option[7])}"
+            )

@@ -1,0 +1,60 @@
+"""What the plain interpreter does: the commands that start no container, and wrong ones."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+
+from apptainer_py.base.errors import ApptainerError, LaunchError
+from apptainer_py.cli import commands, report
+from apptainer_py.cli.parse import parse
+from apptainer_py.cli.table import PROGRAM
+from apptainer_py.model.request import ActionRequest
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+EXIT_PIPE = 141
+EXIT_INTERRUPTED = 130
+
+
+class NotFromHere(LaunchError):
+    message = "`{command}` is started by {launcher}, not by the interpreter"
+    hint = "launcher and package are of different versions: install both again"
+
+
+def main(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> int:
+    """Run a command line, the program's name first; return the exit status."""
+    command = [""]
+    try:
+        if environ is None:
+            environ = os.environ  # noqa: TID251 this is where it is read
+        status = _run(argv[1:], environ, command)
+        sys.stdout.flush()
+    except ApptainerError as error:
+        status = report.show(error, command=command[0])
+    except BrokenPipeError:
+        # Whatever is still buffered would raise again when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = EXIT_PIPE
+    except KeyboardInterrupt:
+        status = EXIT_INTERRUPTED
+    except Exception as error:  # noqa: BLE001 the last line before the user
+        status = report.show_bug(error)
+    return status
+
+
+def _run(arguments: Sequence[str], environ: Mapping[str, str], command: list[str]) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names and labels are printed as the bytes that they are.
+        sys.stdout.reconfigure(errors="surrogateescape")
+    parsed = parse(arguments, environ)
+    command[0] = parsed.command
+    report.begin(parsed)
+    if isinstance(parsed, ActionRequest):
+        from apptainer_py.base import build
+
+        raise NotFromHere(command=parsed.command, launcher=f"{build.BINDIR}/{PROGRAM}")
+    return commands.run(parsed)

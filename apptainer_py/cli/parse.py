@@ -1,0 +1,179 @@
+"""Command line and environment to a request, by the table; the rules are those of cobra and pflag.
+
+Options end at the first argument, short ones cluster (`-Cc`, `-Bvalue`, `-B=value`), names are
+never abbreviated. Texts of errors are Apptainer's, because scripts compare them.
+"""
+
+from __future__ import annotations
+
+from apptainer_py.base.errors import ApptainerError, NotSupported, UsageError
+from apptainer_py.base.log import DEBUG, ERROR, INFO, LOG, VERBOSE
+from apptainer_py.cli.options import CommandLineWrong, Options, note_on_prefix
+from apptainer_py.cli.table import (
+    ACTIONS,
+    FETCHING,
+    GROUPS,
+    IMPLIED,
+    PREFIXES,
+    PROGRAM,
+    REFUSED,
+    TRANSPORTS,
+    command_row,
+    options_of,
+    transport,
+)
+from apptainer_py.cli.values import plain, to_int
+from apptainer_py.model.request import ActionRequest, Parsed
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Any
+
+
+class UnknownCommand(UsageError):
+    """There is no such command; `typed` is what stood there."""
+
+    message = 'Error: unknown command "{command}" for "{program}"'
+
+    def __init__(self, *, command: str) -> None:
+        super().__init__(command=plain(command), program=PROGRAM)
+        self.typed = command
+
+
+class NoCommand(UsageError):
+    """Nothing was asked for; there is only the usage to show."""
+
+    message = ""
+
+
+class NotFetched(NotSupported):
+    """The image lies elsewhere."""
+
+    message = "an image from `{name}:` is not supported yet"
+    hint = "fetch it first, for example with `apptainer pull image.sif {image}`"
+
+
+class UnknownTransport(ApptainerError):
+    message = "Unsupported transport type: {name}"
+
+
+def parse(arguments: Sequence[str], environ: Mapping[str, str]) -> ActionRequest | Parsed:
+    """Return what `arguments` (without the program's name) and `environ` ask for.
+
+    Raises:
+        UsageError: the command line is wrong; a subclass says how.
+        NotSupported: a command, option or kind of image that Apptainer has and we have not.
+        BadVariable: an environment variable cannot be understood.
+    """
+    outer = Options("")
+    rest = outer.read(arguments)
+    if outer.wants_help:
+        return Parsed(command="", options={}, help=True)
+    if outer.values["version"]:
+        return Parsed(command="version", options={"version": True})
+    command, rest = _find_command(rest)
+    inner = Options(command)
+    rest = inner.read(rest)
+    if inner.wants_help:
+        return Parsed(command=command, options={}, help=True)
+    _check_count(command, rest)
+    notes = outer.notes + inner.notes
+    notes += outer.read_environment(environ)
+    notes += inner.read_environment(environ)
+    outer.refuse()
+    inner.refuse()
+    general = _general(outer.values, environ, notes)
+    if command in ACTIONS:
+        return _action(command, inner.values, rest, general)
+    return Parsed(command=command, options=inner.values, arguments=tuple(rest), **general)
+
+
+def _find_command(rest: Sequence[str]) -> tuple[str, list[str]]:
+    if not rest or not rest[0]:
+        raise NoCommand
+    command, *rest = rest
+    row = command_row(command)
+    if row is None or " " in command:
+        raise UnknownCommand(command=command)
+    inner = command_row(f"{command} {rest[0]}") if command in GROUPS and rest else None
+    if inner:
+        row, rest = inner, rest[1:]
+    if row[4] == REFUSED:
+        raise NotSupported(what=f"the command `{row[0]}`")
+    return row[0], list(rest)
+
+
+def _check_count(command: str, rest: list[str]) -> None:
+    row = command_row(command)
+    assert row is not None
+    least, most, got = row[2], row[3], len(rest)
+    if least <= got and (most < 0 or got <= most):
+        return
+    if command.startswith("completion "):
+        text = f'unknown command "{plain(rest[0])}" for "{PROGRAM} {command}"'
+    elif most < 0:
+        text = f"requires at least {least} arg(s), only received {got}"
+    elif least == most:
+        text = f"accepts {least} arg(s), received {got}"
+    elif least == 0:
+        text = f"accepts at most {most} arg(s), received {got}"
+    else:
+        text = f"accepts between {least} and {most} arg(s), received {got}"
+    raise CommandLineWrong(command=command, text=text, shows="usage")
+
+
+def _general(
+    values: Mapping[str, Any], environ: Mapping[str, str], notes: tuple[tuple[int, str], ...]
+) -> dict[str, Any]:
+    level, more = _message_level(values, environ)
+    return {
+        "message_level": level,
+        "colour": False if values["nocolor"] else None,
+        "config_file": values["config"],
+        "trace_file": values["trace"],
+        "notes": more + notes,
+    }
+
+
+def _message_level(
+    values: Mapping[str, Any], environ: Mapping[str, str]
+) -> tuple[int, tuple[tuple[int, str], ...]]:
+    for name, level in (("debug", DEBUG), ("verbose", VERBOSE), ("quiet", LOG), ("silent", ERROR)):
+        if values[name]:
+            return level, ()
+    new, old = (environ.get(prefix + "MESSAGELEVEL", "") for prefix in PREFIXES)
+    notes: tuple[tuple[int, str], ...] = ()
+    if old and old != new:
+        notes = tuple(note_on_prefix(PREFIXES[1], "MESSAGELEVEL", old, new or None))
+    try:
+        return max(-4, min(DEBUG, to_int(new or old))), notes
+    except ValueError:
+        return INFO, notes
+
+
+def _action(
+    command: str, values: Mapping[str, Any], rest: list[str], general: dict[str, Any]
+) -> ActionRequest:
+    image, *arguments = rest
+    kind = transport(image)
+    if kind == "instance":
+        raise NotSupported(what="joining an instance")
+    if kind:
+        if kind not in TRANSPORTS:
+            raise UnknownTransport(name=plain(kind))
+        raise NotFetched(name=kind, image=plain(image))
+    wanted = dict(values)
+    for name, others in IMPLIED:
+        if wanted[name]:
+            wanted.update(dict.fromkeys(others, True))
+    if wanted["no-pid"]:
+        wanted["pid"] = False
+    fields = {
+        row[0].replace("-", "_"): wanted[row[0]]
+        for row in options_of(command)
+        if row[0] in wanted and row[6] not in (REFUSED, FETCHING)
+    }
+    return ActionRequest(
+        command=command, image=image, arguments=tuple(arguments), **general, **fields
+    )

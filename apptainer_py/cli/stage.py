@@ -1,0 +1,43 @@
+"""Where the stage host enters Python: puts parser, engines and stage drivers together."""
+
+from __future__ import annotations
+
+from apptainer_py.base import log
+from apptainer_py.kernel import _starter
+from apptainer_py.model import protocol
+from apptainer_py.runtime import stages
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from apptainer_py.model.request import ActionRequest
+
+
+def _load_builtin(name: str) -> None:
+    if name == "apptainer":
+        import apptainer_py.engines.apptainer  # noqa: F401  registers itself
+
+
+def _parse(arguments: list[str], environment: Mapping[str, str]) -> ActionRequest | None:
+    from apptainer_py.cli import report
+    from apptainer_py.cli.parse import parse
+    from apptainer_py.model.request import ActionRequest
+
+    request = parse(arguments, environment)
+    report.begin(request)
+    return request if isinstance(request, ActionRequest) else None
+
+
+def main() -> int:
+    """Run this process's stage; returns its exit status."""
+    info = _starter.stage()
+    try:
+        return stages.run(info, _parse, _load_builtin)
+    except Exception as error:
+        log.fatal(f"internal error: {type(error).__name__}: {error}; run with -d for details")
+        if log.level >= log.DEBUG and info["stage"] != protocol.STAGE_START:
+            import traceback
+
+            traceback.print_exc()
+        return 255

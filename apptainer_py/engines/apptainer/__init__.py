@@ -1,0 +1,53 @@
+"""The engine for SIF files, bare squashfs and sandbox directories."""
+
+from __future__ import annotations
+
+from apptainer_py.runtime.engine import Operations, register_operations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from apptainer_py.engines.apptainer.prepare import Prepared
+    from apptainer_py.runtime.contexts import (
+        CleanupContext,
+        CreateContext,
+        InitContext,
+        PrepareContext,
+        StartContext,
+    )
+
+
+class Apptainer(Operations):
+    """Runs an image the way Apptainer's users know it."""
+
+    prepared: Prepared | None = None
+
+    def init_config(self, context: InitContext) -> None:
+        """Load what the later hooks of this stage need, while the host's files are there."""
+        super().init_config(context)
+        if context.stage == "stage2":
+            import apptainer_py.engines.apptainer.start  # noqa: F401  before the seal
+
+    def prepare_config(self, context: PrepareContext) -> None:
+        """Judge image, options and policy; plan mounts, identity and process."""
+        from apptainer_py.engines.apptainer.prepare import prepare
+
+        self.prepared = prepare(context)
+
+    def create_container(self, context: CreateContext) -> None:
+        """Put the container together from the plan."""
+        from apptainer_py.engines.apptainer.create import create
+
+        assert self.prepared is not None
+        create(context, self.prepared)
+
+    def start_process(self, context: StartContext) -> None:
+        """Find directory and program inside the container, and become it."""
+        from apptainer_py.engines.apptainer import start
+
+        start.start(context)
+
+    def cleanup_container(self, context: CleanupContext) -> None:
+        """Nothing outlives the container: its mounts die with their namespace."""
+
+
+register_operations("apptainer", Apptainer)

@@ -1,0 +1,152 @@
+"""Bind specifications: `-B src[:dst[:opts]]` and `--mount type=bind,…` (facts: Apptainer 1.4)."""
+
+from __future__ import annotations
+
+import os
+
+from apptainer_py.base.errors import BindError
+from apptainer_py.base.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class Bind(Record):
+    """One bind as it was asked for; both paths are absolute, and not looked up yet."""
+
+    source: str
+    target: str
+    read_only: bool = False
+
+
+def _split(text: str, mark: str) -> list[str]:
+    """Split at `mark`, except where a backslash protects it; other backslashes are kept."""
+    parts = [""]
+    i = 0
+    while i < len(text):
+        if text[i] == "\\" and text[i + 1 : i + 2] == mark:
+            parts[-1] += "\\" + mark
+            i += 2
+            continue
+        if text[i] == mark:
+            parts.append("")
+        else:
+            parts[-1] += text[i]
+        i += 1
+    return parts
+
+
+def _plain(text: str) -> str:
+    return text.replace("\\:", ":").replace("\\,", ",")
+
+
+_OPTIONS = ("ro", "rw")
+
+
+def _is_option(text: str) -> bool:
+    return text in _OPTIONS or text.startswith(("image-src=", "id="))
+
+
+def _specs(text: str) -> list[str]:
+    """Split a list of specifications at commas; a comma before an option belongs to it."""
+    specs: list[str] = []
+    for part in _split(text, ","):
+        if specs and len(_split(specs[-1], ":")) == 3 and _is_option(part.strip()):
+            specs[-1] += "," + part
+        else:
+            specs.append(part)
+    return specs
+
+
+def _bad(reason: str) -> BindError:
+    return BindError(text=f"While setting bind mount configuration: {reason}")
+
+
+def parse_bind(spec: str, cwd: str) -> Bind | None:
+    """Parse one `src[:dst[:opts]]`; None for an empty one.
+
+    Raises:
+        BindError: the syntax or an option is wrong, or not supported.
+    """
+    fields = [_plain(field) for field in _split(spec, ":")]
+    if fields and not fields[0] and len(fields) > 1:
+        fields.pop(0)
+    if not fields or not fields[0]:
+        return None
+    doing = "while parsing bind path: while getting bind path: "
+    if len(fields) > 3:
+        raise _bad(f'{doing}bad bind syntax "{":".join(fields[:3])}:": should be a:b:c')
+    source = fields[0] if os.path.isabs(fields[0]) else os.path.join(cwd, fields[0])
+    source = os.path.normpath(source)
+    target = fields[1] if len(fields) > 1 and fields[1] else source
+    read_only = False
+    for option in fields[2].split(",") if len(fields) > 2 else []:
+        if option.startswith(("image-src=", "id=")):
+            raise _bad(f"binding from inside an image ({option}) is not supported yet")
+        if option not in _OPTIONS:
+            raise _bad(f"{doing}{option} is not a valid bind option")
+        read_only = option == "ro"
+    return _checked(source, target, read_only=read_only)
+
+
+def _checked(source: str, target: str, *, read_only: bool) -> Bind:
+    if not os.path.isabs(target):
+        raise BindError(
+            text=f"container creation failed: unable to add {source} to mount list: destination "
+            "must be an absolute path"
+        )
+    for path in (source, target):
+        if "\0" in path or len(path) > 4000:
+            raise _bad("a path is too long, or has a NUL in it")
+    return Bind(source=source, target=os.path.normpath(target), read_only=read_only)
+
+
+_KEYS = {"source": "source", "src": "source"}
+_KEYS.update(dict.fromkeys(("destination", "dst", "target"), "target"))
+
+
+def parse_mount(spec: str, cwd: str) -> Bind:
+    """Parse one `type=bind,source=…,destination=…[,ro]`, fields as in CSV.
+
+    Raises:
+        BindError: the syntax, the type or a key is wrong, or not supported.
+    """
+    kind = ""
+    paths: dict[str, str] = {}
+    read_only = False
+    for field in _csv_fields(spec):
+        key, _, value = field.partition("=")
+        if key == "type":
+            kind = value
+        elif key in _KEYS:
+            paths[_KEYS[key]] = value
+        elif key in ("ro", "readonly"):
+            read_only = True
+        elif key in ("image-src", "id"):
+            raise _bad(f"binding from inside an image ({key}) is not supported yet")
+        else:
+            raise _bad(f'invalid key "{key}" in mount specification')
+    if kind != "bind":
+        raise _bad(f'unsupported mount type "{kind}", only \'bind\' is supported')
+    if not paths.get("source") or not paths.get("target"):
+        raise _bad("mounts must specify a source and a destination")
+    source = os.path.normpath(os.path.join(cwd, paths["source"]))
+    return _checked(source, paths["target"], read_only=read_only)
+
+
+def _csv_fields(spec: str) -> list[str]:
+    if '"' not in spec:
+        return spec.split(",")
+    import csv
+
+    try:
+        return next(csv.reader([spec], strict=True))
+    except (csv.Error, StopIteration):
+        raise _bad(f"bad quoting in mount specification {spec}") from None
+
+
+def parse_all(binds: Iterable[str], mounts: Iterable[str], cwd: str) -> list[Bind]:
+    """Return every bind of the command line and the environment, in order."""
+    found = [parse_bind(spec, cwd) for text in binds for spec in _specs(text)]
+    return [bind for bind in found if bind] + [parse_mount(spec, cwd) for spec in mounts]

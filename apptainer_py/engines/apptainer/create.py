@@ -1,0 +1,328 @@
+"""`create_container`: carries the plan out; every mount is an operation of the mounting process.
+
+The session directory, a memory file system of the user's own, is filled through a descriptor and
+needs no privilege. It holds what the mounts need: directories for targets that the image lacks
+(`lower`, which lies under the image in the overlay), generated files, and empty directories.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from apptainer_py.base import log
+from apptainer_py.base.errors import LaunchError
+from apptainer_py.engines.apptainer import accounts
+from apptainer_py.kernel import _starter
+from apptainer_py.model import protocol
+from apptainer_py.model.plan import Mount
+from apptainer_py.runtime.mounting import StarterRefused
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from apptainer_py.engines.apptainer.prepare import Prepared
+    from apptainer_py.runtime.contexts import CreateContext
+    from apptainer_py.runtime.mounting import Mounting
+
+# linux/openat2.h
+_IN_ROOT, _NO_MAGICLINKS = 0x10, 0x02
+_RESOLVE = _IN_ROOT | _NO_MAGICLINKS
+_LAYERED = (protocol.LAYERKIND_OVERLAY, protocol.LAYERKIND_OVERLAY_TMPFS)
+_SKIPPABLE = ("kernel", "hostfs", "binds", "cwd", "files", "tmp", "dev", "home")
+
+
+def create(context: CreateContext, prepared: Prepared) -> None:
+    """Put the container together; ends with the change of the root."""
+    Creation(context, prepared).run()
+
+
+class Creation:
+    """One container on its way."""
+
+    def __init__(self, context: CreateContext, prepared: Prepared) -> None:
+        self.context = context
+        self.mounting: Mounting = context.mounting
+        self.prepared = prepared
+        self.session = -1
+        self.root = -1
+        self.root_path = b""
+        self.final = -1
+        self.underlay: set[bytes] = set()
+
+    def run(self) -> None:
+        """Do the steps in their order (facts §6.3)."""
+        self.session = self.mounting.session(self.prepared.session_mib)
+        self.mount_root()
+        self.stage_files()
+        self.stage_accounts()
+        self.stage_targets()
+        self.put_layer()
+        self.do_mounts()
+        if self.prepared.hostname:
+            self.mounting.hostname(self.prepared.hostname)
+        self.mounting.pivot()
+        for fd in (self.session, self.root, self.final):
+            os.close(fd)
+        os.close(self.prepared.image.fd)
+
+    # ---- the image ----
+
+    def mount_root(self) -> None:
+        """Mount the image: served, by the kernel, or as the directory that it is."""
+        prepared, image = self.prepared, self.prepared.image
+        if image.kind == "sandbox":
+            flags = protocol.BINDFLAG_READ_ONLY if prepared.read_only_root else 0
+            self.root = self.mounting.root_directory(
+                image.realpath, image.dev, image.ino, flags, prepared.what
+            )
+        elif prepared.fuse:
+            self.root = self.mounting.root_fuse(0, prepared.what)
+            self.mounting.serve_image(0, image.fd, prepared.offset, prepared.what)
+        else:
+            facts = (image.dev, image.ino, prepared.offset, prepared.size_bytes)
+            self.root = self.mounting.root_squashfs(image.realpath, facts, prepared.what)
+        self.root_path = os.readlink(b"/proc/self/fd/%d" % self.root)
+
+    # ---- the session directory ----
+
+    def stage_files(self) -> None:
+        """Make what the plan wants to find in the session directory."""
+        for kind, name, content, mode in self.prepared.staged:
+            if kind == "directory":
+                os.mkdir(name, mode, dir_fd=self.session)
+                os.chmod(name, mode, dir_fd=self.session)
+            elif kind == "link":
+                os.symlink(content, name, dir_fd=self.session)
+            else:
+                assert isinstance(content, bytes)
+                self.write_file(name, content, mode)
+
+    def write_file(self, name: str, content: bytes, mode: int) -> None:
+        """Write a new file of the session directory."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            fd = os.open(name, flags, 0o600, dir_fd=self.session)
+            with open(fd, "wb") as file:
+                file.write(content)
+            os.chmod(name, mode, dir_fd=self.session)
+        except OSError as error:
+            raise self.session_full(error) from None
+
+    def session_full(self, error: OSError) -> LaunchError:
+        """Return the exception for a session directory that takes no more."""
+        return LaunchError(
+            text=f"the session directory cannot hold the container's own files: {error.strerror}; "
+            "the administrator sets its size with `sessiondir max size`"
+        )
+
+    def read_image_file(self, path: str) -> bytes | None:
+        """Read a small regular file of the image; None where there is no such file."""
+        try:
+            fd = _starter.openat2(
+                self.root, os.fsencode(path), os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY, _RESOLVE
+            )
+        except OSError:
+            return None
+        with open(fd, "rb") as file:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                return None
+            content = file.read(accounts.FILE_BYTES + 1)
+        return content if len(content) <= accounts.FILE_BYTES else None
+
+    def stage_accounts(self) -> None:
+        """Write /etc/passwd and /etc/group with the user in them, and plan their mounts."""
+        configuration = self.context.facts.configuration
+        if self.prepared.writable_root and self.prepared.user.uid == 0:
+            return
+        for name, make in (("passwd", accounts.passwd), ("group", accounts.group)):
+            if not configuration[f"config {name}"]:
+                continue
+            before = self.read_image_file(f"/etc/{name}")
+            if before is None:
+                log.warning(f"{name} file doesn't exist in container, not updating")
+                continue
+            self.write_file(f"files/{name}", make(before, self.prepared.user), 0o644)
+            self.add_file_mount(f"/files/{name}", f"/etc/{name}")
+
+    def add_file_mount(self, source: str, target: str) -> None:
+        """Plan a mount of a generated file, behind the other generated files."""
+        mount = Mount(
+            kind="bind", source=source, target=target, tag="files", create="file",
+            area=protocol.AREA_SESSION, flags=0,
+        )  # fmt: skip
+        mounts = self.prepared.mounts
+        after = [n for n, other in enumerate(mounts) if other.tag in ("userbinds", "cwd")]
+        mounts.insert(after[0] if after else len(mounts), mount)
+
+    # ---- targets that the image lacks ----
+
+    def stage_targets(self) -> None:
+        """Make every missing target in the layer, where the image has no entry of that name."""
+        if self.prepared.layer == protocol.LAYERKIND_NONE:
+            return
+        for mount in self.prepared.mounts:
+            place = self.missing_place(os.fsencode(mount.target))
+            if place is not None and mount.create:
+                self.make_target(place, mount.create)
+
+    def missing_place(self, target: bytes) -> bytes | None:
+        """Return where a target belongs, with the image's links resolved; None if it is there."""
+        rest: list[bytes] = []
+        here = target
+        while True:
+            try:
+                fd = _starter.openat2(self.root, here, os.O_PATH, _RESOLVE)
+            except OSError:
+                here, _, name = here.rpartition(b"/")
+                rest.insert(0, name)
+                if not here:
+                    return b"/" + b"/".join(rest)
+                continue
+            try:
+                if not rest:
+                    return None
+                if not stat.S_ISDIR(os.fstat(fd).st_mode):
+                    return None
+                resolved = os.readlink(b"/proc/self/fd/%d" % fd)
+            finally:
+                os.close(fd)
+            if not resolved.startswith(self.root_path):
+                return None
+            return resolved[len(self.root_path) :].rstrip(b"/") + b"/" + b"/".join(rest)
+
+    def make_target(self, place: bytes, kind: str) -> None:
+        """Make a directory or an empty file in the layer, and the directories above it."""
+        top = b"underlay" if self.prepared.layer == protocol.LAYERKIND_UNDERLAY else b"lower"
+        parts = place.strip(b"/").split(b"/")
+        try:
+            for depth in range(1, len(parts)):
+                self.make_directory(top, b"/".join(parts[:depth]))
+            name = top + b"/" + b"/".join(parts)
+            if kind == "directory":
+                os.mkdir(name, 0o755, dir_fd=self.session)
+            else:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+                os.close(os.open(name, flags, 0o644, dir_fd=self.session))
+        except FileExistsError:
+            pass
+        except OSError as error:
+            raise self.session_full(error) from None
+        self.underlay.update(b"/".join(parts[:depth]) for depth in range(len(parts)))
+
+    def make_directory(self, top: bytes, path: bytes) -> None:
+        """Make one directory of the layer; it shows the mode of the image's own, if it has one."""
+        mode = 0o755
+        try:
+            mode = stat.S_IMODE(os.stat(path, dir_fd=self.root, follow_symlinks=False).st_mode)
+        except OSError:
+            pass
+        try:
+            os.mkdir(top + b"/" + path, 0o700, dir_fd=self.session)
+        except FileExistsError:
+            return
+        os.chmod(top + b"/" + path, mode | 0o500, dir_fd=self.session)
+
+    # ---- the layer ----
+
+    def put_layer(self) -> None:
+        """Put the layer over the image; where the kernel has no overlay for it, an underlay."""
+        kind = self.prepared.layer
+        if kind == protocol.LAYERKIND_UNDERLAY:
+            self.build_underlay()
+        try:
+            self.final = self.mounting.layer(kind, "cannot put a layer over the image")
+            return
+        except StarterRefused as error:
+            if kind != protocol.LAYERKIND_OVERLAY or not self.prepared.underlay_allowed:
+                raise
+            log.verbose(f"no overlay here ({error}); using an underlay")
+        self.prepared.layer = protocol.LAYERKIND_UNDERLAY
+        self.stage_targets()
+        self.build_underlay()
+        self.final = self.mounting.layer(
+            protocol.LAYERKIND_UNDERLAY, "cannot put a layer over the image"
+        )
+
+    def build_underlay(self) -> None:
+        """Show each entry of the image again beside the targets made for mounts."""
+        for directory in sorted(self.underlay | {b""}):
+            try:
+                fd = _starter.openat2(
+                    self.root, directory or b".", os.O_RDONLY | os.O_DIRECTORY, _RESOLVE
+                )
+            except OSError:
+                continue
+            try:
+                for entry in os.scandir(fd):
+                    self.show_entry(directory, os.fsencode(entry.name), entry)
+            finally:
+                os.close(fd)
+        self.mounting.settle()
+
+    def show_entry(self, directory: bytes, name: bytes, entry: os.DirEntry[str]) -> None:
+        """Show one entry: a link is made again, anything else is bound."""
+        path = directory + b"/" + name if directory else name
+        if path in self.underlay:
+            return
+        target = b"underlay/" + path
+        try:
+            if entry.is_symlink():
+                link = os.readlink(os.fsencode(entry.name), dir_fd=self.opened(directory))
+                os.symlink(link, target, dir_fd=self.session)
+                return
+            if entry.is_dir(follow_symlinks=False):
+                os.mkdir(target, 0o755, dir_fd=self.session)
+            else:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+                os.close(os.open(target, flags, 0o644, dir_fd=self.session))
+        except FileExistsError:
+            return
+        self.mounting.underlay_bind(b"/" + path, b"/" + path)
+
+    def opened(self, directory: bytes) -> int:
+        """Return a descriptor of a directory of the image, closed by the interpreter's end."""
+        return _starter.openat2(self.root, directory or b".", os.O_PATH, _RESOLVE)
+
+    # ---- the mounts ----
+
+    def do_mounts(self) -> None:
+        """Carry out the mount plan; what is not required is left out with a warning."""
+        for mount in self.prepared.mounts:
+            if mount.tag == "cwd":
+                self.mounting.settle()
+                if self.is_there(mount.target):
+                    continue
+            skippable = not mount.required
+            self.mounting.mount(mount, self.skip(mount) if skippable else None)
+        self.mounting.settle()
+
+    def is_there(self, path: str) -> bool:
+        """Return whether the container shows the host's own directory at that path already."""
+        try:
+            fd = _starter.openat2(self.final, os.fsencode(path), os.O_PATH, _RESOLVE)
+        except OSError:
+            return False
+        try:
+            return os.path.samestat(os.fstat(fd), os.stat(path))
+        except OSError:
+            return True
+        finally:
+            os.close(fd)
+
+    def skip(self, mount: Mount) -> Callable[[int, int], None]:
+        """Return what to do when an optional mount fails."""
+
+        def warn(code: int, error: int) -> None:
+            reason = os.strerror(error).lower() if error else protocol.ERR_TEXTS[code]
+            if code == protocol.ERR_TARGET:
+                text = (
+                    f"Skipping mount {mount.source} [{mount.tag}]: {mount.target} doesn't exist in "
+                    "container"
+                )
+            else:
+                text = f"Skipping mount {mount.source} [{mount.tag}]: {reason}"
+            (log.verbose if mount.quiet or mount.tag == "cwd" else log.warning)(text)
+
+        return warn

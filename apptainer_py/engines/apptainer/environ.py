@@ -1,0 +1,222 @@
+"""The payload's environment, and the script with which the image's own shell builds it."""
+
+from __future__ import annotations
+
+import os
+
+from apptainer_py.base import log
+from apptainer_py.base.errors import ApptainerError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from apptainer_py.model.request import ActionRequest
+
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_PROXIES = ("http_proxy", "https_proxy", "ftp_proxy", "all_proxy", "no_proxy")
+_KEPT_CLEAN = ("TERM", *_PROXIES, *(name.upper() for name in _PROXIES))
+_NEVER_FORWARDED = ("HOME", "PATH", "LD_LIBRARY_PATH")
+_OWN_PREFIXES = ("APPTAINER_", "SINGULARITY_", "APPTAINERENV_", "SINGULARITYENV_")
+_NOT_OVERRIDABLE = ("HOME", "APPTAINER_SHELL", "SINGULARITY_SHELL", "APPTAINER_APPNAME",
+                    "SINGULARITY_APPNAME")
+_PATH_EDITS = {"PREPEND_PATH": 0, "APPEND_PATH": 1, "PATH": 2}
+_ENV_FILE_BYTES = 1 << 20
+
+
+class EnvFileUnreadable(ApptainerError):
+    """An --env-file that cannot be used."""
+
+    message = (
+        'while setting environment: while processing {path}: could not read environment file '
+        '"{path}": {reason}'
+    )
+
+
+class Environment:
+    """What reaches the payload: forwarded as it is, and injected after the image's own files."""
+
+    __slots__ = ("forwarded", "injected", "path_edits")
+
+    def __init__(self) -> None:
+        self.forwarded: dict[str, str] = {}
+        self.injected: dict[str, str] = {}
+        self.path_edits: dict[str, str] = {}
+
+
+def is_name(name: str) -> bool:
+    """Return whether a shell can hold a variable of that name."""
+    return name.isascii() and name.replace("_", "a").isalnum() and not name[0].isdigit()
+
+
+def collect(action: ActionRequest, environment: Mapping[str, str]) -> Environment:
+    """Sort the caller's environment and the options into what is forwarded and what is injected."""
+    result = Environment()
+    overrides = _prefixed(environment)
+    for name, value in environment.items():
+        if name.startswith(_OWN_PREFIXES) or name in _NEVER_FORWARDED:
+            continue
+        if not action.cleanenv or name in _KEPT_CLEAN:
+            result.forwarded[name] = value
+    if action.cleanenv:
+        result.forwarded["LANG"] = "C"
+    if "PATH" in environment:
+        result.forwarded["USER_PATH"] = environment["PATH"]
+    for path in action.env_file:
+        for name, value in _read_env_file(path).items():
+            overrides[name] = value
+    for name, value in action.env:
+        if name in overrides and overrides[name] != value and action.env_file:
+            log.warning(f"Ignored environment file variable {name}: override from --env")
+        overrides[name] = value
+    for name, value in overrides.items():
+        _place(result, name, value)
+    return result
+
+
+def _prefixed(environment: Mapping[str, str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, value in environment.items():
+        if name.startswith("APPTAINERENV_"):
+            found[name[13:]] = value
+    for name, value in environment.items():
+        if not name.startswith("SINGULARITYENV_"):
+            continue
+        key = name[15:]
+        if key not in found:
+            log.info(
+                f"Environment variable SINGULARITYENV_{key} is set, but APPTAINERENV_{key} is"
+                " preferred"
+            )
+            found[key] = value
+        elif found[key] != value:
+            log.warning(
+                f"Skipping environment variable [{name}={value}], {key} is already overridden "
+                f"with different value [{found[key]}]"
+            )
+    return found
+
+
+def _place(result: Environment, name: str, value: str) -> None:
+    if name in _NOT_OVERRIDABLE:
+        log.warning(
+            f"Overriding {name} environment variable with APPTAINERENV_{name} is not permitted"
+        )
+    elif name in _PATH_EDITS:
+        result.path_edits[name] = value
+    elif name == "LD_LIBRARY_PATH":
+        result.injected[name] = f"{value}:/.singularity.d/libs" if value else "/.singularity.d/libs"
+    elif is_name(name):
+        result.injected[name] = value
+    elif name:
+        log.verbose(f"Environment variable {name} is not forwarded: no shell can hold that name")
+
+
+def _read_env_file(path: str) -> dict[str, str]:
+    """Evaluate an --env-file with the host's shell and an empty environment (facts §5.6.3)."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(fd, "rb") as source:
+            text = source.read(_ENV_FILE_BYTES + 1)
+    except OSError as error:
+        reason = f"open {path}: {(error.strerror or '').lower()}"
+        raise EnvFileUnreadable(path=path, reason=reason) from None
+    if len(text) > _ENV_FILE_BYTES or b"\0" in text:
+        raise EnvFileUnreadable(path=path, reason="it is larger than 1 MiB, or has a NUL in it")
+    return _evaluate(path, text)
+
+
+def _evaluate(path: str, text: bytes) -> dict[str, str]:
+    import subprocess
+
+    names = sorted(
+        {
+            line.lstrip().removeprefix(b"export ").split(b"=", 1)[0].strip().decode("ascii", "ignore")
+            for line in text.splitlines()
+            if b"=" in line
+        }
+    )
+    names = [name for name in names if name and is_name(name)]
+    script = text + b"\n" + "".join(
+        f'if [ -n "${{{name}+x}}" ]; then printf "%s\\0" "{name}=${{{name}}}"; fi\n'
+        for name in names
+    ).encode()
+    done = subprocess.run(
+        ["/bin/sh", "-s"], input=script, capture_output=True, env={}, check=False, timeout=60
+    )
+    if done.returncode != 0:
+        lines = done.stderr.decode("utf-8", "replace").strip().splitlines() or ["it fails"]
+        raise EnvFileUnreadable(path=path, reason=lines[-1])
+    pairs = [entry.partition(b"=") for entry in done.stdout.split(b"\0") if entry]
+    return {os.fsdecode(name): os.fsdecode(value) for name, _, value in pairs}
+
+
+def own_variables(action: ActionRequest, image: str, home: str, binds: str) -> dict[str, str]:
+    """Return what the runtime itself says about the container."""
+    name = os.path.basename(image.rstrip("/"))
+    found = {
+        "APPTAINER_APPNAME": action.app,
+        "APPTAINER_BIND": binds,
+        "APPTAINER_COMMAND": action.command,
+        "APPTAINER_CONTAINER": image,
+        "APPTAINER_ENVIRONMENT": "/.singularity.d/env/91-environment.sh",
+        "APPTAINER_NAME": name,
+        "SINGULARITY_BIND": binds,
+        "SINGULARITY_CONTAINER": image,
+        "SINGULARITY_ENVIRONMENT": "/.singularity.d/env/91-environment.sh",
+        "SINGULARITY_NAME": name,
+    }
+    if action.no_eval:
+        found["APPTAINER_NO_EVAL"] = found["SINGULARITY_NO_EVAL"] = "1"
+    if action.shell:
+        found["APPTAINER_SHELL"] = found["SINGULARITY_SHELL"] = action.shell
+    if action.app:
+        found["SINGULARITY_APPNAME"] = action.app
+        found.update(_app_variables(action.app))
+    found["HOME"] = home
+    return found
+
+
+def _app_variables(app: str) -> dict[str, str]:
+    root, data = f"/scif/apps/{app}", f"/scif/data/{app}"
+    return {
+        "SCIF_APPNAME": app,
+        "SCIF_APPROOT": root,
+        "SCIF_APPMETA": f"{root}/scif",
+        "SCIF_APPDATA": data,
+        "SCIF_APPINPUT": f"{data}/input",
+        "SCIF_APPOUTPUT": f"{data}/output",
+        "SCIF_APPENV": f"{root}/scif/env/90-environment.sh",
+        "SCIF_APPRUN": f"{root}/scif/runscript",
+        "SCIF_APPLABELS": f"{root}/scif/labels.json",
+        "SCIF_APPBIN": f"{root}/bin",
+        "SCIF_APPLIB": f"{root}/lib",
+    }
+
+
+def _quoted(value: str) -> str:
+    return "'" + value.replace("'", "'\\''") + "'"
+
+
+def _evaluated(value: str) -> str:
+    return '"' + value.replace('"', '\\"') + '"'
+
+
+def injection(environment: Environment, *, evaluate: bool) -> str:
+    """Return shell lines that set the injected variables, evaluated inside the container or not."""
+    quote = _evaluated if evaluate else _quoted
+    lines = [f"export {name}={quote(value)}" for name, value in environment.injected.items()]
+    return "\n".join(lines)
+
+
+def path_lines(environment: Environment) -> str:
+    """Return shell lines for PATH: they come last, so that the image cannot undo them."""
+    edits = environment.path_edits
+    lines = []
+    if "PATH" in edits:
+        lines.append(f"PATH={_evaluated(edits['PATH'])}")
+    if edits.get("PREPEND_PATH"):
+        lines.append(f"PATH={_evaluated(edits['PREPEND_PATH'])}:$PATH")
+    if edits.get("APPEND_PATH"):
+        lines.append(f"PATH=$PATH:{_evaluated(edits['APPEND_PATH'])}")
+    return "\n".join([*lines, "export PATH"])

@@ -1,0 +1,382 @@
+"""The mount plan: what is bound where, in which order, and what a missing target becomes."""
+
+from __future__ import annotations
+
+import os
+import pwd
+
+from apptainer_py.base import log
+from apptainer_py.base.errors import BindError, LaunchError
+from apptainer_py.engines.apptainer import binds
+from apptainer_py.model import protocol
+from apptainer_py.model.plan import Mount
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from apptainer_py.engines.apptainer.prepare import Prepared
+    from apptainer_py.model.request import ActionRequest
+    from apptainer_py.runtime.contexts import Facts, PrepareContext
+
+_NO_MOUNT_KEYS = ("proc", "sys", "dev", "devpts", "home", "tmp", "hostfs", "cwd", "bind-paths")
+_SYSTEM_CWD = frozenset("/ /etc /bin /mnt /usr /var /opt /sbin /lib /lib64".split())
+_DEVICES = ("tty", "null", "zero", "random", "urandom")
+_DEVICE_LINKS = {
+    "fd": "/proc/self/fd",
+    "stdin": "/proc/self/fd/0",
+    "stdout": "/proc/self/fd/1",
+    "stderr": "/proc/self/fd/2",
+}
+_FS_OF_HOST = ("/proc", "/sys", "/dev", "/run", "/boot", "/var")
+DEV, HOST, SYSTEM, KERNEL, HOME, TMP, SCRATCH, FILES, USER, CWD = (
+    "dev", "hostfs", "binds", "kernel", "home", "tmp", "scratch", "files", "userbinds", "cwd",
+)  # fmt: skip
+
+
+class User:
+    """The payload's account: names are text, `home` is the directory inside the container."""
+
+    __slots__ = ("gid", "home", "home_source", "name", "uid")
+
+    def __init__(self, name: str, home: str, home_source: str, uid: int, gid: int) -> None:
+        self.name = name
+        self.home = home
+        self.home_source = home_source
+        self.uid = uid
+        self.gid = gid
+
+
+def find_user(facts: Facts, action: ActionRequest, environment: Mapping[str, str]) -> User:
+    """Return the caller's account as the host knows it, with --home applied.
+
+    Raises:
+        LaunchError: the account has no entry, or --home is not usable.
+    """
+    try:
+        entry = pwd.getpwuid(facts.uid)
+    except KeyError:
+        name, source = str(facts.uid), environment.get("HOME", "/")
+    else:
+        name, source = entry.pw_name, entry.pw_dir
+    target = source
+    if action.home:
+        if not facts.configuration["user bind control"]:
+            raise LaunchError(
+                text="not mounting user requested home: user bind control is disallowed"
+            )
+        fields = action.home.split(":")
+        if len(fields) > 2 or not fields[0]:
+            raise LaunchError(text=f"home argument has incorrect number of elements: {action.home}")
+        source = fields[0]
+        target = fields[1] if len(fields) == 2 else os.path.abspath(source)
+    if not os.path.isabs(target) or any(mark in target for mark in "\n:"):
+        raise LaunchError(text="home must be an absolute path, without ':' and line breaks")
+    return User(name, os.path.normpath(target), source, facts.uid, facts.gid)
+
+
+class _Plan:
+    """Collects the mounts of one container in the order of facts §6.3."""
+
+    def __init__(self, prepared: Prepared, action: ActionRequest, context: PrepareContext) -> None:
+        self.prepared = prepared
+        self.action = action
+        self.facts = context.facts
+        self.configuration = context.facts.configuration
+        self.cwd = context.cwd
+        self.skipped = _skipped(action)
+        self.mounts = prepared.mounts
+        self.staged = prepared.staged
+
+    def bind(
+        self,
+        source: str,
+        target: str,
+        tag: str,
+        *,
+        flags: int = 0,
+        create: str = "",
+        required: bool = False,
+        quiet: bool = False,
+        area: int = protocol.AREA_HOST,
+    ) -> None:
+        """Add a bind; `create` is found out from the source where it is not given."""
+        if not create:
+            create = "directory" if os.path.isdir(source) else "file"
+        self.mounts.append(
+            Mount(kind="bind", source=source, target=target, tag=tag, area=area, flags=flags,
+                  create=create, required=required, quiet=quiet)
+        )  # fmt: skip
+
+    def kernel(self, kind: str, target: str, *, options: int = 0, required: bool = False) -> None:
+        """Add a file system of the kernel's own."""
+        self.mounts.append(
+            Mount(kind=kind, source=kind, target=target, tag=KERNEL, create="directory",
+                  options=options, required=required)
+        )  # fmt: skip
+
+    def session(self, name: str, target: str, tag: str, *, create: str = "directory") -> None:
+        """Add a bind of something in the session directory."""
+        self.bind("/" + name, target, tag, create=create, area=protocol.AREA_SESSION, required=True)
+
+    def wanted(self, name: str, directive: str) -> bool:
+        """Return whether a default mount is configured and not switched off."""
+        return bool(self.configuration[directive]) and name not in self.skipped
+
+
+def _skipped(action: ActionRequest) -> set[str]:
+    found = set()
+    for name in action.no_mount:
+        if name in _NO_MOUNT_KEYS or name.startswith("/"):
+            found.add(name)
+        elif name:
+            log.warning(f"Ignoring unknown mount type '{name}'")
+    return found
+
+
+def plan(prepared: Prepared, action: ActionRequest, context: PrepareContext) -> str:
+    """Fill the mount plan; return the user's binds as APPTAINER_BIND shows them.
+
+    Raises:
+        BindError: a bind specification is wrong.
+        LaunchError: another option is.
+    """
+    p = _Plan(prepared, action, context)
+    user_binds = _user_binds(p)
+    _dev(p)
+    _hostfs(p)
+    _system_binds(p)
+    _kernel(p)
+    _home(p)
+    _tmp(p)
+    _scratch(p)
+    _files(p)
+    for bind in sorted(user_binds, key=lambda bind: bind.target.count("/")):
+        flags = protocol.BINDFLAG_READ_ONLY if bind.read_only else 0
+        if bind.source == "/dev" or bind.source.startswith("/dev/"):
+            flags |= protocol.BINDFLAG_DEVICES
+        p.bind(bind.source, bind.target, USER, flags=flags, required=True)
+    _cwd(p)
+    return ",".join(_shown(bind) for bind in user_binds)
+
+
+def _shown(bind: binds.Bind) -> str:
+    text = bind.source if bind.source == bind.target else f"{bind.source}:{bind.target}"
+    if bind.read_only:
+        text = f"{bind.source}:{bind.target}:ro"
+    return text
+
+
+def _user_binds(p: _Plan) -> list[binds.Bind]:
+    found = binds.parse_all(p.action.bind, p.action.mount, p.cwd)
+    if found and not p.configuration["user bind control"]:
+        log.warning("Ignoring user bind request: user bind control disabled by system administrator")
+        return []
+    for bind in found:
+        try:
+            os.stat(bind.source)
+        except OSError as error:
+            log.warning(
+                f"skipping mount of {bind.source}: stat {bind.source}: "
+                f"{(error.strerror or '').lower()}"
+            )
+            raise BindError(
+                text="container creation failed: mount hook function failure: mount "
+                f"{bind.source}->{bind.target} error: while mounting {bind.source}: mount source "
+                f"{bind.source} doesn't exist"
+            ) from None
+    return found
+
+
+def _dev(p: _Plan) -> None:
+    kind = p.configuration["mount dev"]
+    if kind == "no" or "dev" in p.skipped:
+        return
+    if kind == "minimal" or p.action.contain:
+        _minimal_dev(p)
+    else:
+        p.bind("/dev", "/dev", DEV, flags=protocol.BINDFLAG_DEVICES, create="directory")
+
+
+def _minimal_dev(p: _Plan) -> None:
+    stage = p.staged
+    stage.append(("directory", "dev", "", 0o755))
+    stage.append(("directory", "dev/shm", "", 0o1777))
+    for name, target in _DEVICE_LINKS.items():
+        stage.append(("link", f"dev/{name}", target, 0))
+    present = [name for name in _DEVICES if os.path.exists(f"/dev/{name}")]
+    for name in present:
+        stage.append(("file", f"dev/{name}", b"", 0o666))
+    devpts = p.wanted("devpts", "mount devpts")
+    if devpts:
+        stage.append(("directory", "dev/pts", "", 0o755))
+        stage.append(("link", "dev/ptmx", "pts/ptmx", 0))
+    console = _console()
+    if console:
+        stage.append(("file", "dev/console", b"", 0o666))
+    if p.action.ipc:
+        stage.append(("directory", "dev/mqueue", "", 0o1777))
+    p.session("dev", "/dev", DEV)
+    for name in present:
+        p.bind(f"/dev/{name}", f"/dev/{name}", DEV, flags=protocol.BINDFLAG_DEVICES, create="file")
+    p.kernel("tmpfs", "/dev/shm")
+    if devpts:
+        p.kernel("devpts", "/dev/pts", options=_tty_group())
+    if p.action.ipc:
+        p.kernel("mqueue", "/dev/mqueue")
+    if console:
+        p.bind(console, "/dev/console", DEV, flags=protocol.BINDFLAG_DEVICES, create="file")
+
+
+def _console() -> str:
+    for fd in range(3):
+        try:
+            name = os.ttyname(fd)
+        except OSError:
+            continue
+        if name.startswith("/dev/pts/"):
+            return name
+    return ""
+
+
+def _tty_group() -> int:
+    import grp
+
+    try:
+        return grp.getgrnam("tty").gr_gid
+    except KeyError:
+        return 65536
+
+
+def _hostfs(p: _Plan) -> None:
+    if not p.wanted("hostfs", "mount hostfs") or p.action.contain:
+        return
+    with open("/proc/self/mountinfo", "rb") as table:
+        points = [os.fsdecode(line.split()[4]) for line in table]
+    seen = set()
+    for point in points:
+        below = any(point == top or point.startswith(top + "/") for top in _FS_OF_HOST)
+        if point == "/" or below or "\\" in point or point in seen:
+            continue
+        seen.add(point)
+        p.bind(point, point, HOST)
+
+
+def _system_binds(p: _Plan) -> None:
+    entries = p.configuration["bind path"]
+    assert isinstance(entries, tuple)
+    if "bind-paths" in p.skipped:
+        return
+    for entry in entries:
+        source, _, target = entry.partition(":")
+        target = target or source
+        if target in p.skipped:
+            continue
+        standard = source in ("/etc/localtime", "/etc/hosts")
+        if p.action.contain and not standard:
+            continue
+        if not os.path.exists(source):
+            log.verbose(f"skipping mount of {source}: it does not exist")
+            continue
+        p.bind(source, target, SYSTEM, quiet=standard)
+
+
+def _kernel(p: _Plan) -> None:
+    if p.wanted("proc", "mount proc"):
+        if p.action.pid and p.configuration["allow pid ns"]:
+            p.kernel("proc", "/proc")
+        else:
+            p.bind("/proc", "/proc", KERNEL, create="directory")
+    if p.wanted("sys", "mount sys"):
+        if p.facts.flow == protocol.FLOW_USERNS:
+            p.bind("/sys", "/sys", KERNEL, create="directory")
+        else:
+            p.kernel("sysfs", "/sys")
+
+
+def _workdir(p: _Plan, name: str, mode: int) -> str:
+    """Make a directory below --workdir, as the user; returns its path."""
+    path = os.path.join(os.path.abspath(p.action.workdir), name)
+    try:
+        os.makedirs(path, exist_ok=True)
+        if os.stat(path).st_uid == os.getuid():
+            os.chmod(path, mode)
+    except OSError as error:
+        raise LaunchError(
+            text=f"failed to create working directory {path}: {(error.strerror or '').lower()}"
+        ) from None
+    return path
+
+
+def _home(p: _Plan) -> None:
+    user, action = p.prepared.user, p.action
+    if action.no_home or not p.wanted("home", "mount home"):
+        return
+    if user.home == "/":
+        log.warning("Not mounting home directory: it is /")
+        return
+    if not action.contain or action.home:
+        if not os.path.isdir(user.home_source):
+            if action.home:
+                raise LaunchError(
+                    text=f"could not use home directory {user.home_source}: it does not exist"
+                )
+            log.warning(f"Not mounting home directory {user.home_source}: it does not exist")
+            return
+        p.bind(os.path.abspath(user.home_source), user.home, HOME, create="directory")
+    elif action.workdir:
+        p.bind(_workdir(p, "home", 0o700), user.home, HOME, create="directory")
+    else:
+        p.staged.append(("directory", "home", "", 0o750))
+        p.session("home", user.home, HOME)
+
+
+def _tmp(p: _Plan) -> None:
+    if not p.wanted("tmp", "mount tmp"):
+        return
+    for source, name, below in (("/tmp", "tmp", "tmp"), ("/var/tmp", "var_tmp", "var_tmp")):
+        if not p.action.contain:
+            p.bind(source, source, TMP, create="directory")
+        elif p.action.workdir:
+            p.bind(_workdir(p, below, 0o1777), source, TMP, create="directory")
+        else:
+            p.staged.append(("directory", name, "", 0o1777))
+            p.session(name, source, TMP)
+
+
+def _scratch(p: _Plan) -> None:
+    wanted = [path for path in p.action.scratch if path]
+    if wanted and not p.configuration["user bind control"]:
+        log.warning("Ignoring scratch request: user bind control disabled by system administrator")
+        return
+    for number, path in enumerate(wanted):
+        target = os.path.normpath(path if path.startswith("/") else "/" + path)
+        if p.action.workdir:
+            source = _workdir(p, os.path.join("scratch", target.lstrip("/")), 0o750)
+            p.bind(source, target, SCRATCH, create="directory", required=True)
+        else:
+            p.staged.append(("directory", f"scratch{number}", "", 0o750))
+            p.session(f"scratch{number}", target, SCRATCH)
+
+
+def _files(p: _Plan) -> None:
+    if p.configuration["config resolv_conf"] and os.path.exists("/etc/resolv.conf"):
+        p.bind("/etc/resolv.conf", "/etc/resolv.conf", FILES, create="file")
+    if p.prepared.hostname:
+        p.staged.append(("file", "files/hostname", (p.prepared.hostname + "\n").encode(), 0o644))
+        p.bind("/files/hostname", "/etc/hostname", FILES, create="file",
+               area=protocol.AREA_SESSION)  # fmt: skip
+
+
+def _cwd(p: _Plan) -> None:
+    cwd = p.cwd
+    if (
+        p.action.contain
+        or not cwd
+        or "cwd" in p.skipped
+        or not p.configuration["user bind control"]
+        or cwd in _SYSTEM_CWD
+        or any(cwd == top or cwd.startswith(top + "/") for top in ("/sys", "/proc", "/dev"))
+    ):
+        return
+    p.bind(cwd, cwd, CWD, create="directory")

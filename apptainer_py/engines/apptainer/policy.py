@@ -1,0 +1,132 @@
+"""The administrator's directives as far as Python judges them; C judges again what it can."""
+
+from __future__ import annotations
+
+import os
+
+from apptainer_py.base.errors import LaunchError, NotSupported
+from apptainer_py.model import protocol
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from apptainer_py.image.detect import OpenImage
+    from apptainer_py.model.request import ActionRequest
+    from apptainer_py.runtime.contexts import Facts
+
+
+class Disallowed(LaunchError):
+    """The configuration forbids images of this kind."""
+
+    message = "configuration disallows users from running {kind}"
+
+
+class ImageNotPermitted(LaunchError):
+    """A `limit container` directive leaves this image out."""
+
+    message = "{reason}"
+
+
+_KINDS = {
+    "sif": ("allow container sif", "unencrypted SIF containers"),
+    "squashfs": ("allow container squashfs", "squashFS containers"),
+    "ext3": ("allow container extfs", "extFS containers"),
+    "sandbox": ("allow container dir", "sandbox containers"),
+}
+# Directives that, at these values, ask for something on each launch that is not built.
+_REFUSING = (
+    ("always use nv", True, "no_nv", "`always use nv = yes`"),
+    ("always use rocm", True, "no_rocm", "`always use rocm = yes`"),
+    ("allow monitoring", True, "", "`allow monitoring = yes`"),
+    ("enable overlay", "driver", "", "`enable overlay = driver`"),
+)
+
+
+def check_directives(configuration: Mapping[str, object], action: ActionRequest) -> None:
+    """Refuse a launch that needs what a directive asks for and we have not.
+
+    Raises:
+        NotSupported: names the directive.
+    """
+    for key, value, way_out, shown in _REFUSING:
+        if configuration[key] == value and not (way_out and getattr(action, way_out)):
+            raise NotSupported(what=f"{shown} in the configuration")
+    if configuration["image driver"]:
+        raise NotSupported(what="`image driver` in the configuration")
+
+
+def check_image(facts: Facts, image: OpenImage) -> None:
+    """Refuse an image that the administrator has not allowed.
+
+    Raises:
+        Disallowed: this kind of image.
+        ImageNotPermitted: its owner, group or path.
+    """
+    key, words = _KINDS[image.kind]
+    if not facts.configuration[key]:
+        raise Disallowed(kind=words)
+    owners = _list(facts, "limit container owners")
+    groups = _list(facts, "limit container groups")
+    paths = _list(facts, "limit container paths")
+    if owners and not _has_id(owners, image.uid, users=True):
+        raise ImageNotPermitted(reason="apptainer image is not owned by required user(s)")
+    if groups and not _has_id(groups, image.gid, users=False):
+        raise ImageNotPermitted(reason="apptainer image is not owned by required group(s)")
+    if paths and not any(_below(image.realpath, path) for path in paths):
+        raise ImageNotPermitted(reason="apptainer image is not in an allowed configured path")
+
+
+def _list(facts: Facts, key: str) -> tuple[str, ...]:
+    value = facts.configuration[key]
+    return value if isinstance(value, tuple) else ()
+
+
+def _has_id(names: tuple[str, ...], number: int, *, users: bool) -> bool:
+    import grp
+    import pwd
+
+    for name in names:
+        try:
+            found = (
+                int(name)
+                if name.isdigit()
+                else pwd.getpwnam(name).pw_uid
+                if users
+                else grp.getgrnam(name).gr_gid
+            )
+        except KeyError:
+            continue
+        if found == number:
+            return True
+    return False
+
+
+def _below(path: str, directory: str) -> bool:
+    """Compare by components: /data/safe does not permit /data/safe-but-unsafe."""
+    if not os.path.isabs(directory):
+        return False
+    # Apptainer resolves a configured path, and refuses the launch when it leads nowhere.
+    try:
+        directory = os.path.realpath(directory, strict=True)
+    except OSError as error:
+        reason = f"failed to resolve path {directory}: lstat {error.filename}: {error.strerror}"
+        raise ImageNotPermitted(reason=reason.lower()) from None
+    return directory == "/" or path == directory or path.startswith(directory + "/")
+
+
+def images_are_limited(facts: Facts) -> bool:
+    """Return whether any `limit container` directive is in force."""
+    return any(
+        _list(facts, f"limit container {what}") for what in ("owners", "groups", "paths")
+    )
+
+
+def kernel_may_mount(facts: Facts) -> bool:
+    """Return whether the kernel's squashfs driver mounts the image, not an image server."""
+    if facts.flow == protocol.FLOW_USERNS:
+        return False
+    if facts.flow == protocol.FLOW_ROOT:
+        return os.path.exists("/dev/loop-control")
+    allowed = facts.configuration["allow setuid-mount squashfs"]
+    return allowed == "yes" or (allowed == "iflimited" and images_are_limited(facts))

@@ -1,0 +1,299 @@
+"""`prepare_config`: from the request, the configuration and the host to a plan; nothing is done yet."""
+
+from __future__ import annotations
+
+import os
+
+from apptainer_py.base import build, log
+from apptainer_py.base.errors import ApptainerError, LaunchError
+from apptainer_py.engines.apptainer import capabilities, environ, mounts, policy, process
+from apptainer_py.image.detect import CannotOpen, open_image
+from apptainer_py.image.sif import NoRootFileSystem, SifError, layout
+from apptainer_py.model import protocol
+from apptainer_py.model.plan import ContainerPlan
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from apptainer_py.image.detect import OpenImage
+    from apptainer_py.model.plan import Mount
+    from apptainer_py.model.request import ActionRequest
+    from apptainer_py.runtime.contexts import Facts, PrepareContext
+
+IMAGE_SERVER = f"{build.LIBEXECDIR}/bin/squashfuse_ll"
+
+
+class ImageUnusable(LaunchError):
+    """The image as the user named it cannot be used."""
+
+    message = "{reason}"
+
+
+class NotWritable(LaunchError):
+    """`--writable` on something that this user, or nobody, can write."""
+
+    message = "could not use {image} for writing, {reason}"
+
+
+class UsernsForbidden(LaunchError):
+    """The administrator allows no user namespaces."""
+
+    message = "User namespace required but not allowed by configuration."
+
+
+class ServerMissing(LaunchError):
+    """The program that serves squashfs images is not installed."""
+
+    message = "{path} is not installed"
+    hint = "install the package squashfuse and then apptainer-py again (./install)"
+
+
+class Prepared:
+    """What `create_container` needs: all judgement is behind it."""
+
+    __slots__ = (
+        "fuse",
+        "hostname",
+        "image",
+        "layer",
+        "mounts",
+        "offset",
+        "read_only_root",
+        "session_mib",
+        "size_bytes",
+        "staged",
+        "underlay_allowed",
+        "user",
+        "what",
+        "writable_root",
+    )
+
+    def __init__(self, image: OpenImage) -> None:
+        self.image = image
+        self.offset = 0
+        self.size_bytes = 0
+        self.fuse = False
+        self.layer = protocol.LAYERKIND_OVERLAY
+        self.underlay_allowed = True
+        self.mounts: list[Mount] = []
+        self.staged: list[tuple[str, str, str | bytes, int]] = []
+        self.hostname = ""
+        self.session_mib = 0
+        self.writable_root = False
+        self.read_only_root = True
+        self.user = mounts.User("", "", "", 0, 0)
+        self.what = ""
+
+
+def prepare(context: PrepareContext) -> Prepared:
+    """Judge the request, fill the context's plan, and return what create_container needs.
+
+    Raises:
+        ApptainerError: the request, the image or the policy does not allow the launch.
+    """
+    action = context.action
+    assert action is not None
+    facts = context.facts
+    tell_flow(facts)
+    check_flow(facts)
+    policy.check_directives(facts.configuration, action)
+    check_options(action, facts)
+    prepared = Prepared(open_checked(action, facts))
+    choose_root(prepared, action, facts)
+    choose_layer(prepared, action, facts)
+    spaces, flags = choose_spaces(prepared, action, facts)
+    prepared.user = mounts.find_user(facts, action, context.environment)
+    binds = mounts.plan(prepared, action, context)
+    environment = environ.collect(action, context.environment)
+    context.tell_start(process.spec(action, context, prepared, environment, binds))
+    context.plan(
+        ContainerPlan(
+            image=prepared.image.realpath,
+            uid=facts.uid,
+            gid=facts.gid,
+            spaces=spaces,
+            flags=flags,
+            fuse_count=1 if prepared.fuse else 0,
+            caps=choose_capabilities(action, facts),
+        )
+    )
+    return prepared
+
+
+def tell_flow(facts: Facts) -> None:
+    """Say why the user-namespace flow is taken when nobody asked for it."""
+    if facts.flow == protocol.FLOW_USERNS and facts.reason not in (
+        protocol.REASON_NONE,
+        protocol.REASON_ASKED,
+    ):
+        why = protocol.REASON_TEXTS.get(facts.reason, "")
+        log.info(f"Using the user-namespace flow, because {why}")
+    if facts.flow != protocol.FLOW_SETUID:
+        for line, key, text, _ in facts.config_problems[:1]:
+            log.warning(f"{build.CONFIG_FILE}:{line}: {key}: {text}; see `apptainer-py config check`")
+
+
+def check_flow(facts: Facts) -> None:
+    """Refuse what the configuration forbids outright."""
+    if facts.flow == protocol.FLOW_USERNS and not facts.configuration["allow user ns"]:
+        raise UsernsForbidden
+
+
+def check_options(action: ActionRequest, facts: Facts) -> None:
+    """Refuse options that need more rights than the caller has."""
+    if facts.uid == 0:
+        return
+    for option in ("keep_privs", "allow_setuid"):
+        if getattr(action, option):
+            raise capabilities.RootOnly(option="--" + option.replace("_", "-"))
+
+
+def open_checked(action: ActionRequest, facts: Facts) -> OpenImage:
+    """Open the image once; everything later goes through that descriptor."""
+    try:
+        image = open_image(action.image)
+        policy.check_image(facts, image)
+        return image
+    except CannotOpen as error:
+        raise ImageUnusable(reason=f"While checking container encryption: {error}") from None
+
+
+def choose_root(prepared: Prepared, action: ActionRequest, facts: Facts) -> None:
+    """Find the root file system, and who may mount it: the kernel, or an image server."""
+    image = prepared.image
+    prepared.what = f"cannot mount {image.path}"
+    prepared.size_bytes = image.size_bytes
+    prepared.offset = image.offset
+    if image.kind == "sandbox":
+        prepared.writable_root = action.writable
+        prepared.read_only_root = not action.writable
+        if action.writable and not os.access(image.realpath, os.W_OK):
+            raise NotWritable(image=image.path, reason="you don't have write permissions")
+        return
+    if image.kind == "sif":
+        choose_partition(prepared)
+    elif image.kind == "ext3":
+        raise ImageUnusable(reason=f"{image.path}: ext3 images are not supported yet")
+    if action.writable:
+        if image.kind == "sif":
+            raise ImageUnusable(
+                reason=f"no SIF writable overlay partition found in {image.path}"
+            )
+        raise NotWritable(image=image.path, reason="a squashfs image is read-only")
+    prepared.fuse = not policy.kernel_may_mount(facts)
+    if prepared.fuse and not os.path.exists(IMAGE_SERVER):
+        raise ServerMissing(path=IMAGE_SERVER)
+
+
+def choose_partition(prepared: Prepared) -> None:
+    """Take the primary system partition of a SIF file."""
+    image = prepared.image
+    try:
+        partition = layout(image.fd).primary
+    except (SifError, NoRootFileSystem) as error:
+        raise ImageUnusable(reason=f"While checking container encryption: {error}") from None
+    if partition.fs != "squashfs":
+        raise ImageUnusable(
+            reason=f"{image.path}: a root file system of type {partition.fs} is not supported yet"
+        )
+    prepared.offset = partition.offset
+    prepared.size_bytes = partition.size_bytes
+
+
+def choose_layer(prepared: Prepared, action: ActionRequest, facts: Facts) -> None:
+    """Choose what lies over the image (facts §6.2)."""
+    configuration = facts.configuration
+    overlay, underlay = configuration["enable overlay"], configuration["enable underlay"]
+    prepared.underlay_allowed = underlay != "no"
+    if action.writable_tmpfs:
+        if overlay == "no":
+            raise LaunchError(
+                text="--writable-tmpfs requires 'enable overlay', but set to 'no' by administrator"
+            )
+        prepared.layer = protocol.LAYERKIND_OVERLAY_TMPFS
+        if action.writable:
+            raise LaunchError(text="cannot use --writable-tmpfs in conjunction with --writable")
+    elif action.writable:
+        prepared.layer = protocol.LAYERKIND_NONE
+    elif action.underlay or underlay == "preferred":
+        if underlay == "no":
+            raise LaunchError(
+                text="--underlay requires 'enable underlay', but set to 'no' by administrator"
+            )
+        prepared.layer = protocol.LAYERKIND_UNDERLAY
+    elif overlay != "no":
+        prepared.layer = protocol.LAYERKIND_OVERLAY
+    elif underlay != "no":
+        prepared.layer = protocol.LAYERKIND_UNDERLAY
+    else:
+        prepared.layer = protocol.LAYERKIND_NONE
+    size = configuration["sessiondir max size"]
+    prepared.session_mib = size if facts.uid != 0 and isinstance(size, int) else 0
+
+
+def choose_spaces(
+    prepared: Prepared, action: ActionRequest, facts: Facts
+) -> tuple[int, int]:
+    """Return namespaces and flags of the plan; what the administrator forbids is left out."""
+    spaces = 0
+    for wanted, bit, name in (
+        (action.pid, protocol.SPACE_PID, "pid"),
+        (action.ipc, protocol.SPACE_IPC, "ipc"),
+        (action.uts or bool(action.hostname), protocol.SPACE_UTS, "uts"),
+    ):
+        if not wanted:
+            continue
+        if not facts.configuration[f"allow {name} ns"]:
+            log.warning(f"Not virtualizing {name} namespace by configuration")
+            continue
+        spaces |= bit
+    flags = 0
+    if spaces & protocol.SPACE_PID and not action.no_init:
+        flags |= protocol.PLANFLAG_SHIM
+    if prepared.layer == protocol.LAYERKIND_OVERLAY_TMPFS:
+        flags |= protocol.PLANFLAG_WRITABLE_LAYER
+    if prepared.image.kind != "sandbox" and not prepared.fuse:
+        flags |= protocol.PLANFLAG_KERNEL_IMAGE
+    if facts.configuration["mount slave"]:
+        flags |= protocol.PLANFLAG_SLAVE
+    if facts.uid != 0 or action.no_privs:
+        flags |= protocol.PLANFLAG_NO_NEW_PRIVS
+    if action.hostname and spaces & protocol.SPACE_UTS:
+        prepared.hostname = check_hostname(action.hostname)
+    return spaces, flags
+
+
+def check_hostname(name: str) -> str:
+    """Return a host name that is fit to be one (RFC 1123: letters, digits, '-' and '.').
+
+    Raises:
+        LaunchError: it is not.
+    """
+    parts = name.split(".")
+    fit = all(
+        part and part.isascii() and part.replace("-", "a").isalnum() and part[0] != "-" and
+        part[-1] != "-"
+        for part in parts
+    )
+    if not fit or len(name) > 63:
+        raise LaunchError(text=f"{name} is not a valid hostname")
+    return name
+
+
+def choose_capabilities(action: ActionRequest, facts: Facts) -> tuple[int, int, int, int, int]:
+    """Return the payload's five capability sets."""
+    if facts.flow == protocol.FLOW_ROOT:
+        return capabilities.for_root(
+            action.asdict(),
+            str(facts.configuration["root default capabilities"]),
+            facts.permitted,
+            target_is_root=True,
+        )
+    return capabilities.for_user(
+        action.add_caps,
+        action.drop_caps,
+        facts.uid,
+        userns=facts.flow == protocol.FLOW_USERNS,
+    )
+
+
+__all__ = ["ApptainerError", "Prepared", "prepare"]

@@ -1,0 +1,259 @@
+"""Squashfs: the facts of a superblock, and packing a tree with mksquashfs."""
+
+from __future__ import annotations
+
+import os
+import struct
+
+from apptainer_py.base.errors import ApptainerError, ImageError
+from apptainer_py.base.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Sequence
+
+MAGIC = b"hsqs"
+SUPERBLOCK_BYTES = 96
+COMPRESSIONS = {1: "gzip", 2: "lzma", 3: "lzo", 4: "xz", 5: "lz4", 6: "zstd"}
+
+_SUPERBLOCK = struct.Struct("<4sIIIIHHHHHHQQ")
+_TOOL_FOLDERS = ("/usr/local/bin", "/usr/local/sbin", "/usr/bin", "/usr/sbin", "/bin", "/sbin")
+_LIST_LIMIT_BYTES = 4 << 20
+_LEVELS = {"gzip": range(1, 10), "zstd": range(1, 23)}
+
+
+class ToolMissing(ApptainerError):
+    """squashfs-tools is not installed."""
+
+    message = "{program} was not found in {folders}"
+    hint = "install squashfs-tools"
+
+
+class PackFailed(ApptainerError):
+    """mksquashfs ended with an error."""
+
+    message = "mksquashfs could not pack {tree}: {reason}"
+
+
+class ReadFailed(ApptainerError):
+    """unsquashfs ended with an error, or gave more than was allowed."""
+
+    message = "unsquashfs could not read the image: {reason}"
+
+
+class Superblock(Record):
+    """What the first bytes of a squashfs say about it; none of it is verified further."""
+
+    compression: str
+    block_size_bytes: int
+    used_bytes: int
+    inodes: int
+    made_s: int
+    version: tuple[int, int]
+
+
+class Packing(Record):
+    """How to make a squashfs; `memory` is in the form of mksquashfs (`512M`).
+
+    With `epoch`, in seconds since 1970, no time stamp in the file is younger.
+    """
+
+    compression: str = "zstd"
+    level: int | None = 3
+    block_size_bytes: int = 131072
+    all_root: bool = True
+    epoch: int | None = None
+    processors: int | None = None
+    memory: str | None = None
+    program: str | None = None
+    more_options: tuple[str, ...] = ()
+
+
+def parse_superblock(data: bytes, *, image: str) -> Superblock:
+    """Return the facts in the first 96 bytes of a squashfs file system.
+
+    Raises:
+        ImageError: no squashfs, or of a version or compression that nothing here can read.
+    """
+    if len(data) < SUPERBLOCK_BYTES or data[:4] != MAGIC:
+        raise ImageError(
+            image=image, reason="while parsing squashfs super block: not a valid squashfs image"
+        )
+    (_, inodes, made_s, block, _, compression, block_log, _, _, major, minor, _, used) = (
+        _SUPERBLOCK.unpack_from(data)
+    )
+    if major != 4:
+        raise ImageError(image=image, reason=f"squashfs version {major}.{minor} is not supported")
+    if compression not in COMPRESSIONS:
+        raise ImageError(
+            image=image,
+            reason=f"corrupted image: unknown compression algorithm value {compression}",
+        )
+    if not 12 <= block_log <= 20 or block != 1 << block_log:
+        raise ImageError(image=image, reason="corrupted image: impossible squashfs block size")
+    if used < SUPERBLOCK_BYTES:
+        raise ImageError(image=image, reason="corrupted image: impossible squashfs size")
+    return Superblock(
+        compression=COMPRESSIONS[compression],
+        block_size_bytes=block,
+        used_bytes=used,
+        inodes=inodes,
+        made_s=made_s,
+        version=(major, minor),
+    )
+
+
+def read_superblock(fd: int, offset: int, *, image: str) -> Superblock:
+    """Return the facts of the squashfs that starts `offset` bytes into a file.
+
+    Raises:
+        ImageError: as `parse_superblock`, or the file ends first.
+    """
+    return parse_superblock(os.pread(fd, SUPERBLOCK_BYTES, offset), image=image)
+
+
+def find_tool(program: str, *, folders: Sequence[str] = _TOOL_FOLDERS) -> str:
+    """Return the absolute path of one of the squashfs tools.
+
+    Raises:
+        ToolMissing: no folder has it.
+    """
+    for folder in folders:
+        path = f"{folder}/{program}"
+        if os.access(path, os.X_OK):
+            return path
+    raise ToolMissing(program=program, folders=":".join(folders))
+
+
+def pack(tree: str, target: str, how: Packing | None = None) -> Superblock:
+    """Make a squashfs file of a directory tree and return its facts; an old target is replaced.
+
+    Raises:
+        ToolMissing: no mksquashfs.
+        PackFailed: mksquashfs said no, or died.
+    """
+    import subprocess
+
+    how = how or Packing()
+    argv = [how.program or find_tool("mksquashfs"), tree, target, *_options(how)]
+    environment = {"PATH": ":".join(_TOOL_FOLDERS), "LC_ALL": "C"}
+    if how.epoch is not None:
+        environment["SOURCE_DATE_EPOCH"] = str(how.epoch)
+    result = subprocess.run(
+        argv,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    if result.returncode != 0:
+        raise PackFailed(tree=tree, reason=_last_line(result.stderr, result.returncode))
+    fd = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return read_superblock(fd, 0, image=target)
+    finally:
+        os.close(fd)
+
+
+def _options(how: Packing) -> list[str]:
+    options = ["-noappend", "-no-progress", "-quiet", "-comp", how.compression]
+    options += ["-b", str(how.block_size_bytes)]
+    if how.level is not None and how.level in _LEVELS.get(how.compression, ()):
+        options += ["-Xcompression-level", str(how.level)]
+    if how.all_root:
+        options.append("-all-root")
+    if how.processors:
+        options += ["-processors", str(how.processors)]
+    if how.memory:
+        options += ["-mem", how.memory]
+    return [*options, *how.more_options]
+
+
+def _last_line(text: bytes, status: int) -> str:
+    lines = [line for line in text.decode("utf-8", "replace").splitlines() if line.strip()]
+    return lines[-1].strip() if lines else f"status {status}"
+
+
+def list_paths(fd: int, offset: int, folders: Sequence[str], *, depth: int) -> frozenset[str]:
+    """Return the paths of files below some folders of a squashfs, with unsquashfs.
+
+    Paths are absolute in the image; folders without files are listed as well.
+
+    Raises:
+        ToolMissing: no unsquashfs.
+        ReadFailed: it failed, took too long or listed more than can be of use.
+    """
+    argv = ["-no-wildcards", "-max-depth", str(depth), "-lc"]
+    text = _unsquashfs(fd, offset, argv, folders, limit_bytes=_LIST_LIMIT_BYTES)
+    root = b"squashfs-root"
+    return frozenset(
+        line[len(root) :].decode("utf-8", "surrogateescape")
+        for line in text.split(b"\n")
+        if line.startswith(root + b"/")
+    )
+
+
+def read_file(fd: int, offset: int, path: str, *, limit_bytes: int) -> bytes:
+    """Return the content of one regular file of a squashfs, with unsquashfs.
+
+    Raises:
+        ToolMissing: no unsquashfs.
+        ReadFailed: no such file, too large, too slow, or a damaged image.
+    """
+    return _unsquashfs(fd, offset, ["-no-wildcards", "-cat"], [path], limit_bytes=limit_bytes)
+
+
+def _unsquashfs(
+    fd: int, offset: int, options: Sequence[str], paths: Sequence[str], *, limit_bytes: int
+) -> bytes:
+    import subprocess
+    import tempfile
+
+    argv = [find_tool("unsquashfs"), "-o", str(offset), "-processors", "1"]
+    argv += ["-data-queue", "16", "-frag-queue", "16", "-no-progress", *options]
+    argv += [f"/proc/self/fd/{fd}", *(path.lstrip("/") for path in paths)]
+    with tempfile.TemporaryFile() as errors:
+        child = subprocess.Popen(
+            argv,
+            env={"PATH": ":".join(_TOOL_FOLDERS), "LC_ALL": "C"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            pass_fds=(fd,),
+        )
+        try:
+            _limit(child.pid)
+            content = _bounded_output(child, limit_bytes)
+            status = child.wait()
+        finally:
+            child.kill()
+            child.wait()
+            if child.stdout:
+                child.stdout.close()
+        if status != 0:
+            errors.seek(0)
+            raise ReadFailed(reason=_last_line(errors.read(65536), status))
+    return content
+
+
+def _limit(pid: int) -> None:
+    import resource
+
+    # An image can make the program that unpacks it ask for any amount of memory and time.
+    for limit, value in ((resource.RLIMIT_AS, 1 << 30), (resource.RLIMIT_CPU, 60)):
+        try:
+            _, hard = resource.prlimit(pid, limit)
+            inside = value if hard == resource.RLIM_INFINITY else min(value, hard)
+            resource.prlimit(pid, limit, (inside, inside))
+        except ProcessLookupError:
+            return
+
+
+def _bounded_output(child: subprocess.Popen[bytes], limit_bytes: int) -> bytes:
+    assert child.stdout is not None
+    content = child.stdout.read(limit_bytes + 1)
+    if len(content) > limit_bytes:
+        raise ReadFailed(reason=f"more than {limit_bytes} bytes")
+    return content

@@ -1,0 +1,321 @@
+# cython: language_level=3, binding=False, embedsignature=False
+"""The starter's structures and channels, as Python sees them.  No decision is made here."""
+
+include "_config.pxi"
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from libc.errno cimport errno
+from libc.stdint cimport int32_t, uint16_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, strlen
+from posix.types cimport mode_t
+
+
+cdef extern from "protocol.h":
+    enum:
+        LIMIT_FRAME_BYTES
+        LIMIT_GROUPS
+    struct op_request:
+        uint32_t op
+        uint32_t flags
+        uint64_t num[6]
+        uint16_t length[2]
+        uint32_t reserved
+        char tail[8384]
+    struct op_reply:
+        uint32_t op
+        int32_t code
+        int32_t error
+        uint32_t value
+    struct container_plan:
+        uint32_t spaces
+        uint32_t flags
+        uint32_t fuse_count
+        uint32_t group_count
+        uint32_t uid
+        uint32_t gid
+        uint32_t groups[32]
+        uint64_t caps[5]
+    struct container_request:
+        uint32_t op
+        uint32_t image_length
+        container_plan plan
+        char image[1024]
+    struct event_frame:
+        uint32_t event
+        int32_t pid
+        int32_t status
+    struct stage_info:
+        uint32_t stage
+        uint32_t flow
+        uint32_t reason
+        uint32_t uid
+        uint32_t gid
+        uint32_t umask
+        int32_t request_fd
+        int32_t config_fd
+        int32_t keeper_fd
+        int32_t rpc_fd
+        int32_t start_fd
+        int32_t methods_fd
+        int32_t trigger_fd
+        int32_t helper_fds[2]
+        int32_t trace_fd
+        uint64_t permitted
+        void (*enter_hook)(uint32_t hook)
+        void (*leave_hook)(uint32_t hook, int failed)
+        int (*wait_for_go)() nogil
+        int (*exec_payload)(const char *path, char **argv, char **envp)
+
+
+cdef extern from "request.h":
+    struct request_header:
+        uint32_t argc
+        uint32_t envc
+        uint32_t argv_off
+        uint32_t env_off
+        uint32_t cwd_off
+        uint32_t engine_off
+        uint32_t engine_file_off
+        uint32_t total
+
+
+cdef extern from "wire_client.h" nogil:
+    const stage_info *wire_stage()
+    int wire_send(int fd, const void *frame, size_t size, int passed)
+    ssize_t wire_receive(int fd, void *frame, size_t size, int *passed)
+    int wire_openat2(int directory, const char *path, uint64_t flags, uint64_t resolve)
+    uint64_t wire_bounding()
+
+
+cdef const stage_info *_info() except NULL:
+    cdef const stage_info *info = wire_stage()
+    if info == NULL:
+        raise RuntimeError("this is not a stage of the starter")
+    return info
+
+
+def in_stage():
+    """Return whether this interpreter runs in a child of the starter."""
+    return wire_stage() != NULL
+
+
+def stage():
+    """Return the facts of this stage by name: numbers of protocol.def, ids, descriptors or -1."""
+    cdef const stage_info *info = _info()
+    return {
+        "stage": info.stage, "flow": info.flow, "reason": info.reason, "uid": info.uid,
+        "gid": info.gid, "umask": info.umask, "request_fd": info.request_fd,
+        "config_fd": info.config_fd, "keeper_fd": info.keeper_fd, "rpc_fd": info.rpc_fd,
+        "start_fd": info.start_fd, "methods_fd": info.methods_fd, "trigger_fd": info.trigger_fd,
+        "helper_fds": (info.helper_fds[0], info.helper_fds[1]), "permitted": info.permitted,
+    }
+
+
+def run_hook(unsigned int hook, function, *arguments):
+    """Call a hook after the C side has compared this process's identity with the stage's.
+
+    Raises whatever the hook raises; a difference of identity ends the process instead.
+    """
+    cdef const stage_info *info = _info()
+    info.enter_hook(hook)
+    try:
+        result = function(*arguments)
+    except BaseException:
+        info.leave_hook(hook, 1)
+        raise
+    info.leave_hook(hook, 0)
+    return result
+
+
+def wait_for_go():
+    """Stage 2: say that nothing more will be loaded, and wait until no privilege is left.
+
+    Returns False when the launch was abandoned meanwhile.
+    """
+    cdef const stage_info *info = _info()
+    cdef int result
+    with nogil:
+        result = (<stage_info *>info).wait_for_go()
+    return result == 0
+
+
+cdef char **_vector(list items) except NULL:
+    cdef Py_ssize_t count = len(items), i
+    cdef char **vector = <char **>malloc((count + 1) * sizeof(char *))
+    if vector == NULL:
+        raise MemoryError
+    for i in range(count):
+        vector[i] = PyBytes_AS_STRING(items[i])
+    vector[count] = NULL
+    return vector
+
+
+def exec_payload(bytes path, list argv, list env):
+    """Become the payload; on failure return errno.  All elements are bytes without NUL."""
+    cdef const stage_info *info = _info()
+    cdef char **argument_vector = _vector(argv)
+    cdef char **env_vector = _vector(env)
+    cdef int error = info.exec_payload(PyBytes_AS_STRING(path), argument_vector, env_vector)
+    free(argument_vector)
+    free(env_vector)
+    return error
+
+
+def _check_request_part(bytes data, uint32_t start, uint32_t end, Py_ssize_t count):
+    parts = data[start:end].split(b"\0")
+    if parts.pop() != b"" or (count >= 0 and len(parts) != count):
+        raise ValueError("the launch request is malformed")
+    return parts
+
+
+def read_request(bytes data):
+    """Take a request apart: (arguments, environment, cwd, engine, engine file), all bytes.
+
+    Raises:
+        ValueError: the counts or offsets do not fit the data (starter/request.h).
+    """
+    cdef request_header head
+    if len(data) < <Py_ssize_t>sizeof(head):
+        raise ValueError("the launch request is malformed")
+    memcpy(&head, PyBytes_AS_STRING(data), sizeof(head))
+    if head.total != <uint32_t>len(data):
+        raise ValueError("the launch request is malformed")
+    return (
+        _check_request_part(data, head.argv_off, head.env_off, head.argc),
+        _check_request_part(data, head.env_off, head.cwd_off, head.envc),
+        _check_request_part(data, head.cwd_off, head.engine_off, 1)[0],
+        _check_request_part(data, head.engine_off, head.engine_file_off, 1)[0],
+        _check_request_part(data, head.engine_file_off, head.total, 1)[0],
+    )
+
+
+def send_operation(int fd, unsigned int op, unsigned int flags, tuple numbers, bytes first,
+                   bytes second, int passed=-1):
+    """Send one operation; its reply is fetched by receive_reply, in order.
+
+    Raises:
+        OSError: the other side is gone.
+        ValueError: a string is longer than a path may be, or has a NUL.
+    """
+    cdef op_request q
+    cdef Py_ssize_t used = 0, i
+    memset(&q, 0, sizeof(q))
+    q.op = op
+    q.flags = flags
+    for i in range(len(numbers)):
+        q.num[i] = numbers[i]
+    for i, text in enumerate((first, second)):
+        if text is None:
+            continue
+        size = len(text) + 1
+        if size > 4096 or b"\0" in text:
+            raise ValueError("a path is too long, or has a NUL in it")
+        memcpy(q.tail + used, PyBytes_AS_STRING(text), size)
+        q.length[i] = size
+        used += size
+    if wire_send(fd, &q, sizeof(q) - sizeof(q.tail) + used, passed) < 0:
+        raise OSError(errno, "the starter is gone")
+
+
+def receive_reply(int fd):
+    """Return (operation, code, errno, descriptor or -1).
+
+    Raises:
+        EOFError: the other side ended.
+        OSError: the channel failed.
+    """
+    cdef op_reply a
+    cdef int passed = -1
+    cdef ssize_t got
+    with nogil:
+        got = wire_receive(fd, &a, sizeof(a), &passed)
+    if got == 0:
+        raise EOFError("the starter ended")
+    if got < 0:
+        raise OSError(errno, "the starter is gone")
+    if got != <ssize_t>sizeof(a):
+        raise EOFError("the starter ended")
+    return a.op, a.code, a.error, passed
+
+
+def send_container(int fd, unsigned int op, bytes image, unsigned int spaces, unsigned int flags,
+                   unsigned int fuse_count, unsigned int uid, unsigned int gid, tuple groups,
+                   tuple caps):
+    """Send the plan of a container; its reply is fetched by receive_reply."""
+    cdef container_request q
+    cdef Py_ssize_t i
+    memset(&q, 0, sizeof(q))
+    q.op = op
+    q.plan.spaces = spaces
+    q.plan.flags = flags
+    q.plan.fuse_count = fuse_count
+    q.plan.uid = uid
+    q.plan.gid = gid
+    q.plan.group_count = len(groups)
+    for i in range(min(len(groups), <Py_ssize_t>LIMIT_GROUPS)):
+        q.plan.groups[i] = groups[i]
+    for i in range(5):
+        q.plan.caps[i] = caps[i]
+    image = image[:sizeof(q.image)]
+    q.image_length = len(image)
+    memcpy(q.image, PyBytes_AS_STRING(image), len(image))
+    if wire_send(fd, &q, sizeof(q), -1) < 0:
+        raise OSError(errno, "the starter is gone")
+
+
+def receive_event(int fd):
+    """Return (event, pid, wait status), or None at the end of the channel.
+
+    Raises:
+        OSError: the channel failed.
+    """
+    cdef event_frame frame
+    cdef ssize_t got
+    with nogil:
+        got = wire_receive(fd, &frame, sizeof(frame), NULL)
+    if got == 0:
+        return None
+    if got < 0:
+        raise OSError(errno, "the starter is gone")
+    return frame.event, frame.pid, frame.status
+
+
+def send_bytes(int fd, bytes data, int passed=-1):
+    """Send one frame of plain bytes between two stages."""
+    if wire_send(fd, PyBytes_AS_STRING(data), len(data), passed) < 0:
+        raise OSError(errno, "the other stage is gone")
+
+
+def receive_bytes(int fd, Py_ssize_t size):
+    """Return (bytes, descriptor or -1); empty bytes at the end."""
+    cdef int passed = -1
+    cdef char *space = <char *>malloc(size)
+    cdef ssize_t got
+    if space == NULL:
+        raise MemoryError
+    with nogil:
+        got = wire_receive(fd, space, size, &passed)
+    try:
+        if got < 0:
+            raise OSError(errno, "the other stage is gone")
+        return PyBytes_FromStringAndSize(space, got), passed
+    finally:
+        free(space)
+
+
+def openat2(int directory, bytes path, uint64_t flags, uint64_t resolve):
+    """Open a path as openat2(2) does; close-on-exec.
+
+    Raises:
+        OSError: as the system call fails.
+    """
+    cdef int fd = wire_openat2(directory, PyBytes_AS_STRING(path), flags, resolve)
+    if fd < 0:
+        raise OSError(errno, path.decode("utf-8", "surrogateescape"))
+    return fd
+
+
+def bounding_set():
+    """Return this process's capability bounding set as a bit mask."""
+    return wire_bounding()

@@ -1,0 +1,85 @@
+"""What the user asked for: a command line and its environment, understood but not yet judged."""
+
+from __future__ import annotations
+
+from apptainer_py.base.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class Invocation(Record):
+    """What every command line has.
+
+    `message_level` is −4 (fatal errors only) to 5 (everything); `colour` None leaves the choice to
+    the terminal; `notes` are messages that the parser has for the user: (level, text).
+    """
+
+    command: str
+    message_level: int = 1
+    colour: bool | None = None
+    config_file: str = ""
+    trace_file: str = ""
+    notes: tuple[tuple[int, str], ...] = ()
+
+
+class Parsed(Invocation):
+    """A command that starts no container.
+
+    `command` is the whole path ("sif list"; "" for the program alone), `options` has every option
+    of that command by its long name. `help` asks for the help text of `command`.
+    """
+
+    options: Mapping[str, object]
+    arguments: tuple[str, ...] = ()
+    help: bool = False
+
+
+class ActionRequest(Invocation):
+    """An `exec`, `run`, `shell` or `test`: a field for each option, named after it.
+
+    Options that imply others are resolved: `compat` has set `containall`, `no_init`, `no_umask`,
+    `no_eval` and `writable_tmpfs`; `containall` has set `contain`, `cleanenv`, `ipc` and `pid`;
+    `hostname` has set `uts`; `no_pid` has cleared `pid`. Empty text means "not given".
+    `bind` and `mount` are as typed: commas inside one entry are not split yet.
+    """
+
+    image: str
+    arguments: tuple[str, ...] = ()
+
+    add_caps: str = ""
+    allow_setuid: bool = False
+    app: str = ""
+    bind: tuple[str, ...] = ()
+    cleanenv: bool = False
+    compat: bool = False
+    contain: bool = False
+    containall: bool = False
+    cwd: str = ""
+    drop_caps: str = ""
+    env: tuple[tuple[str, str], ...] = ()
+    env_file: tuple[str, ...] = ()
+    home: str = ""
+    hostname: str = ""
+    ipc: bool = False
+    keep_privs: bool = False
+    mount: tuple[str, ...] = ()
+    no_eval: bool = False
+    no_home: bool = False
+    no_init: bool = False
+    no_mount: tuple[str, ...] = ()
+    no_nv: bool = False
+    no_pid: bool = False
+    no_privs: bool = False
+    no_rocm: bool = False
+    no_umask: bool = False
+    pid: bool = False
+    scratch: tuple[str, ...] = ()
+    shell: str = ""
+    underlay: bool = False
+    userns: bool = False
+    uts: bool = False
+    workdir: str = ""
+    writable: bool = False
+    writable_tmpfs: bool = False

@@ -1,0 +1,222 @@
+"""What each stage may do: one class a stage, and a hook holds no other handle.
+
+The classes are final and share no base, so nothing widens by accident: a hook that reaches for
+something of another stage fails under a type checker, and with AttributeError when it runs. Only
+the stage drivers make them.
+"""
+
+from __future__ import annotations
+
+import os
+
+from apptainer_py.kernel import _starter
+from apptainer_py.model import protocol
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import final
+
+    from apptainer_py.model.plan import ContainerPlan
+    from apptainer_py.model.request import ActionRequest
+    from apptainer_py.runtime.mounting import Mounting
+else:
+
+    def final(cls):
+        """Stands for typing.final, whose module costs more than this one."""
+        return cls
+
+
+class Facts:
+    """What the starter says about the caller and the flow; read-only."""
+
+    __slots__ = (
+        "config_lines",
+        "config_problems",
+        "configuration",
+        "flow",
+        "gid",
+        "permitted",
+        "reason",
+        "uid",
+        "umask",
+    )
+
+    def __init__(self, info: Mapping[str, int]) -> None:
+        self.flow: int = info["flow"]
+        self.reason: int = info["reason"]
+        self.uid: int = info["uid"]
+        self.gid: int = info["gid"]
+        self.umask: int = info["umask"]
+        self.permitted: int = info["permitted"]
+        self.configuration: Mapping[str, object] = {}
+        self.config_lines: Mapping[str, int] = {}
+        self.config_problems: list[tuple[int, str, str, str]] = []
+
+
+@final
+class InitContext:
+    """As the stage: may read the administrator's configuration."""
+
+    __slots__ = ("configuration", "stage")
+
+    def __init__(self, configuration: Mapping[str, object], stage: str) -> None:
+        self.configuration = configuration
+        self.stage = stage
+
+
+@final
+class PrepareContext:
+    """As the caller, before anything exists: may read the host and plan the container."""
+
+    __slots__ = (
+        "_info",
+        "_plan",
+        "action",
+        "arguments",
+        "cwd",
+        "environment",
+        "facts",
+        "helpers_wanted",
+        "message",
+    )
+
+    def __init__(
+        self,
+        info: Mapping[str, int],
+        facts: Facts,
+        arguments: tuple[str, ...],
+        environment: Mapping[str, str],
+        cwd: str,
+        action: ActionRequest | None,
+    ) -> None:
+        self._info = info
+        self._plan: ContainerPlan | None = None
+        self.facts = facts
+        self.arguments = arguments
+        self.environment = environment
+        self.cwd = cwd
+        self.action = action
+        self.helpers_wanted = False
+        self.message = b""
+
+    def plan(self, plan: ContainerPlan) -> None:
+        """Set the container that the starter will be asked for."""
+        self._plan = plan
+
+    def planned(self) -> ContainerPlan | None:
+        """Return the plan as it stands."""
+        return self._plan
+
+    def tell_start(self, message: bytes) -> None:
+        """Set what stage 2 will find as its message: any number of bytes."""
+        self.message = message
+
+    def want_host_helpers(self) -> None:
+        """Ask for the host pair, `post_start_host` and `cleanup_host`."""
+        self.helpers_wanted = True
+
+    def use_plain_starter(self) -> None:
+        """Give up the setuid flow for this launch: the starter runs again without the bit."""
+        _starter.send_operation(
+            self._info["keeper_fd"], protocol.OP_PLAIN_STARTER, 0, (), None, None
+        )
+        _starter.receive_reply(self._info["keeper_fd"])
+        os._exit(0)
+
+
+@final
+class CreateContext:
+    """As the caller, beside the container: may ask the mounting process for its operations."""
+
+    __slots__ = ("_methods_fd", "facts", "mounting")
+
+    def __init__(self, facts: Facts, mounting: Mounting, methods_fd: int) -> None:
+        self.facts = facts
+        self.mounting = mounting
+        self._methods_fd = methods_fd
+
+    def call(self, method: str, data: bytes) -> bytes:
+        """Call a method that the engine registered with `register_rpc_methods`."""
+        from apptainer_py.runtime.methods import call_method
+
+        return call_method(self._methods_fd, method, data)
+
+
+@final
+class StartContext:
+    """As the payload, inside the container, sealed: may become the payload and nothing else."""
+
+    __slots__ = ("message",)
+
+    def __init__(self, message: bytes) -> None:
+        self.message = message
+
+    def execve(self, path: bytes, arguments: list[bytes], environment: list[bytes]) -> OSError:
+        """Become the payload; returns, with the reason, only if that fails."""
+        error = _starter.exec_payload(path, arguments, environment)
+        return OSError(error, os.strerror(error))
+
+
+@final
+class PostStartContext:
+    """As the caller: may know which process the payload is."""
+
+    __slots__ = ("facts", "pid")
+
+    def __init__(self, facts: Facts, pid: int) -> None:
+        self.facts = facts
+        self.pid = pid
+
+
+@final
+class MonitorContext:
+    """As the caller, while the payload runs: may wait for its end."""
+
+    __slots__ = ("_keeper_fd", "pid")
+
+    def __init__(self, keeper_fd: int, pid: int) -> None:
+        self._keeper_fd = keeper_fd
+        self.pid = pid
+
+    def wait(self) -> int:
+        """Return the payload's wait status (waitpid(2)); 255 << 8 if the starter is gone."""
+        while True:
+            event = _starter.receive_event(self._keeper_fd)
+            if event is None:
+                return 255 << 8
+            if event[0] == protocol.EVENT_PAYLOAD_ENDED:
+                return event[2]
+
+
+@final
+class CleanupContext:
+    """As the caller, at the end: may know how it ended (None: no payload ever ran)."""
+
+    __slots__ = ("status",)
+
+    def __init__(self, status: int | None) -> None:
+        self.status = status
+
+
+@final
+class PostStartHostContext:
+    """As the caller in the host's namespaces, once the payload runs."""
+
+    __slots__ = ("cwd", "environment")
+
+    def __init__(self, environment: Mapping[str, str], cwd: str) -> None:
+        self.environment = environment
+        self.cwd = cwd
+
+
+@final
+class CleanupHostContext:
+    """As the caller in the host's namespaces, when everything else has ended."""
+
+    __slots__ = ("cwd", "environment", "orderly")
+
+    def __init__(self, environment: Mapping[str, str], cwd: str, *, orderly: bool) -> None:
+        self.environment = environment
+        self.cwd = cwd
+        self.orderly = orderly

@@ -1,0 +1,191 @@
+"""The mounting process's operations, as calls: one function a row of starter/protocol.def.
+
+Requests are sent without waiting, and the replies fetched in order, because each round trip costs
+two process switches. `LaunchError` names the operation, what it was about and what to do.
+"""
+
+from __future__ import annotations
+
+import os
+
+from apptainer_py.base.errors import LaunchError
+from apptainer_py.kernel import _starter
+from apptainer_py.model import protocol
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from apptainer_py.model.plan import Mount
+
+_KERNEL_FS = {
+    "proc": protocol.KERNELFS_PROC,
+    "sysfs": protocol.KERNELFS_SYSFS,
+    "devpts": protocol.KERNELFS_DEVPTS,
+    "mqueue": protocol.KERNELFS_MQUEUE,
+    "tmpfs": protocol.KERNELFS_TMPFS,
+}
+_IN_FLIGHT = 24
+
+
+class StarterRefused(LaunchError):
+    """The starter said no: `code` is an ERR_* of the protocol, `errno` of the call that failed."""
+
+    message = "container creation failed: {what}: {reason}"
+
+
+class StarterGone(LaunchError):
+    """A process of the launch ended in the middle."""
+
+    message = "container creation failed: {what}: a process of the launch has ended"
+
+
+def refused(what: str, code: int, error: int) -> StarterRefused:
+    """Return the exception for a reply that is not ERR_OK."""
+    reason = protocol.ERR_TEXTS.get(code, "unknown reason")
+    if error:
+        reason = f"{reason}: {os.strerror(error).lower()}"
+    return StarterRefused(what=what, reason=reason, code=code, errno=error)
+
+
+class Mounting:
+    """The two channels to the starter, as `create_container` may use them."""
+
+    __slots__ = ("_flight", "_keeper_fd", "_rpc_fd")
+
+    def __init__(self, keeper_fd: int, rpc_fd: int) -> None:
+        self._keeper_fd = keeper_fd
+        self._rpc_fd = rpc_fd
+        self._flight: list[tuple[str, Callable[[int, int], None] | None]] = []
+
+    def _send(
+        self,
+        what: str,
+        op: int,
+        *,
+        flags: int = 0,
+        numbers: tuple[int, ...] = (),
+        first: bytes | None = None,
+        second: bytes | None = None,
+        on_failure: Callable[[int, int], None] | None = None,
+    ) -> None:
+        if len(self._flight) >= _IN_FLIGHT:
+            self._fetch()
+        try:
+            _starter.send_operation(self._rpc_fd, op, flags, numbers, first, second)
+        except ValueError as error:
+            raise LaunchError(text=f"{what}: {error}") from None
+        except OSError:
+            raise StarterGone(what=what) from None
+        self._flight.append((what, on_failure))
+
+    def _fetch(self) -> int:
+        what, on_failure = self._flight.pop(0)
+        try:
+            _, code, error, fd = _starter.receive_reply(self._rpc_fd)
+        except (EOFError, OSError):
+            raise StarterGone(what=what) from None
+        if code != protocol.ERR_OK:
+            if on_failure is None:
+                raise refused(what, code, error)
+            on_failure(code, error)
+        return fd
+
+    def settle(self) -> None:
+        """Fetch every reply that is still out."""
+        while self._flight:
+            self._fetch()
+
+    def _ask(self, what: str, op: int, **fields: object) -> int:
+        self._send(what, op, **fields)  # type: ignore[arg-type]
+        fd = -1
+        while self._flight:
+            fd = self._fetch()
+        return fd
+
+    def session(self, size_mib: int) -> int:
+        """Make the memory file system; returns a descriptor of its directory (size 0: no limit)."""
+        return self._ask(
+            "cannot make the session directory", protocol.OP_SESSION, numbers=(size_mib,)
+        )
+
+    def serve_image(self, device: int, image_fd: int, offset: int, what: str) -> None:
+        """Start the image server on an open image whose file system begins at `offset` bytes."""
+        try:
+            _starter.send_operation(
+                self._keeper_fd, protocol.OP_SERVE_IMAGE, 0, (device, offset), None, None, image_fd
+            )
+            op, code, error, _ = _starter.receive_reply(self._keeper_fd)
+        except (EOFError, OSError):
+            raise StarterGone(what=what) from None
+        if op != protocol.OP_SERVE_IMAGE:
+            raise StarterGone(what=what)
+        if code != protocol.ERR_OK:
+            raise refused(what, code, error)
+
+    def root_fuse(self, device: int, what: str) -> int:
+        """Mount the served image; returns a descriptor of its root."""
+        return self._ask(what, protocol.OP_ROOT_FUSE, numbers=(device,))
+
+    def root_squashfs(self, path: str, facts: tuple[int, int, int, int], what: str) -> int:
+        """Mount with the kernel's driver; `facts` are device, inode, offset and size in bytes."""
+        return self._ask(
+            what, protocol.OP_ROOT_SQUASHFS, numbers=facts, first=os.fsencode(path)
+        )
+
+    def root_directory(self, path: str, dev: int, ino: int, flags: int, what: str) -> int:
+        """Use a directory as the image."""
+        return self._ask(
+            what,
+            protocol.OP_ROOT_DIRECTORY,
+            flags=flags,
+            numbers=(dev, ino),
+            first=os.fsencode(path),
+        )
+
+    def underlay_bind(self, source: bytes, target: bytes) -> None:
+        """Show an entry of the image again, at a place of the underlay."""
+        self._send(
+            f"cannot show {os.fsdecode(source)} in the underlay",
+            protocol.OP_UNDERLAY_BIND,
+            first=source,
+            second=target,
+        )
+
+    def layer(self, kind: int, what: str) -> int:
+        """Put the layer over the image; returns a descriptor of the container's root."""
+        return self._ask(what, protocol.OP_LAYER, numbers=(kind,))
+
+    def mount(self, mount: Mount, on_failure: Callable[[int, int], None] | None) -> None:
+        """Do one entry of the mount plan; `on_failure` gets code and errno instead of a raise."""
+        flags = mount.flags | (protocol.BINDFLAG_MAY_FAIL if on_failure else 0)
+        target = os.fsencode(mount.target)
+        if mount.kind == "bind":
+            self._send(
+                f"mount {mount.source}->{mount.target} error",
+                protocol.OP_BIND,
+                flags=flags,
+                numbers=(mount.area,),
+                first=os.fsencode(mount.source),
+                second=target,
+                on_failure=on_failure,
+            )
+            return
+        group = mount.options if mount.kind == "devpts" else 0
+        size = mount.options if mount.kind == "tmpfs" else 0
+        self._send(
+            f"mount {mount.kind}->{mount.target} error",
+            protocol.OP_MOUNT,
+            flags=flags,
+            numbers=(_KERNEL_FS[mount.kind], group, size),
+            first=target,
+            on_failure=on_failure,
+        )
+
+    def hostname(self, name: str) -> None:
+        """Set the host name of the container's UTS namespace."""
+        self._send("cannot set the host name", protocol.OP_HOSTNAME, first=os.fsencode(name))
+
+    def pivot(self) -> None:
+        """Wait until stage 2 is sealed, and make the container's tree its root; the last one."""
+        self._ask("cannot change the root", protocol.OP_PIVOT)

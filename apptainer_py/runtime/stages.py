@@ -1,0 +1,368 @@
+"""The stage drivers: in each process of a launch that runs Python, which hooks run, in which order.
+
+The C side (starter/stage.c) has forked and dropped before this module is loaded, and compares the
+process's real identity with the stage's before each hook.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from apptainer_py.base import log
+from apptainer_py.base.errors import ApptainerError, LaunchError
+from apptainer_py.kernel import _starter
+from apptainer_py.model import protocol
+from apptainer_py.runtime import engine as engines
+from apptainer_py.runtime.contexts import (
+    CleanupContext,
+    CleanupHostContext,
+    CreateContext,
+    Facts,
+    InitContext,
+    MonitorContext,
+    PostStartContext,
+    PostStartHostContext,
+    PrepareContext,
+    StartContext,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from apptainer_py.model.request import ActionRequest
+
+    Parse = Callable[[list[str], Mapping[str, str]], ActionRequest | None]
+    LoadBuiltin = Callable[[str], None]
+
+_STAGE_NAMES = {
+    protocol.STAGE_MASTER: "master",
+    protocol.STAGE_START: "stage2",
+    protocol.STAGE_POST_START_HOST: "post_start_host",
+    protocol.STAGE_CLEANUP_HOST: "cleanup_host",
+    protocol.STAGE_METHODS: "methods",
+}
+
+
+class Request:
+    """The launcher's request, decoded: what the caller typed and had around."""
+
+    __slots__ = ("arguments", "cwd", "engine", "engine_file", "environment")
+
+    def __init__(self, fd: int) -> None:
+        size = os.fstat(fd).st_size
+        arguments, environment, cwd, engine, engine_file = _starter.read_request(
+            os.pread(fd, size, 0)
+        )
+        self.arguments = [os.fsdecode(word) for word in arguments]
+        self.environment: dict[str, str] = {}
+        for entry in environment:
+            name, equals, value = entry.partition(b"=")
+            if equals and name:
+                self.environment.setdefault(os.fsdecode(name), os.fsdecode(value))
+        self.cwd = os.fsdecode(cwd)
+        self.engine = os.fsdecode(engine)
+        self.engine_file = os.fsdecode(engine_file)
+
+
+def _load_engine(request: Request, load_builtin: LoadBuiltin) -> engines.Operations:
+    if request.engine_file:
+        with open(request.engine_file, "rb") as source:
+            code = compile(source.read(), request.engine_file, "exec")
+        exec(code, {"__name__": "engine", "__file__": request.engine_file})
+    else:
+        load_builtin(request.engine)
+    return engines.find_operations(request.engine)()
+
+
+def _read_config(facts: Facts, info: Mapping[str, int]) -> None:
+    if info["config_fd"] >= 0:
+        values, lines, problems = _starter.parse_config_fd(info["config_fd"])
+    else:
+        values, lines, problems = _starter.default_config()
+    facts.configuration = values
+    facts.config_lines = lines
+    facts.config_problems = problems
+
+
+def run(info: Mapping[str, int], parse: Parse, load_builtin: LoadBuiltin) -> int:
+    """Run this process's stage; returns its exit status.
+
+    `parse` turns the caller's words and environment into an ActionRequest; `load_builtin` imports
+    the engine of a name, which registers itself.
+    """
+    stage = info["stage"]
+    log.stage = _STAGE_NAMES[stage]
+    facts = Facts(info)
+    _read_config(facts, info)
+    if stage == protocol.STAGE_START:
+        return _run_start(info, facts, load_builtin)
+    request = Request(info["request_fd"])
+    if stage == protocol.STAGE_MASTER:
+        return Master(info, facts, request).run(parse, load_builtin)
+    operations = _load_engine(request, load_builtin)
+    _init(operations, facts, stage)
+    if stage == protocol.STAGE_METHODS:
+        from apptainer_py.runtime.methods import serve_rpc_requests
+
+        return serve_rpc_requests(info["methods_fd"], engines.find_rpc_methods(request.engine))
+    return _run_host_helper(info, operations, request)
+
+
+def _init(operations: engines.Operations, facts: Facts, stage: int) -> None:
+    context = InitContext(facts.configuration, _STAGE_NAMES[stage])
+    _starter.run_hook(protocol.HOOK_INIT_CONFIG, operations.init_config, context)
+
+
+class Master:
+    """Stage 1, which stays to create, watch and clean up."""
+
+    def __init__(self, info: Mapping[str, int], facts: Facts, request: Request) -> None:
+        self.info = info
+        self.facts = facts
+        self.request = request
+        self.keeper_fd = info["keeper_fd"]
+        self.operations = engines.Operations()
+        self.container_pid = 0
+        self.status: int | None = None
+
+    def run(self, parse: Parse, load_builtin: LoadBuiltin) -> int:
+        """Do the launch, step by step; returns 0, or the status of what went wrong."""
+        try:
+            # An engine of a test understands its own words.
+            action = (
+                None
+                if self.request.engine_file
+                else parse(self.request.arguments[1:], self.request.environment)
+            )
+            self.operations = _load_engine(self.request, load_builtin)
+            _init(self.operations, self.facts, protocol.STAGE_MASTER)
+            context = self.prepare(action)
+            self.ask_for_container(context)
+            self.start_stage2(context)
+            return self.create_and_watch(context)
+        except ApptainerError as error:
+            self.clean_up()
+            return report(error)
+
+    def prepare(self, action: ActionRequest | None) -> PrepareContext:
+        """Run `prepare_config`; start the host pair if the engine wants it."""
+        context = PrepareContext(
+            self.info,
+            self.facts,
+            tuple(self.request.arguments),
+            self.request.environment,
+            self.request.cwd,
+            action,
+        )
+        _starter.run_hook(
+            protocol.HOOK_PREPARE_CONFIG, self.operations.prepare_config, context
+        )
+        if context.helpers_wanted:
+            self._ask_keeper("cannot start the host helpers", protocol.OP_HOST_HELPERS)
+        return context
+
+    def _ask_keeper(self, what: str, op: int) -> None:
+        from apptainer_py.runtime.mounting import refused
+
+        _starter.send_operation(self.keeper_fd, op, 0, (), None, None)
+        self._reply(what, refused)
+
+    def _reply(self, what: str, refused: Callable[[str, int, int], LaunchError]) -> None:
+        try:
+            _, code, error, _ = _starter.receive_reply(self.keeper_fd)
+        except EOFError:
+            raise LaunchError(text=f"{what}: the starter has ended") from None
+        if code != protocol.ERR_OK:
+            raise refused(what, code, error)
+
+    def ask_for_container(self, context: PrepareContext) -> None:
+        """Have keeper judge the plan and clone the container."""
+        from apptainer_py.runtime.mounting import refused
+
+        plan = context.planned()
+        if plan is None:
+            raise LaunchError(text=f"the engine {self.request.engine} planned no container")
+        flags = plan.flags
+        if self.request.engine_file and engines.find_rpc_methods(self.request.engine):
+            flags |= protocol.PLANFLAG_METHODS
+        _starter.send_container(
+            self.keeper_fd,
+            protocol.OP_CONTAINER,
+            os.fsencode(plan.image),
+            plan.spaces,
+            flags,
+            plan.fuse_count,
+            plan.uid,
+            plan.gid,
+            plan.groups,
+            plan.caps,
+        )
+        self._reply("container creation failed", refused)
+
+    def start_stage2(self, context: PrepareContext) -> None:
+        """Give stage 2 its message, in a file of its own: it may be longer than a frame."""
+        fd = os.memfd_create("message", os.MFD_CLOEXEC)
+        with open(fd, "wb", closefd=False) as message:
+            message.write(context.message)
+        name = os.fsencode(self.request.engine + "\0" + self.request.engine_file)
+        _starter.send_bytes(self.info["start_fd"], name, fd)
+        os.close(fd)
+
+    def create_and_watch(self, context: PrepareContext) -> int:
+        """Run the remaining hooks; the payload's status is keeper's business."""
+        from apptainer_py.runtime.mounting import Mounting
+
+        mounting = Mounting(self.keeper_fd, self.info["rpc_fd"])
+        create = CreateContext(self.facts, mounting, self.info["methods_fd"])
+        try:
+            _starter.run_hook(
+                protocol.HOOK_CREATE_CONTAINER, self.operations.create_container, create
+            )
+        except ApptainerError:
+            if self._stage2_said():
+                raise StageFailed from None
+            raise
+        os.close(self.info["rpc_fd"])
+        if not self.wait_until_started():
+            self.clean_up()
+            return 255
+        self._trigger_helper(0)
+        started = PostStartContext(self.facts, self.container_pid)
+        _starter.run_hook(
+            protocol.HOOK_POST_START_PROCESS, self.operations.post_start_process, started
+        )
+        monitor = MonitorContext(self.keeper_fd, self.container_pid)
+        if self.status is None:
+            self.status = _starter.run_hook(
+                protocol.HOOK_MONITOR_CONTAINER, self.operations.monitor_container, monitor
+            )
+        self.clean_up()
+        return 0
+
+    def _stage2_said(self) -> bool:
+        """Return whether stage 2 has already told the user why it ended."""
+        try:
+            os.set_blocking(self.info["start_fd"], False)
+            return bool(_starter.receive_bytes(self.info["start_fd"], 16)[0])
+        except OSError:
+            return False
+
+    def wait_until_started(self) -> bool:
+        """Wait until stage 2 has become the payload, which closes its end; False if it failed."""
+        said, _ = _starter.receive_bytes(self.info["start_fd"], 16)
+        if said:
+            return False
+        event = _starter.receive_event(self.keeper_fd)
+        if event is not None and event[0] == protocol.EVENT_GO:
+            self.container_pid = event[1]
+            return True
+        if event is not None and event[0] == protocol.EVENT_PAYLOAD_ENDED:
+            self.status = event[2]
+        return False
+
+    def _trigger_helper(self, which: int) -> None:
+        fd = self.info["helper_fds"][which]  # type: ignore[index]
+        if fd < 0:
+            return
+        try:
+            _starter.send_bytes(fd, b"c")
+            answer, _ = _starter.receive_bytes(fd, 16)
+        except OSError:
+            return
+        if answer == b"f" and which == 0:
+            raise LaunchError(text="the engine's post_start_host hook failed")
+
+    def clean_up(self) -> None:
+        """Run `cleanup_container`, then `cleanup_host`; a failure is told and changes no status."""
+        context = CleanupContext(self.status)
+        try:
+            _starter.run_hook(
+                protocol.HOOK_CLEANUP_CONTAINER, self.operations.cleanup_container, context
+            )
+        except ApptainerError as error:
+            log.warning(f"cleanup: {error}")
+        self._trigger_helper(1)
+
+
+class StageFailed(ApptainerError):
+    """Stage 2 ended, and has said why."""
+
+    message = ""
+
+
+def report(error: ApptainerError) -> int:
+    """Say what went wrong and what to do; returns the exit status."""
+    text = str(error)
+    if text:
+        log.fatal(text)
+        hint = error.advice()
+        if hint:
+            log.info(hint)
+    return error.exit_code
+
+
+class _Sealed:
+    """Refuses every import: after the root has changed, a module would be the image's."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        raise ImportError(f"{name} is imported after the seal")
+
+
+def seal() -> None:
+    """Make sure that nothing more is loaded from a file system that is about to be replaced."""
+    sys.path.clear()
+    sys.path_hooks.clear()
+    sys.path_importer_cache.clear()
+    sys.meta_path[:] = [_Sealed()]  # type: ignore[list-item]
+
+
+def _run_start(info: Mapping[str, int], facts: Facts, load_builtin: LoadBuiltin) -> int:
+    name, fd = _starter.receive_bytes(info["start_fd"], 8192)
+    if fd < 0:
+        return 255
+    request = object.__new__(Request)
+    request.engine, _, request.engine_file = os.fsdecode(name).partition("\0")
+    operations = _load_engine(request, load_builtin)
+    _init(operations, facts, protocol.STAGE_START)
+    with open(fd, "rb") as message:
+        message.seek(0)
+        context = StartContext(message.read())
+    seal()
+    if not _starter.wait_for_go():
+        return 255
+    try:
+        _starter.run_hook(protocol.HOOK_START_PROCESS, operations.start_process, context)
+    except ApptainerError as error:
+        # Before the exit: master must not see an end that looks like a successful execve.
+        _starter.send_bytes(info["start_fd"], b"failed")
+        return report(error)
+    except Exception as error:
+        _starter.send_bytes(info["start_fd"], b"failed")
+        log.fatal(f"internal error: {type(error).__name__}: {error}")
+        return 255
+    _starter.send_bytes(info["start_fd"], b"failed")
+    return 255
+
+
+def _run_host_helper(
+    info: Mapping[str, int], operations: engines.Operations, request: Request
+) -> int:
+    fd = info["trigger_fd"]
+    orderly = bool(_starter.receive_bytes(fd, 16)[0])
+    environment, cwd = request.environment, request.cwd
+    answer = b"c"
+    try:
+        if info["stage"] == protocol.STAGE_CLEANUP_HOST:
+            last = CleanupHostContext(environment, cwd, orderly=orderly)
+            _starter.run_hook(protocol.HOOK_CLEANUP_HOST, operations.cleanup_host, last)
+        elif orderly:
+            first = PostStartHostContext(environment, cwd)
+            _starter.run_hook(protocol.HOOK_POST_START_HOST, operations.post_start_host, first)
+    except ApptainerError as error:
+        report(error)
+        answer = b"f"
+    if orderly:
+        _starter.send_bytes(fd, answer)
+    return 0

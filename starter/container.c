@@ -1,0 +1,182 @@
+/* clone(namespaces), and what the child does before it is shim or stage 2. */
+#include <errno.h>
+#include <linux/capability.h>
+#include <net/if.h>
+#include <sched.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mount.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "starter.h"
+
+pid_t stage_rpc_pid; /* without a shim stage 2 waits for rpc itself */
+
+static const struct {
+    enum space space;
+    int flag;
+} spaces[] = {
+    {SPACE_PID, CLONE_NEWPID}, {SPACE_IPC, CLONE_NEWIPC},       {SPACE_UTS, CLONE_NEWUTS},
+    {SPACE_NET, CLONE_NEWNET}, {SPACE_CGROUP, CLONE_NEWCGROUP},
+};
+
+static void close_fd(int *fd) {
+    if (*fd >= 0)
+        close(*fd);
+    *fd = -1;
+}
+
+static void close_fuse(struct launch *l) {
+    for (size_t i = 0; i < LIMIT_FUSE_DEVICES; i++)
+        close_fd(&l->fuse_fds[i]);
+}
+
+/* What neither rpc, shim nor stage 2 may hold: keeper's and master's ends. */
+static void close_outer_ends(struct launch *l) {
+    close_fd(&l->keeper_socket[0]);
+    close_fd(&l->keeper_socket[1]);
+    close_fd(&l->rpc_socket[1]);
+    close_fd(&l->start_socket[1]);
+    close_fd(&l->methods_socket[1]);
+    close_fd(&l->go_pipe[1]);
+    close_fd(&l->ready_pipe[0]);
+    for (int i = 0; i < 2; i++) {
+        close_fd(&l->helper_sockets[i][0]);
+        close_fd(&l->helper_sockets[i][1]);
+    }
+}
+
+/* Nothing that is mounted from now on is seen outside. */
+static int make_mounts_private(const struct launch *l) {
+    unsigned long propagation = l->plan.flags & PLAN_SLAVE ? MS_SLAVE : MS_PRIVATE;
+    /* SAFE: changes the propagation of this process's own new namespace only. */
+    return mount(NULL, "/", NULL, MS_REC | propagation, NULL);
+}
+
+/* A new network namespace has its loopback down. */
+static int loopback_up(void) {
+    struct ifreq request = {.ifr_name = "lo"};
+    int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    if (fd < 0)
+        return -1;
+    int result = ioctl(fd, SIOCGIFFLAGS, &request);
+    request.ifr_flags |= IFF_UP;
+    if (result == 0)
+        result = ioctl(fd, SIOCSIFFLAGS, &request); /* SAFE: the container's own network only */
+    close(fd);
+    return result;
+}
+
+static pid_t fork_rpc(struct launch *l) {
+    step_begin(STEP_FORK_RPC);
+    pid_t pid = fork();
+    if (pid != 0) {
+        step_end(STEP_FORK_RPC);
+        return pid;
+    }
+    trace_set_role(ROLE_RPC);
+    close_fd(&l->start_socket[0]);
+    close_fd(&l->methods_socket[0]);
+    close_fd(&l->seal_pipe[1]);
+    close_fd(&l->ready_pipe[1]);
+    close_fd(&l->go_pipe[0]);
+    sanitize_close_inherited(l);
+    rpc_main(l);
+}
+
+/* Methods of an engine that is not built in: Python with rpc's identity, never in the setuid flow. */
+static int fork_methods(struct launch *l) {
+    step_begin(STEP_FORK_METHODS);
+    pid_t pid = fork();
+    if (pid == 0) {
+        close_fd(&l->start_socket[0]);
+        close_fd(&l->rpc_socket[0]);
+        close_fd(&l->seal_pipe[0]);
+        close_fd(&l->seal_pipe[1]);
+        close_fd(&l->ready_pipe[1]);
+        sanitize_close_inherited(l);
+        close_fuse(l);
+        (void)prctl(PR_SET_PDEATHSIG, SIGKILL);
+        stage_run(l, STAGE_METHODS);
+    }
+    step_end(STEP_FORK_METHODS);
+    close_fd(&l->methods_socket[0]);
+    return pid < 0 ? -1 : 0;
+}
+
+NO_RETURN static void become_stage2(struct launch *l) {
+    trace_set_role(ROLE_STAGE2);
+    close_fd(&l->rpc_socket[0]);
+    close_fd(&l->seal_pipe[0]);
+    close_fuse(l);
+    if (chdir("/") < 0) /* pivot_root moves only those whose directory is the root itself */
+        _exit(255);
+    stage_run(l, STAGE_START);
+}
+
+NO_RETURN static void become_shim(struct launch *l, pid_t rpc) {
+    step_begin(STEP_FORK_STAGE2);
+    pid_t stage2 = fork();
+    if (stage2 < 0)
+        _exit(255);
+    if (stage2 == 0) {
+        close_fd(&l->ready_pipe[1]);
+        become_stage2(l);
+    }
+    step_end(STEP_FORK_STAGE2);
+    close_fd(&l->rpc_socket[0]);
+    close_fd(&l->start_socket[0]);
+    close_fd(&l->seal_pipe[0]);
+    close_fd(&l->seal_pipe[1]);
+    close_fuse(l);
+    if (chdir("/") < 0)
+        _exit(255);
+    shim_main(l, rpc, stage2);
+}
+
+NO_RETURN static void container_main(struct launch *l) {
+    trace_set_role(ROLE_CONTAINER);
+    (void)prctl(PR_SET_PDEATHSIG, SIGKILL);
+    close_outer_ends(l);
+    const struct raised *raised = privs_raise(CAP_BIT(CAP_SYS_ADMIN) | CAP_BIT(CAP_NET_ADMIN));
+    if (!raised)
+        raised = privs_raise(CAP_BIT(CAP_SYS_ADMIN));
+    if (!raised || make_mounts_private(l) < 0)
+        fail("cannot make the container's mounts private", errno);
+    if (l->plan.spaces & SPACE_NET && loopback_up() < 0)
+        report("WARNING: ", "the loopback interface could not be brought up");
+    privs_lower(raised);
+    pid_t rpc = fork_rpc(l);
+    if (rpc < 0 || (l->plan.flags & PLAN_METHODS && fork_methods(l) < 0))
+        fail("cannot start the container's processes", errno);
+    if (l->plan.flags & PLAN_SHIM)
+        become_shim(l, rpc);
+    stage_rpc_pid = rpc;
+    become_stage2(l);
+}
+
+pid_t container_start(struct launch *l, int *err) {
+    unsigned long flags = CLONE_NEWNS | SIGCHLD;
+    for (size_t i = 0; i < ARRAY_SIZE(spaces); i++)
+        if (l->plan.spaces & spaces[i].space)
+            flags |= (unsigned long)spaces[i].flag;
+    const struct raised *raised = privs_raise(CAP_BIT(CAP_SYS_ADMIN));
+    if (!raised) {
+        *err = EPERM;
+        return -1;
+    }
+    step_begin(STEP_FORK_CONTAINER);
+    /* SAFE: new namespaces only, from a mask of five known kinds; a single-threaded process. */
+    pid_t pid = (pid_t)syscall(SYS_clone, flags, NULL, NULL, NULL, NULL);
+    *err = errno;
+    if (pid == 0) {
+        privs_lower(raised);
+        container_main(l);
+    }
+    step_end(STEP_FORK_CONTAINER);
+    privs_lower(raised);
+    return pid;
+}

@@ -1,0 +1,552 @@
+/* The first process: parent and reaper of all others; holds privilege until the payload can start,
+ * and none afterwards. */
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/capability.h>
+#include <poll.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/signalfd.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "starter.h"
+
+enum phase { PREPARE, SETUP, RUN, ENDED };
+
+struct keeper {
+    struct launch *launch;
+    enum phase phase;
+    int signals;
+    pid_t master, container, helpers[2], servers[LIMIT_FUSE_DEVICES];
+    bool master_alive, container_alive;
+    int master_status, container_status;
+    uint32_t uses[8];
+};
+
+static void close_fd(int *fd) {
+    if (*fd >= 0)
+        close(*fd);
+    *fd = -1;
+}
+
+static void close_fuse(struct launch *l) {
+    for (size_t i = 0; i < LIMIT_FUSE_DEVICES; i++)
+        close_fd(&l->fuse_fds[i]);
+}
+
+static void open_channels(struct launch *l) {
+    l->methods_socket[0] = l->methods_socket[1] = -1;
+    for (int i = 0; i < 2; i++)
+        l->helper_sockets[i][0] = l->helper_sockets[i][1] = -1;
+    for (size_t i = 0; i < LIMIT_FUSE_DEVICES; i++)
+        l->fuse_fds[i] = -1;
+    bool builtin = l->request.total - l->request.engine_file_off == 1;
+    if (wire_pair(l->keeper_socket) < 0 || wire_pair(l->rpc_socket) < 0 ||
+        wire_pair(l->start_socket) < 0 || pipe2(l->seal_pipe, O_CLOEXEC) < 0 ||
+        pipe2(l->ready_pipe, O_CLOEXEC) < 0 || pipe2(l->go_pipe, O_CLOEXEC) < 0 ||
+        (!builtin && (wire_pair(l->methods_socket) < 0 || wire_pair(l->helper_sockets[0]) < 0 ||
+                      wire_pair(l->helper_sockets[1]) < 0)))
+        fail("cannot make the channels between the processes", errno);
+}
+
+static int block_signals(void) {
+    sigset_t all;
+    sigfillset(&all);
+    sigprocmask(SIG_SETMASK, &all, NULL);
+    return signalfd(-1, &all, SFD_CLOEXEC | SFD_NONBLOCK);
+}
+
+static void unblock_signals(void) {
+    sigset_t none;
+    sigemptyset(&none);
+    sigprocmask(SIG_SETMASK, &none, NULL);
+}
+
+/* ---- master and host helpers ---- */
+
+static void close_inner_ends(struct launch *l) {
+    close_fd(&l->keeper_socket[0]);
+    close_fd(&l->rpc_socket[0]);
+    close_fd(&l->start_socket[0]);
+    close_fd(&l->methods_socket[0]);
+    close_fd(&l->seal_pipe[0]);
+    close_fd(&l->seal_pipe[1]);
+    close_fd(&l->ready_pipe[0]);
+    close_fd(&l->ready_pipe[1]);
+    close_fd(&l->go_pipe[0]);
+    close_fd(&l->go_pipe[1]);
+    close_fuse(l);
+    sanitize_close_inherited(l);
+    unblock_signals();
+}
+
+static void close_master_ends(struct launch *l) {
+    close_fd(&l->keeper_socket[1]);
+    close_fd(&l->rpc_socket[1]);
+    close_fd(&l->start_socket[1]);
+    close_fd(&l->methods_socket[1]);
+    close_fd(&l->helper_sockets[0][1]);
+    close_fd(&l->helper_sockets[1][1]);
+}
+
+static void start_master(struct keeper *k) {
+    struct launch *l = k->launch;
+    step_begin(STEP_FORK_MASTER);
+    k->master = fork();
+    if (k->master < 0)
+        fail("cannot start a process", errno);
+    if (k->master == 0) {
+        close_inner_ends(l);
+        close_fd(&k->signals);
+        close_fd(&l->helper_sockets[0][0]);
+        close_fd(&l->helper_sockets[1][0]);
+        stage_run(l, STAGE_MASTER);
+    }
+    step_end(STEP_FORK_MASTER);
+    k->master_alive = true;
+    close_master_ends(l);
+}
+
+/* In the host's namespaces, with the caller's own rights; ends when master says so, or dies. */
+static pid_t start_helper(struct keeper *k, int which) {
+    struct launch *l = k->launch;
+    step_begin(STEP_FORK_HELPER);
+    pid_t pid = fork();
+    if (pid == 0) {
+        close_inner_ends(l);
+        close_fd(&k->signals);
+        close_fd(&l->helper_sockets[1 - which][0]);
+        stage_run(l, which == 0 ? STAGE_POST_START_HOST : STAGE_CLEANUP_HOST);
+    }
+    step_end(STEP_FORK_HELPER);
+    return pid;
+}
+
+/* ---- operations ---- */
+
+union keeper_request {
+    struct op_request plain;
+    struct container_request container;
+};
+
+/* Operations that say nothing but their number. */
+static int no_fields(const union keeper_request *request, size_t size) {
+    const struct op_request *q = &request->plain;
+    uint64_t any = q->flags | q->length[0] | q->length[1];
+    for (int i = 0; i < 6; i++)
+        any |= q->num[i];
+    return wire_check_request(q, size) < 0 || any != 0 ? -1 : 0;
+}
+
+static int open_fuse_devices(struct launch *l, int *error) {
+    const struct raised *raised = NULL;
+    if (l->flow != FLOW_USERNS)
+        raised = privs_raise(CAP_BIT(CAP_DAC_OVERRIDE));
+    for (uint32_t i = 0; i < l->plan.fuse_count; i++) {
+        /* SAFE: one fixed device, handed to the mounting process and the image server alone. */
+        l->fuse_fds[i] = open("/dev/fuse", O_RDWR | O_CLOEXEC);
+        *error = errno;
+        if (l->fuse_fds[i] < 0)
+            break;
+    }
+    privs_lower(raised);
+    return l->plan.fuse_count == 0 || l->fuse_fds[l->plan.fuse_count - 1] >= 0 ? ERR_OK : ERR_FUSE;
+}
+
+static int enter_userns(struct launch *l, int *error) {
+    if (l->flow != FLOW_USERNS)
+        return ERR_OK;
+    step_begin(STEP_USERNS);
+    int result = privs_make_userns(l);
+    *error = errno;
+    step_end(STEP_USERNS);
+    return result < 0 ? ERR_NAMESPACE : ERR_OK;
+}
+
+/* CONTAINER: the plan is judged again, recorded, and carried out. */
+static int op_container(struct keeper *k, const union keeper_request *request, size_t size,
+                        int passed, struct op_reply *a) {
+    struct launch *l = k->launch;
+    const struct container_request *q = &request->container;
+    (void)passed;
+    char image[sizeof(q->image) + 1] = "";
+    if (size != sizeof(*q) || q->image_length > sizeof(q->image))
+        return ERR_MALFORMED;
+    memcpy(image, q->image, q->image_length);
+    int code = policy_plan(l, &q->plan);
+    if (code == ERR_MALFORMED)
+        return code;
+    const char *decision = code == ERR_OK ? "allowed" : "refused";
+    if (audit_launch(l, &q->plan, image, decision) < 0) {
+        a->error = errno;
+        report("FATAL:   ", "the audit record cannot be written; tell your administrator");
+        return ERR_REFUSED;
+    }
+    if (code != ERR_OK)
+        return code;
+    l->plan = q->plan;
+    if ((code = enter_userns(l, &a->error)) != ERR_OK ||
+        (code = open_fuse_devices(l, &a->error)) != ERR_OK)
+        return code;
+    k->container = container_start(l, &a->error);
+    if (k->container < 0)
+        return a->error == EAGAIN ? ERR_FORK : ERR_NAMESPACE;
+    a->error = 0;
+    k->container_alive = true;
+    close_fd(&l->rpc_socket[0]);
+    close_fd(&l->start_socket[0]);
+    close_fd(&l->methods_socket[0]);
+    close_fd(&l->seal_pipe[0]);
+    close_fd(&l->seal_pipe[1]);
+    close_fd(&l->ready_pipe[1]);
+    close_fd(&l->go_pipe[0]);
+    privs_new_keyring();
+    return ERR_OK;
+}
+
+static int op_host_helpers(struct keeper *k, const union keeper_request *request, size_t size,
+                           int passed, struct op_reply *a) {
+    struct launch *l = k->launch;
+    (void)passed;
+    if (no_fields(request, size) < 0)
+        return ERR_MALFORMED;
+    if (l->helper_sockets[0][0] < 0)
+        return ERR_REFUSED;
+    for (int i = 0; i < 2; i++) {
+        k->helpers[i] = start_helper(k, i);
+        a->error = errno;
+        if (k->helpers[i] < 0)
+            return ERR_FORK;
+    }
+    close_fd(&l->helper_sockets[0][0]);
+    close_fd(&l->helper_sockets[1][0]);
+    a->error = 0;
+    return ERR_OK;
+}
+
+/* SERVE_IMAGE(device, offset) and the open image: judged again on that descriptor. */
+static int op_serve_image(struct keeper *k, const union keeper_request *request, size_t size,
+                          int image_fd, struct op_reply *a) {
+    struct launch *l = k->launch;
+    const struct op_request *q = &request->plain;
+    struct stat st;
+    if (wire_check_request(q, size) < 0 || q->num[0] >= LIMIT_FUSE_DEVICES || l->fuse_fds[q->num[0]] < 0 || image_fd < 0 || q->flags ||
+        q->num[2] || q->num[3] || q->num[4] || q->num[5] || q->length[0] || q->length[1])
+        return ERR_MALFORMED;
+    int mode = fcntl(image_fd, F_GETFL);
+    if (mode < 0 || mode & O_PATH || (mode & O_ACCMODE) == O_WRONLY || fstat(image_fd, &st) < 0 ||
+        !S_ISREG(st.st_mode) || q->num[1] >= (uint64_t)st.st_size)
+        return ERR_KIND;
+    int code = l->flow == FLOW_SETUID ? policy_image(l, image_fd) : ERR_OK;
+    if (code != ERR_OK)
+        return code;
+    int *device = &l->fuse_fds[q->num[0]];
+    k->servers[q->num[0]] = server_start(l, image_fd, *device, q->num[1]);
+    a->error = errno;
+    close_fd(device); /* with our copy open, the server's death would hang every access */
+    if (k->servers[q->num[0]] < 0)
+        return ERR_FORK;
+    a->error = 0;
+    return ERR_OK;
+}
+
+/* The setuid flow does not apply after all: no way back, then the program without the bit. */
+NO_RETURN void keeper_become_plain(struct launch *l) {
+    struct target_identity target = {.uid = l->uid, .gid = l->gid, .keep_bounding = true};
+    char number[16] = "";
+    step_begin(STEP_PLAIN_STARTER);
+    append_number(number, sizeof(number), (uint64_t)l->request_fd);
+    target.caps[CAP_SET_BOUNDING] = l->bounding;
+    /* SAFE: irrevocable, verified; what follows is the caller's own program with its own rights. */
+    if (privs_drop(&target) < 0)
+        fail("cannot give up privileges", errno);
+    (void)fcntl(l->request_fd, F_SETFD, 0);
+    if (l->trace_file >= 0)
+        (void)fcntl(l->trace_file, F_SETFD, 0);
+    umask(l->inherited.umask);
+    sanitize_restore_for_payload(l);
+    static char name[] = "Apptainer runtime parent", policy[] = "policy", starter[] = APY_STARTER;
+    char *const argv[] = {name, number, policy, NULL};
+    char *const envp[] = {NULL};
+    execve(starter, argv, envp);
+    fail("cannot run " APY_STARTER, errno);
+}
+
+static int op_plain_starter(struct keeper *k, const union keeper_request *request, size_t size,
+                            int passed, struct op_reply *a) {
+    int status;
+    (void)passed;
+    (void)a;
+    if (no_fields(request, size) < 0)
+        return ERR_MALFORMED;
+    (void)kill(k->master, SIGKILL);
+    (void)waitpid(k->master, &status, 0);
+    keeper_become_plain(k->launch);
+}
+
+typedef int (*operation)(struct keeper *, const union keeper_request *, size_t, int,
+                         struct op_reply *);
+
+#define ROW_KEEPER(name, phase, next, times, function) {OP_##name, phase, next, times, function},
+#define ROW_RPC(name, phase, next, times, function)
+
+/* The rows of protocol.def that keeper serves. */
+static const struct row {
+    uint32_t op;
+    enum phase phase, next_phase;
+    uint32_t times;
+    operation run;
+} table[] = {
+#define OP(name, number, server, phase, next, times, function)                                     \
+    ROW_##server(name, phase, next, times, function)
+#include "rows.h"
+};
+
+NO_RETURN static void abandon(struct keeper *k, uint32_t op, int code) {
+    trace_operation(op, trace_now(), code, 0, "the launch is abandoned");
+    report("FATAL:   ", code == ERR_PHASE   ? "a request came outside its phase; the launch is "
+                                              "abandoned"
+                        : code == ERR_TIMES ? "a request came once too often; the launch is "
+                                              "abandoned"
+                                            : "a request is malformed; the launch is abandoned");
+    if (k->container_alive)
+        (void)kill(k->container, SIGKILL);
+    (void)kill(k->master, SIGKILL);
+    _exit(255);
+}
+
+static const struct row *find_row(struct keeper *k, uint32_t op) {
+    for (size_t i = 0; i < ARRAY_SIZE(table); i++) {
+        if (table[i].op != op)
+            continue;
+        if (table[i].phase != k->phase)
+            abandon(k, op, ERR_PHASE);
+        if (k->uses[i]++ >= table[i].times)
+            abandon(k, op, ERR_TIMES);
+        return &table[i];
+    }
+    abandon(k, op, ERR_MALFORMED);
+}
+
+static void serve(struct keeper *k) {
+    static union keeper_request q;
+    int passed;
+    ssize_t got = wire_receive(k->launch->keeper_socket[0], &q, sizeof(q), &passed);
+    if (got <= 0) {
+        close_fd(&k->launch->keeper_socket[0]); /* master is gone or going: its exit says more */
+        return;
+    }
+    if (got < (ssize_t)sizeof(uint32_t))
+        abandon(k, 0, ERR_MALFORMED);
+    struct op_reply a = {.op = q.plain.op};
+    uint64_t start = trace_now();
+    const struct row *row = find_row(k, q.plain.op);
+    step_operation(q.plain.op, false);
+    a.code = row->run(k, &q, (size_t)got, passed, &a);
+    if (a.code == ERR_MALFORMED)
+        abandon(k, q.plain.op, ERR_MALFORMED);
+    if (a.code == ERR_OK)
+        k->phase = row->next_phase;
+    trace_operation(q.plain.op, start, a.code, a.error, NULL);
+    step_operation(q.plain.op, true);
+    if (passed >= 0)
+        close(passed);
+    if (wire_send(k->launch->keeper_socket[0], &a, sizeof(a), -1) < 0)
+        close_fd(&k->launch->keeper_socket[0]);
+}
+
+/* ---- what the children do ---- */
+
+static void tell_master(struct keeper *k, enum event event, pid_t pid, int status) {
+    struct event_frame frame = {.event = event, .pid = pid, .status = status};
+    if (k->launch->keeper_socket[0] >= 0)
+        (void)send(k->launch->keeper_socket[0], &frame, sizeof(frame), MSG_NOSIGNAL | MSG_DONTWAIT);
+}
+
+static void child_stopped(struct keeper *k, pid_t pid) {
+    /* Our shell waits for us: it must see the job stopped. */
+    if (pid == k->container && k->phase == RUN && getpgid(pid) == getpgrp())
+        (void)kill(getpid(), SIGSTOP);
+}
+
+static void child_ended(struct keeper *k, pid_t pid, int status) {
+    if (pid == k->master) {
+        k->master_alive = false;
+        k->master_status = status;
+        if (k->container_alive)
+            (void)kill(k->container, SIGKILL);
+    } else if (pid == k->container) {
+        step_begin(STEP_PAYLOAD_ENDED);
+        k->container_alive = false;
+        k->container_status = status;
+        tell_master(k, EVENT_PAYLOAD_ENDED, pid, status);
+        step_end(STEP_PAYLOAD_ENDED);
+    }
+    for (size_t i = 0; i < LIMIT_FUSE_DEVICES; i++)
+        if (pid == k->servers[i]) {
+            k->servers[i] = 0;
+            tell_master(k, EVENT_SERVER_ENDED, pid, status);
+            /* Without its image nothing in the container can go on. */
+            if (k->container_alive)
+                (void)kill(k->container, SIGKILL);
+        }
+}
+
+static void reap(struct keeper *k) {
+    int status;
+    pid_t pid;
+    while ((pid = waitpid(-1, &status, WNOHANG | WUNTRACED)) > 0) {
+        if (WIFSTOPPED(status))
+            child_stopped(k, pid);
+        else
+            child_ended(k, pid, status);
+    }
+}
+
+/* ---- signals ---- */
+
+NO_RETURN static void die_by(int number) {
+    struct sigaction standard = {.sa_handler = SIG_DFL};
+    (void)sigaction(number, &standard, NULL);
+    sigset_t one;
+    sigemptyset(&one);
+    sigaddset(&one, number);
+    (void)kill(getpid(), number);
+    sigprocmask(SIG_UNBLOCK, &one, NULL);
+    _exit(128 + number);
+}
+
+NO_RETURN static void give_up(struct keeper *k, int number) {
+    if (k->container_alive)
+        (void)kill(k->container, SIGKILL);
+    if (k->master_alive)
+        (void)kill(k->master, number == SIGKILL ? number : SIGTERM);
+    die_by(number);
+}
+
+static void on_signal(struct keeper *k, const struct signalfd_siginfo *info) {
+    int number = (int)info->ssi_signo;
+    bool from_terminal = info->ssi_code == SI_KERNEL;
+    bool ends_us = number == SIGINT || number == SIGTERM || number == SIGHUP || number == SIGQUIT;
+    if (number == SIGCHLD || number == SIGPIPE || number == SIGURG)
+        return;
+    if (k->phase != RUN) {
+        if (ends_us && k->phase != ENDED)
+            give_up(k, number);
+        return;
+    }
+    if (number == SIGTSTP && from_terminal && k->launch->plan.flags & PLAN_SHIM) {
+        (void)kill(getpid(), SIGSTOP);
+        return;
+    }
+    /* What the terminal sends reaches the payload by itself; a signal meant for us is passed on. */
+    if (!from_terminal && k->container_alive)
+        (void)kill(k->container, number);
+}
+
+static void read_signals(struct keeper *k) {
+    struct signalfd_siginfo info;
+    while (read(k->signals, &info, sizeof(info)) == (ssize_t)sizeof(info))
+        on_signal(k, &info);
+}
+
+/* One turn: sleeps until something happens and deals with it. */
+static void turn(struct keeper *k) {
+    struct launch *l = k->launch;
+    struct pollfd fds[] = {{.fd = k->signals, .events = POLLIN},
+                           {.fd = l->keeper_socket[0], .events = POLLIN},
+                           {.fd = k->phase == SETUP ? l->ready_pipe[0] : -1, .events = POLLIN}};
+    if (poll(fds, ARRAY_SIZE(fds), -1) < 0 && errno != EINTR)
+        fail("poll", errno);
+    if (fds[0].revents) {
+        read_signals(k);
+        reap(k);
+    }
+    if (fds[1].revents && l->keeper_socket[0] >= 0)
+        serve(k);
+    if (fds[2].revents) {
+        char byte;
+        ssize_t got = read(l->ready_pipe[0], &byte, 1);
+        close_fd(&l->ready_pipe[0]);
+        if (got == 1)
+            k->phase = RUN; /* rpc has gone; drop_and_go() follows */
+    }
+}
+
+/* ---- the steps ---- */
+
+static void wait_until_ready(struct keeper *k) {
+    while (k->phase != RUN && k->master_alive && (k->phase == PREPARE || k->container_alive))
+        turn(k);
+}
+
+static void drop_and_go(struct keeper *k) {
+    struct launch *l = k->launch;
+    struct target_identity target = {.uid = l->uid, .gid = l->gid, .no_new_privs = true};
+    if (k->phase != RUN)
+        return;
+    step_begin(STEP_DROP_KEEPER);
+    /* SAFE: irrevocable and verified, before the payload may exist. */
+    if (l->flow != FLOW_ROOT && privs_drop(&target) < 0) {
+        (void)kill(k->container, SIGKILL);
+        fail("cannot give up privileges", errno);
+    }
+    step_end(STEP_DROP_KEEPER);
+    trace_process();
+    close_fuse(l);
+    sanitize_close_inherited(l);
+    close_fd(&l->request_fd);
+    close_fd(&l->config_fd);
+    close_fd(&l->trace_file);
+    step_begin(STEP_GO);
+    tell_master(k, EVENT_GO, k->container, 0);
+    ssize_t ignored = write(l->go_pipe[1], "G", 1); /* a dead reader shows as an ended child */
+    (void)ignored;
+    step_end(STEP_GO);
+}
+
+static void wait_for_the_end(struct keeper *k) {
+    bool ran = k->phase == RUN;
+    while (k->container_alive) {
+        if (!ran && !k->master_alive)
+            (void)kill(k->container, SIGKILL);
+        turn(k);
+    }
+    k->phase = ENDED;
+    while (k->master_alive)
+        turn(k);
+    step_begin(STEP_MASTER_ENDED);
+    step_end(STEP_MASTER_ENDED);
+}
+
+/* The payload's own status; or master's, where no payload ever ran or master was killed. */
+NO_RETURN static void end_as_payload(const struct keeper *k, bool ran) {
+    int status = ran ? k->container_status : k->master_status;
+    step_begin(STEP_KEEPER_END);
+    if (!ran && WIFSIGNALED(status)) {
+        report("FATAL:   ", "a process of the launch was killed");
+        _exit(255);
+    }
+    if (WIFSIGNALED(status))
+        die_by(WTERMSIG(status));
+    _exit(WEXITSTATUS(status));
+}
+
+NO_RETURN void keeper_main(struct launch *l) {
+    static struct keeper keeper;
+    struct keeper *k = &keeper;
+    k->launch = l;
+    open_channels(l);
+    k->signals = block_signals();
+    if (k->signals < 0)
+        fail("cannot watch signals", errno);
+    start_master(k);
+    wait_until_ready(k);
+    bool ran = k->phase == RUN;
+    drop_and_go(k);
+    wait_for_the_end(k);
+    end_as_payload(k, ran);
+}

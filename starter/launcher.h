@@ -1,0 +1,39 @@
+/* What the files of the launcher share.  It holds no privilege: it looks, and execs. */
+#ifndef APY_LAUNCHER_H
+#define APY_LAUNCHER_H
+
+#include <stdbool.h>
+#include <stddef.h>
+
+#include "protocol.h"
+#include "request.h"
+
+#define COUNT(array) (sizeof(array) / sizeof((array)[0]))
+
+/* What the command line says, as far as the launcher needs it. */
+struct scan {
+    const char *image;   /* NULL: not a launch, or not of a local image */
+    const char *trace;   /* file name or NULL */
+    unsigned given;      /* enum option_flag: was on the command line */
+    unsigned on;         /* ... and its last value was true */
+};
+
+/* What goes into the request beside arguments and environment. */
+struct choice {
+    enum flow flow;
+    enum reason reason;
+    int trace_fd;        /* or -1 */
+};
+
+/* launcher_scan.c */
+void scan_arguments(struct scan *s, int argc, char *const argv[]);
+bool scan_asks_userns(const struct scan *s, char *const envp[]);
+
+/* launcher_flow.c */
+void flow_choose(struct choice *c, bool userns_asked);
+
+/* launcher_request.c: a descriptor, or -1 with *why */
+int request_make(const struct choice *c, int argc, char *const argv[], char *const envp[],
+                 const char **why);
+
+#endif

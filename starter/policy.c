@@ -1,0 +1,131 @@
+/* Decisions about a launch.  Nothing here changes anything; names are looked up in names.c. */
+#include <errno.h>
+#include <limits.h>
+#include <linux/capability.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "starter.h"
+
+static int own_groups(gid_t *groups, size_t size) {
+    int count = getgroups((int)size, groups);
+    return count < 0 ? 0 : count;
+}
+
+/* May this caller use the setuid flow at all?  0, or -1 with the reason for the message. */
+int policy_caller(const struct launch *l, const char **why) {
+    const struct config *c = &l->config;
+    if (!config_bool(c, CONFIG_ALLOW_SETUID)) {
+        *why = "allow setuid = no";
+        return -1;
+    }
+    size_t users = config_list_count(c, CONFIG_ALLOW_SETUID_USERS);
+    size_t groups = config_list_count(c, CONFIG_ALLOW_SETUID_GROUPS);
+    if (users == 0 && groups == 0)
+        return 0;
+    gid_t uid_as_id = l->uid, held[1024];
+    if (users > 0 && names_match(l, CONFIG_ALLOW_SETUID_USERS, false, &uid_as_id, 1) == 1)
+        return 0;
+    int count = own_groups(held, ARRAY_SIZE(held) - 1);
+    held[count] = l->gid;
+    if (groups > 0 && names_match(l, CONFIG_ALLOW_SETUID_GROUPS, true, held, (size_t)count + 1) == 1)
+        return 0;
+    *why = "you are in neither `allow setuid users` nor `allow setuid groups`";
+    return -1;
+}
+
+/* A caller other than root gets no capability that the administrator's ceiling leaves out, and
+ * only its own ids. */
+int policy_plan(const struct launch *l, const struct container_plan *plan) {
+    const uint32_t spaces = SPACE_PID | SPACE_IPC | SPACE_UTS | SPACE_NET | SPACE_CGROUP;
+    const uint32_t flags = PLAN_SHIM | PLAN_WRITABLE_LAYER | PLAN_KERNEL_IMAGE | PLAN_SLAVE |
+                           PLAN_NO_NEW_PRIVS | PLAN_METHODS | PLAN_KEEP_CAPS;
+    const struct config *c = &l->config;
+    if ((plan->spaces & ~spaces) || (plan->flags & ~flags) ||
+        plan->fuse_count > LIMIT_FUSE_DEVICES || plan->group_count > LIMIT_GROUPS)
+        return ERR_MALFORMED;
+    for (int set = 0; set < CAP_SETS; set++)
+        if (plan->caps[set] & ~(l->flow == FLOW_USERNS ? privs_last_cap_mask() : l->permitted))
+            return ERR_CAPABILITY;
+    if (plan->caps[CAP_SET_EFFECTIVE] & ~plan->caps[CAP_SET_PERMITTED] ||
+        plan->caps[CAP_SET_AMBIENT] & ~(plan->caps[CAP_SET_PERMITTED] & plan->caps[CAP_SET_INHERITABLE]))
+        return ERR_MALFORMED;
+    if (l->flow == FLOW_ROOT)
+        return ERR_OK;
+    if (plan->uid != l->uid || plan->gid != l->gid || plan->group_count != 0 ||
+        !(plan->flags & PLAN_NO_NEW_PRIVS))
+        return ERR_REFUSED;
+    if (l->flow == FLOW_USERNS)
+        return ERR_OK;
+    if ((plan->spaces & SPACE_PID && !config_bool(c, CONFIG_ALLOW_PID_NS)) ||
+        (plan->spaces & SPACE_IPC && !config_bool(c, CONFIG_ALLOW_IPC_NS)) ||
+        (plan->spaces & SPACE_UTS && !config_bool(c, CONFIG_ALLOW_UTS_NS)) ||
+        plan->spaces & SPACE_CGROUP || plan->flags & PLAN_METHODS)
+        return ERR_REFUSED;
+    if (plan->flags & PLAN_WRITABLE_LAYER && config_enum(c, CONFIG_ENABLE_OVERLAY) == OVERLAY_NO)
+        return ERR_REFUSED;
+    unsigned squashfs = config_enum(c, CONFIG_ALLOW_SETUID_MOUNT_SQUASHFS);
+    if (plan->flags & PLAN_KERNEL_IMAGE &&
+        (squashfs == SETUID_SQUASHFS_NO ||
+         (squashfs == SETUID_SQUASHFS_IFLIMITED && !policy_limits_images(l))))
+        return ERR_REFUSED;
+    return ERR_OK;
+}
+
+bool policy_limits_images(const struct launch *l) {
+    return config_list_count(&l->config, CONFIG_LIMIT_CONTAINER_OWNERS) > 0 ||
+           config_list_count(&l->config, CONFIG_LIMIT_CONTAINER_GROUPS) > 0 ||
+           config_list_count(&l->config, CONFIG_LIMIT_CONTAINER_PATHS) > 0;
+}
+
+/* Component-wise: /data/safe does not permit /data/safe-but-unsafe. */
+static bool lies_below(const char *path, const char *directory) {
+    size_t length = strlen(directory);
+    while (length > 1 && directory[length - 1] == '/')
+        length--;
+    if (length == 1 && directory[0] == '/')
+        return true;
+    return strncmp(path, directory, length) == 0 && (path[length] == '/' || path[length] == '\0');
+}
+
+static int path_permitted(const struct launch *l, int image_fd) {
+    char link[32] = "/proc/self/fd/", path[PATH_MAX];
+    append_number(link, sizeof(link), (uint64_t)image_fd);
+    ssize_t length = readlink(link, path, sizeof(path) - 1);
+    if (length <= 0 || path[0] != '/')
+        return -1;
+    path[length] = '\0';
+    struct stat opened, named;
+    /* A deleted file, or another one under that name, has no path that could be permitted. */
+    if (fstat(image_fd, &opened) < 0 || lstat(path, &named) < 0 ||
+        opened.st_dev != named.st_dev || opened.st_ino != named.st_ino)
+        return -1;
+    for (size_t i = 0; i < config_list_count(&l->config, CONFIG_LIMIT_CONTAINER_PATHS); i++)
+        if (lies_below(path, config_list_item(&l->config, CONFIG_LIMIT_CONTAINER_PATHS, i)))
+            return 0;
+    return -1;
+}
+
+/* The image as it is open, not as it is named.  Non-setuid flows ask the same for honesty's sake. */
+int policy_image(const struct launch *l, int image_fd) {
+    const struct config *c = &l->config;
+    struct stat st;
+    if (fstat(image_fd, &st) < 0 || (!S_ISREG(st.st_mode) && !S_ISDIR(st.st_mode)))
+        return ERR_KIND;
+    if (S_ISDIR(st.st_mode) && !config_bool(c, CONFIG_ALLOW_CONTAINER_DIR))
+        return ERR_REFUSED;
+    if (S_ISREG(st.st_mode) && !config_bool(c, CONFIG_ALLOW_CONTAINER_SIF) &&
+        !config_bool(c, CONFIG_ALLOW_CONTAINER_SQUASHFS))
+        return ERR_REFUSED;
+    gid_t owner = st.st_uid;
+    if (config_list_count(c, CONFIG_LIMIT_CONTAINER_OWNERS) > 0 &&
+        names_match(l, CONFIG_LIMIT_CONTAINER_OWNERS, false, &owner, 1) != 1)
+        return ERR_OWNER;
+    if (config_list_count(c, CONFIG_LIMIT_CONTAINER_GROUPS) > 0 &&
+        names_match(l, CONFIG_LIMIT_CONTAINER_GROUPS, true, &st.st_gid, 1) != 1)
+        return ERR_OWNER;
+    if (config_list_count(c, CONFIG_LIMIT_CONTAINER_PATHS) > 0 && path_permitted(l, image_fd) < 0)
+        return ERR_PATH;
+    return ERR_OK;
+}

@@ -1,0 +1,285 @@
+/* Every change of identity: set, try to go back, verify.  No other file changes an identity. */
+#include <errno.h>
+#include <fcntl.h>
+#include <grp.h>
+#include <linux/capability.h>
+#include <linux/keyctl.h>
+#include <linux/securebits.h>
+#include <sched.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/auxv.h>
+#include <sys/fsuid.h>
+#include <sys/prctl.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "starter.h"
+
+struct raised {
+    uint64_t caps;
+};
+
+static int caps_get(uint64_t *effective, uint64_t *permitted, uint64_t *inheritable) {
+    struct __user_cap_header_struct head = {.version = _LINUX_CAPABILITY_VERSION_3};
+    struct __user_cap_data_struct data[2];
+    if (syscall(SYS_capget, &head, data) < 0)
+        return -1;
+    *effective = (uint64_t)data[1].effective << 32 | data[0].effective;
+    *permitted = (uint64_t)data[1].permitted << 32 | data[0].permitted;
+    *inheritable = (uint64_t)data[1].inheritable << 32 | data[0].inheritable;
+    return 0;
+}
+
+static int caps_set(uint64_t effective, uint64_t permitted, uint64_t inheritable) {
+    struct __user_cap_header_struct head = {.version = _LINUX_CAPABILITY_VERSION_3};
+    struct __user_cap_data_struct data[2] = {
+        {(uint32_t)effective, (uint32_t)permitted, (uint32_t)inheritable},
+        {(uint32_t)(effective >> 32), (uint32_t)(permitted >> 32), (uint32_t)(inheritable >> 32)},
+    };
+    return (int)syscall(SYS_capset, &head, data);
+}
+
+static uint64_t caps_bounding(void) {
+    uint64_t set = 0;
+    for (int cap = 0; cap < 64; cap++) {
+        int has = prctl(PR_CAPBSET_READ, cap);
+        if (has < 0)
+            break;
+        if (has)
+            set |= CAP_BIT(cap);
+    }
+    return set;
+}
+
+static uint64_t caps_ambient(void) {
+    uint64_t set = 0;
+    for (int cap = 0; cap < 64; cap++) {
+        int has = prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_IS_SET, cap, 0, 0);
+        if (has < 0)
+            break;
+        if (has)
+            set |= CAP_BIT(cap);
+    }
+    return set;
+}
+
+uint64_t privs_last_cap_mask(void) {
+    uint64_t mask = 0;
+    for (int cap = 0; cap < 64 && prctl(PR_CAPBSET_READ, cap) >= 0; cap++)
+        mask |= CAP_BIT(cap);
+    return mask;
+}
+
+int privs_identify(struct identity *who, bool with_spaces) {
+    static const char *const names[8] = {"user", "mnt", "pid", "ipc", "uts", "net", "cgroup",
+                                         "time"};
+    memset(who, 0, sizeof(*who));
+    if (getresuid(&who->uid[0], &who->uid[1], &who->uid[2]) < 0 ||
+        getresgid(&who->gid[0], &who->gid[1], &who->gid[2]) < 0)
+        return -1;
+    who->uid[3] = (uint32_t)setfsuid((uid_t)-1); /* an impossible id changes nothing, but tells */
+    who->gid[3] = (uint32_t)setfsgid((gid_t)-1);
+    if (caps_get(&who->caps[CAP_SET_EFFECTIVE], &who->caps[CAP_SET_PERMITTED],
+                 &who->caps[CAP_SET_INHERITABLE]) < 0)
+        return -1;
+    who->caps[CAP_SET_BOUNDING] = caps_bounding();
+    who->caps[CAP_SET_AMBIENT] = caps_ambient();
+    who->securebits = (uint32_t)prctl(PR_GET_SECUREBITS);
+    who->no_new_privs = (uint16_t)prctl(PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0);
+    who->dumpable = (uint16_t)prctl(PR_GET_DUMPABLE);
+    for (size_t i = 0; with_spaces && i < 8; i++) {
+        char path[32] = "/proc/self/ns/";
+        struct stat st;
+        append_text(path, sizeof(path), names[i]);
+        if (stat(path, &st) == 0)
+            who->spaces[i] = st.st_ino;
+    }
+    return 0;
+}
+
+/* The setuid flow needs exactly this; everything else is a refusal, never a guess. */
+int privs_check_start(struct launch *l) {
+    struct identity who;
+    const uint64_t needed = CAP_BIT(CAP_SYS_ADMIN) | CAP_BIT(CAP_SETUID) | CAP_BIT(CAP_SETGID) |
+                            CAP_BIT(CAP_SETPCAP) | CAP_BIT(CAP_DAC_OVERRIDE);
+    if (privs_identify(&who, false) < 0)
+        return -1;
+    l->uid = who.uid[0];
+    l->gid = who.gid[0];
+    l->bounding = who.caps[CAP_SET_BOUNDING];
+    l->permitted = who.caps[CAP_SET_PERMITTED];
+    if (who.gid[0] != who.gid[1] || who.gid[0] != who.gid[2])
+        return -1;
+    if (who.uid[0] != 0 && who.uid[1] == 0) {
+        l->flow = FLOW_SETUID;
+        if (who.uid[2] != 0 || !getauxval(AT_SECURE) || who.securebits != 0 ||
+            (who.caps[CAP_SET_PERMITTED] & needed) != needed)
+            return -1;
+        return 0;
+    }
+    if (who.uid[0] != who.uid[1] || who.uid[0] != who.uid[2] || getauxval(AT_SECURE))
+        return -1;
+    l->flow = who.uid[0] == 0 && (l->permitted & needed) == needed ? FLOW_ROOT : FLOW_USERNS;
+    return 0;
+}
+
+/* keeper's (user, 0, 0, user): files are opened as the user, capabilities come one by one. */
+int privs_enter_keeper(const struct launch *l) {
+    if (l->flow == FLOW_SETUID) {
+        (void)setfsgid(l->gid);
+        (void)setfsuid(l->uid);
+        if ((uid_t)setfsuid((uid_t)-1) != l->uid || (gid_t)setfsgid((gid_t)-1) != l->gid)
+            return -1;
+    }
+    if (l->flow == FLOW_USERNS)
+        return 0; /* nothing to hold yet */
+    return caps_set(0, l->permitted, 0);
+}
+
+const struct raised *privs_raise(uint64_t caps) {
+    static struct raised token;
+    uint64_t effective, permitted, inheritable;
+    if (caps_get(&effective, &permitted, &inheritable) < 0 || (caps & ~permitted) != 0 ||
+        caps_set(caps, permitted, inheritable) < 0)
+        return NULL;
+    token.caps = caps;
+    return &token;
+}
+
+void privs_lower(const struct raised *token) {
+    uint64_t effective, permitted, inheritable;
+    if (token == NULL)
+        return;
+    if (caps_get(&effective, &permitted, &inheritable) < 0 || caps_set(0, permitted, inheritable) < 0)
+        _exit(255); /* still privileged: nothing may follow */
+}
+
+static int drop_bounding(uint64_t wanted) {
+    for (int cap = 0; cap < 64; cap++) {
+        int has = prctl(PR_CAPBSET_READ, cap);
+        if (has < 0)
+            break;
+        if (has && !(wanted & CAP_BIT(cap)) && prctl(PR_CAPBSET_DROP, cap) < 0)
+            return -1;
+    }
+    return 0;
+}
+
+static int raise_ambient(uint64_t wanted) {
+    for (int cap = 0; cap < 64; cap++)
+        if (wanted & CAP_BIT(cap) && prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, cap, 0, 0) < 0)
+            return -1;
+    return 0;
+}
+
+/* After a drop every way back must be shut: a success here means that privilege survived. */
+static int verify_drop(const struct target_identity *t) {
+    struct identity who;
+    if (t->uid != 0 && !(t->caps[CAP_SET_PERMITTED] & CAP_BIT(CAP_SETUID)) &&
+        (setresuid((uid_t)-1, 0, (uid_t)-1) == 0 || setuid(0) == 0 || seteuid(0) == 0))
+        return -1;
+    if (t->gid != 0 && !(t->caps[CAP_SET_PERMITTED] & CAP_BIT(CAP_SETGID)) &&
+        (setresgid((gid_t)-1, 0, (gid_t)-1) == 0 || setgid(0) == 0))
+        return -1;
+    if (privs_identify(&who, false) < 0)
+        return -1;
+    for (int i = 0; i < 4; i++)
+        if (who.uid[i] != t->uid || who.gid[i] != t->gid)
+            return -1;
+    for (int set = 0; set < CAP_SETS; set++)
+        if (who.caps[set] != t->caps[set] && !(set == CAP_SET_BOUNDING && t->keep_bounding))
+            return -1;
+    if (who.dumpable != 0 || (t->no_new_privs && !who.no_new_privs))
+        return -1;
+    if (t->caps[CAP_SET_PERMITTED] == privs_last_cap_mask())
+        return 0; /* root's own stage: there is nothing above it to regain */
+    return caps_set(~(uint64_t)0, ~(uint64_t)0, 0) == 0 ? -1 : 0;
+}
+
+int privs_drop(const struct target_identity *t) {
+    uint64_t effective, permitted, inheritable;
+    if (caps_get(&effective, &permitted, &inheritable) < 0 ||
+        caps_set(permitted, permitted, inheritable) < 0)
+        return -1;
+    if (prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) < 0)
+        return -1;
+    if (!t->keep_bounding && drop_bounding(t->caps[CAP_SET_BOUNDING]) < 0)
+        return -1;
+    if (t->caps[CAP_SET_PERMITTED] != 0 && prctl(PR_SET_KEEPCAPS, 1) < 0)
+        return -1;
+    if (t->set_groups && setgroups(t->group_count, t->groups) < 0)
+        return -1;
+    if (setresgid(t->gid, t->gid, t->gid) < 0 || setresuid(t->uid, t->uid, t->uid) < 0)
+        return -1;
+    /* Ambient needs permitted and inheritable; effective comes last. */
+    if (caps_set(t->caps[CAP_SET_EFFECTIVE], t->caps[CAP_SET_PERMITTED],
+                 t->caps[CAP_SET_INHERITABLE]) < 0)
+        return -1;
+    if (prctl(PR_SET_KEEPCAPS, 0) < 0 || raise_ambient(t->caps[CAP_SET_AMBIENT]) < 0)
+        return -1;
+    if (t->no_new_privs && prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
+        return -1;
+    if (prctl(PR_SET_DUMPABLE, 0) < 0)
+        return -1;
+    return verify_drop(t);
+}
+
+static int write_map(const char *path, const char *text) {
+    int fd = open(path, O_WRONLY | O_CLOEXEC);
+    if (fd < 0)
+        return -1;
+    ssize_t wrote = write(fd, text, strlen(text));
+    int error = errno;
+    close(fd);
+    errno = error;
+    return wrote == (ssize_t)strlen(text) ? 0 : -1;
+}
+
+/* Maps the caller onto itself, one id; no privilege of the host is involved. */
+int privs_make_userns(const struct launch *l) {
+    char uid_line[64] = "", gid_line[64] = "";
+    append_number(uid_line, sizeof(uid_line), l->uid);
+    append_text(uid_line, sizeof(uid_line), " ");
+    append_number(uid_line, sizeof(uid_line), l->uid);
+    append_text(uid_line, sizeof(uid_line), " 1\n");
+    append_number(gid_line, sizeof(gid_line), l->gid);
+    append_text(gid_line, sizeof(gid_line), " ");
+    append_number(gid_line, sizeof(gid_line), l->gid);
+    append_text(gid_line, sizeof(gid_line), " 1\n");
+    if (unshare(CLONE_NEWUSER) < 0)
+        return -1;
+    /* A non-dumpable process's map files belong to root; nothing is held that a tracer could want. */
+    (void)prctl(PR_SET_DUMPABLE, 1);
+    int result = write_map("/proc/self/setgroups", "deny");
+    if (result == 0)
+        result = write_map("/proc/self/gid_map", gid_line);
+    if (result == 0)
+        result = write_map("/proc/self/uid_map", uid_line);
+    int error = errno;
+    (void)prctl(PR_SET_DUMPABLE, 0);
+    errno = error;
+    return result;
+}
+
+/* The administrator's own files: created for root, never for the caller. */
+int privs_open_as_root(const char *path, int flags, mode_t mode) {
+    const struct raised *raised = privs_raise(CAP_BIT(CAP_SETUID) | CAP_BIT(CAP_SETGID));
+    if (!raised)
+        return -1;
+    int uid = setfsuid(0), gid = setfsgid(0);
+    int fd = open(path, flags, mode), error = errno;
+    (void)setfsgid((gid_t)gid);
+    (void)setfsuid((uid_t)uid);
+    if (setfsuid((uid_t)-1) != uid || setfsgid((gid_t)-1) != gid)
+        _exit(255);
+    privs_lower(raised);
+    errno = error;
+    return fd;
+}
+
+/* Privileged processes only: the payload keeps the caller's keyring (Kerberos). */
+void privs_new_keyring(void) {
+    (void)syscall(SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, NULL, 0, 0, 0);
+}

@@ -1,0 +1,58 @@
+/*
+ * What the launcher hands to the starter: one sealed memfd, inherited by number
+ * (argv[1]).  A setuid program gets a trimmed environment, so the caller's
+ * arguments, environment and directory travel here.
+ *
+ *   struct request_header
+ *   argc strings      the caller's arguments, the program's name first
+ *   envc strings      the caller's environment, as it was
+ *   cwd               getcwd(2), "" if it has no path
+ *   engine            name of the engine, "apptainer" from the launcher
+ *   engine_file       Python file that registers it, "" if it is built in
+ *
+ * Every string ends in NUL.  The parts lie in this order without gaps: argv_off
+ * is sizeof(header), the next offset is where the part before it ends, total is
+ * the end of engine_file and the size of the file.  All bytes are the caller's:
+ * the reader checks every field, and the seals before it trusts a second read.
+ */
+#ifndef APY_REQUEST_H
+#define APY_REQUEST_H
+
+#include <stdint.h>
+
+#define REQUEST_MAGIC "APYREQ1"          /* 8 bytes with its NUL */
+#define REQUEST_VERSION 1u
+#define REQUEST_BUILD_ID_BYTES 64
+#define REQUEST_ARGC_MAX 65536u          /* 1 ≤ argc; envc has the same bound */
+#define REQUEST_ENVC_MAX 65536u
+#define REQUEST_CWD_MAX 4096u            /* with its NUL */
+#define REQUEST_ENGINE_MAX 64u
+/* Size: at most LIMIT_REQUEST_BYTES.  F_SEAL_EXEC (0x20) may be set beside these. */
+#define REQUEST_SEALS (F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE)
+
+enum request_flag {
+    REQUEST_TRACE = 1                    /* trace_fd is open for writing, opened as the caller */
+};
+
+struct request_header {
+    char magic[8];
+    uint32_t version;
+    uint32_t header_size;                /* sizeof(struct request_header) */
+    char build_id[REQUEST_BUILD_ID_BYTES]; /* APY_BUILD_ID, padded with NULs */
+    uint32_t flow;                       /* enum flow: what the launcher chose */
+    uint32_t reason;                     /* enum reason: why not setuid */
+    uint32_t flags;                      /* enum request_flag; other bits are refused */
+    int32_t trace_fd;                    /* or -1 */
+    uint32_t argc;
+    uint32_t envc;
+    uint32_t argv_off;
+    uint32_t env_off;
+    uint32_t cwd_off;
+    uint32_t engine_off;
+    uint32_t engine_file_off;
+    uint32_t total;
+};
+
+_Static_assert(sizeof(struct request_header) == 128, "no padding");
+
+#endif

@@ -1,0 +1,61 @@
+/* The image server: squashfuse as the user, outside the container's mount namespace. */
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/sched.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "starter.h"
+
+#define SERVER_PROGRAM APY_LIBEXECDIR "/bin/squashfuse_ll"
+enum { SERVER_IMAGE_FD = 3, SERVER_FUSE_FD = 4 };
+
+/* Both descriptors at fixed numbers, everything else closed, no stream of the caller's. */
+static int arrange_descriptors(int image_fd, int fuse_fd) {
+    int null = open("/dev/null", O_RDWR | O_CLOEXEC);
+    int image = fcntl(image_fd, F_DUPFD_CLOEXEC, 16), fuse = fcntl(fuse_fd, F_DUPFD_CLOEXEC, 16);
+    if (null < 0 || image < 0 || fuse < 0)
+        return -1;
+    for (int fd = 0; fd < 3; fd++)
+        if (dup2(null, fd) < 0)
+            return -1;
+    if (dup2(image, SERVER_IMAGE_FD) < 0 || dup2(fuse, SERVER_FUSE_FD) < 0)
+        return -1;
+    return close_range(SERVER_FUSE_FD + 1, ~0U, 0);
+}
+
+NO_RETURN static void server_main(const struct launch *l, int image_fd, int fuse_fd,
+                                  uint64_t offset) {
+    struct target_identity target;
+    char options[64] = "ro,offset=";
+    append_number(options, sizeof(options), offset);
+    trace_set_role(ROLE_IMAGE_SERVER);
+    step_begin(STEP_DROP_SERVER);
+    stage_target(l, ROLE_IMAGE_SERVER, &target);
+    /* SAFE: the user's own rights and no_new_privs; the program is a root-owned copy that the user
+     * may run but not read, so that the kernel keeps the user's hands off the process. */
+    if (privs_drop(&target) < 0 || setsid() < 0 || chdir("/") < 0)
+        _exit(255);
+    step_end(STEP_DROP_SERVER);
+    trace_process();
+    step_begin(STEP_EXEC_SERVER);
+    if (arrange_descriptors(image_fd, fuse_fd) < 0)
+        _exit(255);
+    sanitize_restore_for_payload(l);
+    static char program[] = "squashfuse_ll", single[] = "-s", foreground[] = "-f", o[] = "-o";
+    static char image[] = "/proc/self/fd/3", target_fd[] = "/dev/fd/4";
+    char *const argv[] = {program, single, foreground, o, options, image, target_fd, NULL};
+    char *const envp[] = {NULL};
+    execve(SERVER_PROGRAM, argv, envp);
+    _exit(127);
+}
+
+pid_t server_start(const struct launch *l, int image_fd, int fuse_fd, uint64_t offset) {
+    step_begin(STEP_FORK_SERVER);
+    pid_t pid = fork();
+    if (pid == 0)
+        server_main(l, image_fd, fuse_fd, offset);
+    step_end(STEP_FORK_SERVER);
+    return pid;
+}

@@ -1,0 +1,242 @@
+/* The stages that run Python: the identity each one must have, and the way to CPython after it. */
+#include <dlfcn.h>
+#include <errno.h>
+#include <poll.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "starter.h"
+
+static struct launch *stage_launch;
+static enum role stage_role;
+static uint64_t hook_start;
+
+
+/* The identity table of docs/architecture.md, section "Identities". */
+void stage_target(const struct launch *l, enum role role, struct target_identity *t) {
+    memset(t, 0, sizeof(*t));
+    t->uid = l->uid;
+    t->gid = l->gid;
+    t->no_new_privs = true;
+    switch (role) {
+    case ROLE_STAGE2:
+    case ROLE_SHIM:
+        t->uid = l->plan.uid;
+        t->gid = l->plan.gid;
+        t->set_groups = l->flow == FLOW_ROOT && l->plan.group_count > 0;
+        t->group_count = l->plan.group_count;
+        for (size_t i = 0; i < l->plan.group_count && i < LIMIT_GROUPS; i++)
+            t->groups[i] = l->plan.groups[i];
+        memcpy(t->caps, l->plan.caps, sizeof(t->caps));
+        t->no_new_privs = (l->plan.flags & PLAN_NO_NEW_PRIVS) != 0;
+        break;
+    case ROLE_RPC:
+    case ROLE_METHODS: {
+        uint64_t caps = CAP_BIT(21) /* SYS_ADMIN */;
+        if (l->plan.flags & (PLAN_WRITABLE_LAYER | PLAN_KERNEL_IMAGE))
+            caps |= CAP_BIT(1) /* DAC_OVERRIDE */;
+        t->caps[CAP_SET_EFFECTIVE] = CAP_BIT(21);
+        t->caps[CAP_SET_PERMITTED] = t->caps[CAP_SET_BOUNDING] = caps;
+        t->no_new_privs = false;
+        break;
+    }
+    case ROLE_HOST_HELPER:
+        t->keep_bounding = true;
+        t->caps[CAP_SET_BOUNDING] = l->bounding;
+        t->no_new_privs = false;
+        break;
+    case ROLE_MASTER:
+        /* Before the user namespace exists there is no right to trim the bounding set. */
+        t->keep_bounding = l->flow == FLOW_USERNS;
+        break;
+    case ROLE_TRACER:
+        t->keep_bounding = l->flow == FLOW_USERNS;
+        break;
+    case ROLE_KEEPER:
+    case ROLE_IMAGE_SERVER:
+    case ROLE_CONTAINER:
+    default:
+        break;
+    }
+    if (l->flow == FLOW_ROOT && l->uid == 0 && (role == ROLE_MASTER || role == ROLE_HOST_HELPER)) {
+        /* root's own hooks keep root's rights: there is nobody above to protect. */
+        for (int set = 0; set < CAP_SETS; set++)
+            t->caps[set] = set == CAP_SET_INHERITABLE || set == CAP_SET_AMBIENT ? 0 : l->permitted;
+        t->keep_bounding = true;
+        t->no_new_privs = false;
+    }
+}
+
+static bool same_identity(const struct target_identity *t, const struct identity *who) {
+    for (int i = 0; i < 4; i++)
+        if (who->uid[i] != t->uid || who->gid[i] != t->gid)
+            return false;
+    for (int set = 0; set < CAP_SETS; set++)
+        if (who->caps[set] != t->caps[set] && !(set == CAP_SET_BOUNDING && t->keep_bounding))
+            return false;
+    if (t->no_new_privs && !who->no_new_privs)
+        return false;
+    return who->dumpable == 0 && (who->securebits & ~1u) == 0;
+}
+
+/* user mnt pid ipc uts net cgroup time: must each differ from the host's, or equal it. */
+static bool right_spaces(const struct launch *l, const struct identity *who) {
+    const uint32_t wanted[8] = {0, 1, l->plan.spaces & SPACE_PID, l->plan.spaces & SPACE_IPC,
+                                l->plan.spaces & SPACE_UTS, l->plan.spaces & SPACE_NET,
+                                l->plan.spaces & SPACE_CGROUP, 0};
+    bool inside = stage_role == ROLE_STAGE2 || stage_role == ROLE_METHODS;
+    for (int i = 0; i < 8; i++) {
+        bool differs = inside && (i == 0 ? l->flow == FLOW_USERNS : wanted[i] != 0);
+        if (who->spaces[i] != 0 && l->host_spaces[i] != 0 &&
+            differs != (who->spaces[i] != l->host_spaces[i]))
+            return false;
+    }
+    return true;
+}
+
+static bool hook_belongs(uint32_t hook, enum stage stage) {
+    switch (hook) {
+#define HOOK(name, number, owner) case number: return STAGE_##owner == STAGE_ANY || STAGE_##owner == stage;
+#include "rows.h"
+    default: return false;
+    }
+}
+
+static enum stage current_stage;
+
+static void enter_hook(uint32_t hook) {
+    struct target_identity target;
+    struct identity who;
+    hook_start = trace_now();
+    stage_target(stage_launch, stage_role, &target);
+    if (!hook_belongs(hook, current_stage) || privs_identify(&who, true) < 0 ||
+        !same_identity(&target, &who) || !right_spaces(stage_launch, &who)) {
+        report("FATAL:   ", "a hook was about to run with an identity that is not its stage's; "
+                            "the launch is abandoned");
+        _exit(255);
+    }
+}
+
+static void leave_hook(uint32_t hook, int failed) {
+    trace_hook(hook, hook_start, failed);
+}
+
+/* The parent-death signal does not survive a change of credentials, so it is set here, last;
+ * a parent that died before is seen by its end of the pipe. */
+static int die_with_keeper(const struct launch *l) {
+    if (prctl(PR_SET_PDEATHSIG, SIGKILL) < 0)
+        return -1;
+    struct pollfd go = {.fd = l->go_pipe[0], .events = 0};
+    return poll(&go, 1, 0) >= 0 && !(go.revents & (POLLHUP | POLLERR)) ? 0 : -1;
+}
+
+static int wait_for_go(void) {
+    struct launch *l = stage_launch;
+    char byte = 'S';
+    step_begin(STEP_SEALED);
+    if (write(l->seal_pipe[1], &byte, 1) != 1)
+        return -1;
+    step_end(STEP_SEALED);
+    close(l->seal_pipe[1]);
+    if (stage_rpc_pid > 0) {
+        int status = 0;
+        while (waitpid(stage_rpc_pid, &status, 0) < 0)
+            if (errno != EINTR)
+                return -1;
+        if (!WIFEXITED(status) || WEXITSTATUS(status) != 0)
+            return -1;
+        step_begin(STEP_RPC_DONE);
+        if (write(l->ready_pipe[1], "R", 1) != 1)
+            return -1;
+        step_end(STEP_RPC_DONE);
+        close(l->ready_pipe[1]);
+    }
+    ssize_t got;
+    do
+        got = read(l->go_pipe[0], &byte, 1);
+    while (got < 0 && errno == EINTR);
+    return got == 1 && byte == 'G' ? die_with_keeper(l) : -1;
+}
+
+static int exec_payload(const char *path, char *const argv[], char *const envp[]) {
+    step_begin(STEP_EXEC_PAYLOAD);
+    sanitize_restore_for_payload(stage_launch);
+    (void)execve(path, argv, envp);
+    return errno;
+}
+
+static const struct {
+    enum stage stage;
+    enum role role;
+    enum step drop, load;
+} stages[] = {
+    {STAGE_MASTER, ROLE_MASTER, STEP_DROP_MASTER, STEP_LOAD_MASTER},
+    {STAGE_START, ROLE_STAGE2, STEP_DROP_STAGE2, STEP_LOAD_STAGE2},
+    {STAGE_POST_START_HOST, ROLE_HOST_HELPER, STEP_DROP_HELPER, STEP_LOAD_HELPER},
+    {STAGE_CLEANUP_HOST, ROLE_HOST_HELPER, STEP_DROP_HELPER, STEP_LOAD_HELPER},
+    {STAGE_METHODS, ROLE_METHODS, STEP_DROP_METHODS, STEP_LOAD_METHODS},
+};
+
+static struct stage_info describe(const struct launch *l, enum stage stage) {
+    bool master = stage == STAGE_MASTER;
+    struct stage_info info = {
+        .stage = stage, .flow = l->flow, .reason = l->reason, .uid = l->uid, .gid = l->gid,
+        .umask = l->inherited.umask, .request_fd = l->request_fd, .config_fd = l->config_fd,
+        .keeper_fd = master ? l->keeper_socket[1] : -1, .rpc_fd = master ? l->rpc_socket[1] : -1,
+        .start_fd = stage == STAGE_START ? l->start_socket[0] : master ? l->start_socket[1] : -1,
+        .methods_fd = stage == STAGE_METHODS ? l->methods_socket[0]
+                      : master              ? l->methods_socket[1]
+                                            : -1,
+        .trigger_fd = stage == STAGE_POST_START_HOST ? l->helper_sockets[0][0]
+                      : stage == STAGE_CLEANUP_HOST  ? l->helper_sockets[1][0]
+                                                     : -1,
+        .helper_fds = {master ? l->helper_sockets[0][1] : -1, master ? l->helper_sockets[1][1] : -1},
+        .trace_fd = trace_fd, .permitted = l->permitted, .enter_hook = enter_hook,
+        .leave_hook = leave_hook, .wait_for_go = wait_for_go, .exec_payload = exec_payload,
+    };
+    return info;
+}
+
+/* The only place where an interpreter enters a process, and it cannot be reached before the drop. */
+static int load_and_run(const struct stage_info *info) {
+    /* SAFE: absolute, root-owned, compiled in; the process has only its stage's identity. */
+    if (!dlopen(APY_LIBPYTHON, RTLD_LAZY | RTLD_GLOBAL)) {
+        report("FATAL:   ", "cannot load " APY_LIBPYTHON "; reinstall libpython and then "
+                            "apptainer-py (./install)");
+        return 255;
+    }
+    void *host = dlopen(APY_STAGEHOST, RTLD_LAZY | RTLD_GLOBAL);
+    int (*run)(const struct stage_info *) = NULL;
+    if (host)
+        *(void **)&run = dlsym(host, "stagehost_run");
+    if (!run) {
+        report("FATAL:   ", "cannot load " APY_STAGEHOST "; reinstall apptainer-py (./install)");
+        return 255;
+    }
+    return run(info);
+}
+
+NO_RETURN void stage_run(struct launch *l, enum stage stage) {
+    size_t row = 0;
+    while (row < ARRAY_SIZE(stages) && stages[row].stage != stage)
+        row++;
+    struct target_identity target;
+    stage_launch = l;
+    current_stage = stage;
+    stage_role = stages[row].role;
+    trace_set_role(stage_role);
+    stage_target(l, stage_role, &target);
+    step_begin(stages[row].drop);
+    /* SAFE: irrevocable, verified; all that follows runs with the stage's own identity. */
+    if (privs_drop(&target) < 0)
+        fail("cannot give up privileges", errno);
+    step_end(stages[row].drop);
+    trace_process();
+    struct stage_info info = describe(l, stage);
+    step_begin(stages[row].load);
+    int status = load_and_run(&info);
+    _exit(status);
+}

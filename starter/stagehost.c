@@ -1,0 +1,84 @@
+/* Starts CPython in a stage, isolated, with every path set: nothing is searched for, nothing is
+ * taken from the environment, the command line or the directory of the caller. */
+#include <Python.h>
+
+#include "generated/build.h"
+
+#include "stagehost.h"
+
+#define PYTHON_LIB "/usr/lib/python" Py_STRINGIFY(PY_MAJOR_VERSION) "." Py_STRINGIFY(PY_MINOR_VERSION)
+
+static const struct stage_info *stage;
+
+const struct stage_info *stagehost_get(void) {
+    return stage;
+}
+
+static PyStatus set_text(PyConfig *config, wchar_t **field, const char *text) {
+    return PyConfig_SetBytesString(config, field, text);
+}
+
+static PyStatus set_paths(PyConfig *config) {
+    const struct {
+        wchar_t **field;
+        const char *text;
+    } rows[] = {
+        {&config->program_name, APY_PYTHON},     {&config->executable, APY_PYTHON},
+        {&config->base_executable, APY_PYTHON},  {&config->home, "/usr"},
+        {&config->prefix, "/usr"},               {&config->exec_prefix, "/usr"},
+        {&config->base_prefix, "/usr"},          {&config->base_exec_prefix, "/usr"},
+        {&config->stdlib_dir, PYTHON_LIB},       {&config->platlibdir, "lib"},
+        {&config->filesystem_encoding, "utf-8"}, {&config->filesystem_errors, "surrogateescape"},
+        {&config->stdio_encoding, "utf-8"},      {&config->stdio_errors, "surrogateescape"},
+        {&config->check_hash_pycs_mode, "default"},
+    };
+    static const wchar_t *const search[] = {L"" APY_LIBDIR, L"" PYTHON_LIB,
+                                            L"" PYTHON_LIB "/lib-dynload"};
+    PyStatus status = PyStatus_Ok();
+    for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]) && !PyStatus_Exception(status); i++)
+        status = set_text(config, rows[i].field, rows[i].text);
+    config->module_search_paths_set = 1;
+    for (size_t i = 0; i < sizeof(search) / sizeof(search[0]) && !PyStatus_Exception(status); i++)
+        status = PyWideStringList_Append(&config->module_search_paths, search[i]);
+    return status;
+}
+
+static PyStatus initialize(void) {
+    PyPreConfig before;
+    PyPreConfig_InitIsolatedConfig(&before);
+    before.utf8_mode = 1;
+    PyStatus status = Py_PreInitialize(&before);
+    if (PyStatus_Exception(status))
+        return status;
+    PyConfig config;
+    PyConfig_InitIsolatedConfig(&config);
+    config.site_import = 0;
+    config.write_bytecode = 0;
+    config.parse_argv = 0;
+    config.pathconfig_warnings = 0;
+    config.install_signal_handlers = 0;
+    config.use_hash_seed = 0;
+    status = set_paths(&config);
+    if (!PyStatus_Exception(status))
+        status = Py_InitializeFromConfig(&config);
+    PyConfig_Clear(&config);
+    return status;
+}
+
+int stagehost_run(const struct stage_info *info) {
+    stage = info;
+    PyStatus status = initialize();
+    if (PyStatus_Exception(status)) {
+        fprintf(stderr, "FATAL:   CPython did not start: %s\n", status.err_msg ? status.err_msg : "");
+        return 255;
+    }
+    PyObject *module = PyImport_ImportModule("apptainer_py.cli.stage");
+    PyObject *result = module ? PyObject_CallMethod(module, "main", NULL) : NULL;
+    if (!result) {
+        PyErr_Print();
+        return 255;
+    }
+    long code = PyLong_AsLong(result);
+    /* No finalisation: the process ends, and freeing what the kernel frees anyway costs time. */
+    return code < 0 || code > 255 ? 255 : (int)code;
+}

@@ -1,0 +1,178 @@
+/* What the files of the starter share.  Only starter.c, keeper.c and the ends of children exit. */
+#ifndef APY_STARTER_H
+#define APY_STARTER_H
+
+#include <signal.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/resource.h>
+#include <sys/types.h>
+
+#include "generated/build.h"
+
+#include "config.h"
+#include "protocol.h"
+#include "request.h"
+
+#define MUST_USE __attribute__((warn_unused_result))
+#define NO_RETURN __attribute__((noreturn))
+#define CAP_BIT(cap) ((uint64_t)1 << (cap))
+#define ARRAY_SIZE(a) (sizeof(a) / sizeof((a)[0]))
+
+/* What the caller's process had and the payload gets back. */
+struct inherited {
+    struct rlimit limits[RLIM_NLIMITS];
+    sigset_t blocked;
+    uint64_t ignored;                  /* bit n-1: signal n was ignored */
+    mode_t umask;
+    int fds[LIMIT_INHERITED_FDS];      /* the caller's, 3 and up */
+    size_t fd_count;
+};
+
+/* One launch.  Filled by keeper before it forks; each child has its own copy. */
+struct launch {
+    enum flow flow;
+    enum reason reason;
+    uid_t uid;
+    gid_t gid;
+    uint64_t permitted;                /* capabilities that this flow can have at all */
+    uint64_t bounding;                 /* the caller's own bounding set */
+    struct inherited inherited;
+    int request_fd;
+    int trace_file;                    /* the caller's, or -1 */
+    struct request_header request;
+    int config_fd;                     /* -1: there is no file */
+    struct config config;
+    uint64_t host_spaces[8];
+    int keeper_socket[2];              /* [0] keeper, [1] master */
+    int rpc_socket[2];                 /* [0] rpc, [1] master */
+    int start_socket[2];               /* [0] stage 2, [1] master */
+    int methods_socket[2];             /* [0] methods, [1] master; -1 without */
+    int helper_sockets[2][2];          /* post_start_host, cleanup_host: [0] helper, [1] master */
+    int seal_pipe[2];                  /* stage 2 → rpc: nothing more will be loaded */
+    int ready_pipe[2];                 /* container → keeper: rpc is gone */
+    int go_pipe[2];                    /* keeper → stage 2: nothing privileged is left */
+    int fuse_fds[LIMIT_FUSE_DEVICES];
+    struct container_plan plan;
+};
+
+/* report.c: fixed texts on stderr; bytes of the user are never printed as they are */
+void report(const char *level, const char *text);
+void report_error(const char *what, int error);
+NO_RETURN void fail(const char *what, int error);
+size_t append_text(char *out, size_t size, const char *text);
+size_t append_escaped(char *out, size_t size, const char *text, size_t length);
+size_t append_number(char *out, size_t size, uint64_t number);
+
+/* sanitize.c */
+void sanitize_start(struct launch *l);
+void sanitize_descriptors(struct launch *l);
+void sanitize_close_inherited(const struct launch *l);
+void sanitize_restore_for_payload(const struct launch *l);
+
+/* privs.c: every change of identity, and nothing else */
+struct raised;
+struct target_identity {
+    uid_t uid;
+    gid_t gid;
+    bool set_groups;
+    size_t group_count;
+    gid_t groups[LIMIT_GROUPS];
+    uint64_t caps[CAP_SETS];
+    bool keep_bounding;                /* the caller's own is kept */
+    bool no_new_privs;
+};
+MUST_USE int privs_check_start(struct launch *l);
+MUST_USE int privs_enter_keeper(const struct launch *l);
+const struct raised *privs_raise(uint64_t caps);
+void privs_lower(const struct raised *token);
+MUST_USE int privs_drop(const struct target_identity *target);
+MUST_USE int privs_identify(struct identity *who, bool with_spaces);
+MUST_USE int privs_make_userns(const struct launch *l);
+void privs_new_keyring(void);
+MUST_USE int privs_open_as_root(const char *path, int flags, mode_t mode);
+uint64_t privs_last_cap_mask(void);
+
+/* request.c */
+void request_open(struct launch *l, int argc, char *const argv[]);
+
+/* wire.c */
+MUST_USE int wire_pair(int pair[2]);
+MUST_USE int wire_send(int fd, const void *frame, size_t size, int passed);
+/* Returns bytes, 0 at the end, -1 with errno; *passed is -1 or a descriptor (close-on-exec). */
+MUST_USE ssize_t wire_receive(int fd, void *frame, size_t size, int *passed);
+MUST_USE int wire_check_request(const struct op_request *q, size_t size);
+const char *wire_string(const struct op_request *q, int which);
+
+/* policy.c: decisions without side effects (names.c looks names up) */
+MUST_USE int policy_caller(const struct launch *l, const char **why);
+MUST_USE int policy_plan(const struct launch *l, const struct container_plan *plan);
+MUST_USE int policy_image(const struct launch *l, int image_fd);
+bool policy_limits_images(const struct launch *l);
+MUST_USE int names_match(const struct launch *l, enum config_id key, bool group, const gid_t *ids,
+                         size_t count);
+
+#ifdef APY_TEST_STEPS
+void test_read_environment(void);
+#endif
+
+/* trace.c */
+extern int trace_fd;
+extern enum role trace_role;
+void trace_set_role(enum role role);
+void trace_process(void);
+void trace_hook(uint32_t hook, uint64_t start_ns, int failed);
+void trace_operation(uint32_t op, uint64_t start_ns, int code, int error, const char *text);
+void trace_launch(const struct launch *l);
+uint64_t trace_now(void);
+void step_begin(enum step step);
+void step_end(enum step step);
+void step_operation(uint32_t op, bool end);
+MUST_USE int trace_start(struct launch *l, int file_fd);
+
+/* audit.c */
+MUST_USE int audit_launch(const struct launch *l, const struct container_plan *plan,
+                          const char *image, const char *decision);
+
+extern pid_t stage_rpc_pid;
+
+/* container.c: clone(namespaces) and what the child does before it is the payload */
+MUST_USE pid_t container_start(struct launch *l, int *err);
+
+/* rpc.c, mounts.c */
+NO_RETURN void rpc_main(struct launch *l);
+struct rpc {
+    struct launch *launch;
+    int session_fd, root_fd, final_fd;
+    int phase;
+    uint32_t uses[32];
+    uint64_t layer_caps;
+};
+int op_session(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
+int op_root_fuse(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
+int op_root_squashfs(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
+int op_root_directory(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
+int op_underlay_bind(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
+int op_layer(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
+int op_bind(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
+int op_mount(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
+int op_hostname(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
+int op_pivot(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
+enum rpc_phase { PHASE_SESSION = 1, PHASE_ROOT, PHASE_LAYER, PHASE_ASSEMBLE, PHASE_DONE };
+
+/* server.c */
+MUST_USE pid_t server_start(const struct launch *l, int image_fd, int fuse_fd, uint64_t offset);
+
+/* stage.c: after the drop, load CPython and hand over */
+NO_RETURN void stage_run(struct launch *l, enum stage stage);
+void stage_target(const struct launch *l, enum role role, struct target_identity *target);
+
+/* shim.c */
+NO_RETURN void shim_main(struct launch *l, pid_t rpc, pid_t stage2);
+
+/* keeper.c */
+NO_RETURN void keeper_main(struct launch *l);
+NO_RETURN void keeper_become_plain(struct launch *l);
+
+#endif

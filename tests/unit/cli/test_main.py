@@ -1,0 +1,273 @@
+"""The slow commands from end to end, in this process, and beside the real Apptainer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+
+import apptainer_py.base
+from apptainer_py.base import log
+from apptainer_py.cli import commands, main, table
+from apptainer_py.cli.help import full, topic
+
+FACTS = {
+    "VERSION": "0.1.0", "BUILD_ID": "x", "PREFIX": "/p", "BINDIR": "/p/bin", "LIBEXECDIR": "/p/l",
+    "LIBDIR": "/p/lib", "SYSCONFDIR": "/etc/apptainer-py", "CONFIG_FILE": "/etc/apptainer-py/c",
+    "SESSIONDIR": "/p/l/session", "STARTER": "/p/l/starter", "STARTER_SUID": "/p/l/suid",
+    "PYTHON": "/usr/bin/python3", "LIBPYTHON": "/l", "SETUID": True,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def plain_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build module and message settings of these tests' own."""
+    module = ModuleType("apptainer_py.base.build")
+    module.__dict__.update(FACTS)
+    monkeypatch.setitem(sys.modules, "apptainer_py.base.build", module)
+    monkeypatch.setattr(apptainer_py.base, "build", module, raising=False)
+    monkeypatch.setattr(log, "level", log.INFO)
+    monkeypatch.setattr(log, "colour", False)
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str, **environ: str) -> tuple[int, str, str]:
+    status = main.main(["apptainer-py", *words], environ)
+    shown = capsys.readouterr()
+    return status, shown.out, shown.err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "version") == (0, "0.1.0\n", "")
+    assert run(capsys, "version", "x") == (0, "0.1.0\n", "")
+    assert run(capsys, "--version", "nosuch") == (0, "apptainer-py version 0.1.0\n", "")
+
+
+def test_buildcfg(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, "buildcfg")
+    assert (status, err) == (0, "")
+    assert "SESSIONDIR=/p/l/session\n" in out
+    assert "APPTAINER_SUID_INSTALL=1\n" in out
+    assert run(capsys, "buildcfg", "APPTAINER_CONFDIR") == (0, "/etc/apptainer-py\n", "")
+    status, out, err = run(capsys, "buildcfg", "x")
+    assert (status, err) == (1, 'Error for command "buildcfg": no variable named "x"\n\n')
+    assert out.startswith("Usage:\n  apptainer-py [global options...] buildcfg [parameter]\n")
+
+
+@pytest.mark.parametrize("row", table.COMMANDS, ids=lambda row: row[0])
+def test_each_command_has_help_and_is_built_or_refused(
+    capsys: pytest.CaptureFixture[str], row: table.Command
+) -> None:
+    path = row[0]
+    status, out, err = run(capsys, "help", *path.split())
+    assert (status, err) == (0, "")
+    assert out == full(path)
+    assert f"Usage:\n  apptainer-py {path}" in out
+    built = path in commands._COMMANDS or path in (*table.ACTIONS, *table.GROUPS)
+    assert built is (row[4] == table.SUPPORTED)
+    if not built:
+        status, out, err = run(capsys, *path.split())
+        assert (status, out) == (255, "")
+        assert err == f"FATAL:   the command `{path}` is not supported yet\n"
+
+
+def test_help_goes_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "exec", "--help", "--", "x") == (0, full("exec"), "")
+    assert run(capsys, "--help") == (0, full(""), "")
+    assert run(capsys, "sif") == (0, full("sif"), "")
+    assert run(capsys, "sif", "nosuch") == (0, full("sif"), "")
+    status, out, err = run(capsys, "help", "no\x1bsuch")
+    assert (status, err) == (0, "")
+    assert out.startswith("Unknown help topic [`no\\x1bsuch`]\nUsage:\n")
+    assert topic(["exec", "x"]) == full("exec")
+
+
+def test_help_fits_a_terminal() -> None:
+    for path in ("", *(row[0] for row in table.COMMANDS)):
+        assert [line for line in full(path).splitlines() if len(line) > 100] == []
+
+
+def test_hidden_options_are_not_shown() -> None:
+    shown = full("exec")
+    assert not [name for name in table.HIDDEN if f"--{name} " in shown]
+    assert "--bind stringArray" in shown
+    assert "(not supported yet)" in shown
+
+
+def test_errors_of_launches(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "exec", "--nv", "i", "c") == (
+        255,
+        "",
+        "FATAL:   `--nv` is not supported yet\nINFO:    leave `--nv` out\n",
+    )
+    status, out, err = run(capsys, "run", "docker://x")
+    assert (status, out) == (255, "")
+    assert err.startswith("FATAL:   an image from `docker:` is not supported yet\nINFO:    fetch")
+    assert run(capsys, "run", "foo://x") == (255, "", "FATAL:   Unsupported transport type: foo\n")
+
+
+def test_a_launch_is_not_for_the_interpreter(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, "exec", "i", "c")
+    assert (status, out) == (255, "")
+    assert "/p/bin/apptainer-py" in err
+
+
+def test_notes_are_shown_at_their_level(capsys: pytest.CaptureFixture[str]) -> None:
+    old = {"SINGULARITY_QUIET": "0"}
+    assert run(capsys, "version", **old)[2] == (
+        "INFO:    Environment variable SINGULARITY_QUIET is set, but APPTAINER_QUIET is preferred\n"
+    )
+    assert run(capsys, "-q", "version", **old)[2] == ""
+
+
+def test_a_bug_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_parsed: object) -> int:
+        raise RuntimeError("a\x1bb")
+
+    monkeypatch.setitem(commands._COMMANDS, "version", broken)
+    status, out, err = run(capsys, "version")
+    assert (status, out) == (255, "")
+    assert err.startswith("FATAL:   RuntimeError: a\\x1bb\nINFO:    ")
+    assert "Traceback" in run(capsys, "-d", "version")[2]
+
+
+def test_sif_of_a_wrong_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "sif", "list", "/etc/passwd") == (
+        1,
+        "",
+        'Error for command "list": invalid SIF magic\n',
+    )
+
+
+def test_config_global_needs_one_operation(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, "config", "global", "bind path")
+    assert status == 1
+    assert err == ('Error for command "global": you must specify an option (eg: --set/--unset)\n\n')
+    assert out.startswith("Usage:\n  apptainer-py [global options...] config global <option>")
+    assert run(capsys, "config", "global", "-g", "-r", "bind path")[0] == 1
+
+
+def test_a_closed_pipe_is_quiet(tmp_path: object) -> None:
+    code = "import sys; from apptainer_py.cli.main import main; sys.exit(main(['x', 'help']))"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+PARITY = [
+    ["exec"],
+    ["exec", "--badopt"],
+    ["exec", "-B"],
+    ["exec", "-cx", "a", "b"],
+    ["exec", "--contain=maybe", "a", "b"],
+    ["exec", "--env", "foo", "a", "b"],
+    ["exec", "--env", "", "a", "b"],
+    ["exec", "--no-mount", 'a"b', "a", "b"],
+    ["exec", "--no-mount", '"a"b', "a", "b"],
+    ["exec", "--cpu-shares", "x", "a", "b"],
+    ["exec", "--pids-limit", "", "a", "b"],
+    ["exec", "--=x"],
+    ["exec", "---x"],
+    ["exec", "-=x"],
+    ["exec", "-"],
+    ["exec", "--boot", "a", "b"],
+    ["exec", "--help=false"],
+    ["exec", "--debug", "a", "b"],
+    ["run"],
+    ["run", "-h", "--nosuch"],
+    ["shell"],
+    ["shell", "-s"],
+    ["test"],
+    ["inspect"],
+    ["inspect", "a", "--json"],
+    ["inspect", "--nosuch", "a"],
+    ["sif", "list"],
+    ["sif", "list", "a", "-x"],
+    ["sif", "-x"],
+    ["sif", "info"],
+    ["sif", "dump", "x"],
+    ["sif", "header", "a", "b"],
+    ["config", "global"],
+    ["config", "global", "x"],
+    ["config", "-x"],
+    ["completion", "bash", "x"],
+    ["buildcfg", "x"],
+    ["buildcfg", "a", "b"],
+    ["version", "-x"],
+    ["help", "-x"],
+    ["exek"],
+    ["nosuch"],
+    ["nosuch", "--help"],
+    ["--nosuch"],
+    ["--nosuch", "exec"],
+    ["-x"],
+    ["-dversion"],
+    ["--config"],
+    ["--debug=foo"],
+    [""],
+    [],
+    ["--", "exec"][:1],
+    ["--version=false"],
+    ["run", "foo://x"],
+]  # fmt: skip
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("words", PARITY, ids=lambda words: " ".join(words) or "(none)")
+def test_usage_errors_are_those_of_the_real_one(
+    capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    program = shutil.which("apptainer")
+    if program is None:
+        pytest.skip("Apptainer is not installed")
+    real = subprocess.run([program, *words], capture_output=True, text=True, env={"HOME": "/"})
+    status, out, err = run(capsys, *words)
+    assert status == real.returncode
+    assert err.replace("apptainer-py", "apptainer") == real.stderr
+    assert bool(out) == bool(real.stdout)
+    head = out.replace("apptainer-py", "apptainer").splitlines()[:2]
+    assert head == real.stdout.splitlines()[:2]
+    assert out.splitlines()[-1:] == [
+        line.replace("apptainer", "apptainer-py") for line in real.stdout.splitlines()[-1:]
+    ]
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"SINGULARITY_CONTAIN": "1"},
+        {"SINGULARITY_CONTAIN": "1", "APPTAINER_CONTAIN": "0"},
+        {"SINGULARITY_CONTAIN": "1", "APPTAINER_CONTAIN": ""},
+        {"SINGULARITY_BIND": "a", "SINGULARITY_BINDPATH": "b"},
+        {"SINGULARITY_TARGET_PWD": "/x", "SINGULARITY_QUIET": "0"},
+    ],
+    ids=str,
+)
+def test_notes_are_those_of_the_real_one(
+    capsys: pytest.CaptureFixture[str], environ: dict[str, str]
+) -> None:
+    program = shutil.which("apptainer")
+    if program is None:
+        pytest.skip("Apptainer is not installed")
+    # An image that both refuse, after the environment was read.
+    words = ["exec", "foo://x", "c"]
+    real = subprocess.run(
+        [program, *words], capture_output=True, text=True, env={"HOME": "/", **environ}
+    )
+    notes = [line for line in real.stderr.splitlines() if not line.startswith("FATAL")]
+    try:
+        from apptainer_py.cli.parse import parse
+
+        request = parse(["exec", "image", "c"], environ)
+    finally:
+        capsys.readouterr()
+    ours = [("INFO:    " if level > 0 else "WARNING: ") + text for level, text in request.notes]
+    assert ours == notes
