@@ -195,6 +195,7 @@ class Compiler:
         self.tree = tree
         self.output = output
         self.objects = output / "objects"
+        self.cython_objects: list[str] = []
         self.objects.mkdir(exist_ok=True)
         self.hardening = accepted(HARDENING, self.objects)
         self.strict = [
@@ -231,8 +232,16 @@ class Compiler:
         run([GCC, *self.hardening, "-pie", *LINK, *objects, "-o", str(self.output / name)])
 
     def stage_host(self, files: list[Path]) -> None:
-        """Build the object that starter's dropped children load: the only user of libpython."""
+        """Build the object that starter's dropped children load: the only user of libpython.
+
+        It holds the whole package, frozen, and the Cython module: a stage searches for nothing.
+        """
         objects = self._objects(files, "stagehost", [*self.strict, "-fPIC", *self.python])
+        frozen = self.objects / "frozen.c"
+        script = SOURCE / "tools/gen_frozen.py"
+        run([PYTHON, "-I", "-B", str(script), str(self.tree), str(frozen)])
+        objects += self._objects([frozen], "stagehost", ["-O0", "-fPIC", "-w", *self.python])
+        objects += self.cython_objects
         target = str(self.output / "stagehost.so")
         run([GCC, *self.hardening, "-shared", *LINK, *objects, *self.libpython, "-o", target])
 
@@ -244,6 +253,7 @@ class Compiler:
         # Cython's own C does not pass the warnings that hand-written C is held to.
         flags = ["-O2", "-fPIC", "-w", *self.hardening, *self.python]
         objects = self._objects([written], "module", flags)
+        self.cython_objects += objects
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
         target = str(source.with_name(source.stem + suffix))
         run([GCC, *self.hardening, "-shared", *LINK, *objects, "-o", target])
@@ -334,9 +344,9 @@ class BuildProduct(Command):
             generate(SOURCE, facts)
         compiler = Compiler(tree, output)
         compiler.check_abi()
-        self._compile(compiler, tree / "starter")
         for source in sorted((tree / "apptainer_py").rglob("*.pyx")):
             compiler.cython_module(source)
+        self._compile(compiler, tree / "starter")
         if self.inplace:
             self._copy_modules(tree)
         byte_compile(tree / "apptainer_py", str(facts["LIBDIR"]))

@@ -87,7 +87,7 @@ static pid_t fork_rpc(struct launch *l) {
     rpc_main(l);
 }
 
-/* Methods of an engine that is not built in: Python with rpc's identity, never in the setuid flow. */
+/* Methods of an engine that is not built in: Python as rpc, never in the setuid flow. */
 static int fork_methods(struct launch *l) {
     step_begin(STEP_FORK_METHODS);
     pid_t pid = fork();

@@ -233,8 +233,9 @@ static int op_serve_image(struct keeper *k, const union keeper_request *request,
     struct launch *l = k->launch;
     const struct op_request *q = &request->plain;
     struct stat st;
-    if (wire_check_request(q, size) < 0 || q->num[0] >= LIMIT_FUSE_DEVICES || l->fuse_fds[q->num[0]] < 0 || image_fd < 0 || q->flags ||
-        q->num[2] || q->num[3] || q->num[4] || q->num[5] || q->length[0] || q->length[1])
+    if (wire_check_request(q, size) < 0 || q->num[0] >= LIMIT_FUSE_DEVICES ||
+        l->fuse_fds[q->num[0]] < 0 || image_fd < 0 || q->flags || q->num[2] || q->num[3] ||
+        q->num[4] || q->num[5] || q->length[0] || q->length[1])
         return ERR_MALFORMED;
     int mode = fcntl(image_fd, F_GETFL);
     if (mode < 0 || mode & O_PATH || (mode & O_ACCMODE) == O_WRONLY || fstat(image_fd, &st) < 0 ||
@@ -526,6 +527,7 @@ static void wait_for_the_end(struct keeper *k) {
 NO_RETURN static void end_as_payload(const struct keeper *k, bool ran) {
     int status = ran ? k->container_status : k->master_status;
     step_begin(STEP_KEEPER_END);
+    step_end(STEP_KEEPER_END);
     if (!ran && WIFSIGNALED(status)) {
         report("FATAL:   ", "a process of the launch was killed");
         _exit(255);

@@ -100,7 +100,7 @@ static int make_directories(void) {
     return result;
 }
 
-/* SESSION(size in MiB, 0 = no limit): the memory file system in which everything is put together. */
+/* SESSION(size in MiB, 0 = no limit): the memory file system that holds everything else. */
 int op_session(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out) {
     const struct launch *l = r->launch;
     if (no_fields_but(q, 0, 1, false, false) < 0 || q->num[0] > 1u << 20)
@@ -151,7 +151,7 @@ int op_root_fuse(struct rpc *r, const struct op_request *q, struct op_reply *a, 
     /* In a user namespace this would shut the master out, which stays outside of it. */
     if (l->flow != FLOW_USERNS && set_flag(fs, "allow_other") < 0)
         return answer(a, ERR_MOUNT, errno);
-    /* SAFE: the server runs as the user; what it says is never trusted: nosuid, nodev, read-only. */
+    /* SAFE: the server is the user's and what it says not trusted: nosuid, nodev, read-only. */
     int mount_fd = make_mount(fs, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_RDONLY);
     if (mount_fd < 0 || attach_at(mount_fd, ROOT_DIRECTORY) < 0)
         return answer(a, ERR_MOUNT, errno);
@@ -211,7 +211,7 @@ static int loop_device(int image_fd, uint64_t offset, uint64_t size, int most) {
     return -1;
 }
 
-/* ROOT_SQUASHFS(path; device, inode, offset, size): the kernel's own driver, where policy allows. */
+/* ROOT_SQUASHFS(path; device, inode, offset, size): the kernel's driver, where policy allows. */
 int op_root_squashfs(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out) {
     const struct launch *l = r->launch;
     int code = ERR_OK;
@@ -242,6 +242,7 @@ int op_root_squashfs(struct rpc *r, const struct op_request *q, struct op_reply 
     int fs = sys_fsopen("squashfs");
     if (length <= 0 || fs < 0 || set_string(fs, "source", name) < 0)
         return answer(a, ERR_MOUNT, errno);
+    (void)set_flag(fs, "ro"); /* as the loop device is: opening it for writing would fail */
     (void)set_string(fs, "errors", "continue");
     raised = privs_raise(CAP_BIT(CAP_SYS_ADMIN) | CAP_BIT(CAP_DAC_OVERRIDE));
     int mount_fd = !raised ? -1
@@ -527,9 +528,10 @@ int op_mount(struct rpc *r, const struct op_request *q, struct op_reply *a, int 
             (void)set_number(fs, "gid", q->num[1]);
     } else if (fs >= 0 && q->num[0] == KERNELFS_TMPFS) {
         uint64_t most = config_uint(&l->config, CONFIG_SESSIONDIR_MAX_SIZE);
+        uint64_t mib = q->num[2] > 0 && q->num[2] < most ? q->num[2] : most;
         (void)set_string(fs, "mode", "1777");
         if (l->flow == FLOW_SETUID || q->num[2] > 0)
-            (void)set_number(fs, "size", (q->num[2] > 0 && q->num[2] < most ? q->num[2] : most) << 20);
+            (void)set_number(fs, "size", mib << 20);
     }
     (void)(fs < 0 ? 0 : set_string(fs, "source", kernel_filesystems[row].name));
     /* SAFE: file systems of the kernel's own, of the container's namespaces, from a closed list. */

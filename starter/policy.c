@@ -29,7 +29,8 @@ int policy_caller(const struct launch *l, const char **why) {
         return 0;
     int count = own_groups(held, ARRAY_SIZE(held) - 1);
     held[count] = l->gid;
-    if (groups > 0 && names_match(l, CONFIG_ALLOW_SETUID_GROUPS, true, held, (size_t)count + 1) == 1)
+    size_t held_count = (size_t)count + 1;
+    if (groups > 0 && names_match(l, CONFIG_ALLOW_SETUID_GROUPS, true, held, held_count) == 1)
         return 0;
     *why = "you are in neither `allow setuid users` nor `allow setuid groups`";
     return -1;
@@ -48,8 +49,9 @@ int policy_plan(const struct launch *l, const struct container_plan *plan) {
     for (int set = 0; set < CAP_SETS; set++)
         if (plan->caps[set] & ~(l->flow == FLOW_USERNS ? privs_last_cap_mask() : l->permitted))
             return ERR_CAPABILITY;
+    uint64_t most_ambient = plan->caps[CAP_SET_PERMITTED] & plan->caps[CAP_SET_INHERITABLE];
     if (plan->caps[CAP_SET_EFFECTIVE] & ~plan->caps[CAP_SET_PERMITTED] ||
-        plan->caps[CAP_SET_AMBIENT] & ~(plan->caps[CAP_SET_PERMITTED] & plan->caps[CAP_SET_INHERITABLE]))
+        plan->caps[CAP_SET_AMBIENT] & ~most_ambient)
         return ERR_MALFORMED;
     if (l->flow == FLOW_ROOT)
         return ERR_OK;
@@ -107,7 +109,7 @@ static int path_permitted(const struct launch *l, int image_fd) {
     return -1;
 }
 
-/* The image as it is open, not as it is named.  Non-setuid flows ask the same for honesty's sake. */
+/* The image as it is open, not as it is named.  Other flows ask the same, for honesty's sake. */
 int policy_image(const struct launch *l, int image_fd) {
     const struct config *c = &l->config;
     struct stat st;

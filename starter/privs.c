@@ -152,7 +152,8 @@ void privs_lower(const struct raised *token) {
     uint64_t effective, permitted, inheritable;
     if (token == NULL)
         return;
-    if (caps_get(&effective, &permitted, &inheritable) < 0 || caps_set(0, permitted, inheritable) < 0)
+    if (caps_get(&effective, &permitted, &inheritable) < 0 ||
+        caps_set(0, permitted, inheritable) < 0)
         _exit(255); /* still privileged: nothing may follow */
 }
 
@@ -250,7 +251,7 @@ int privs_make_userns(const struct launch *l) {
     append_text(gid_line, sizeof(gid_line), " 1\n");
     if (unshare(CLONE_NEWUSER) < 0)
         return -1;
-    /* A non-dumpable process's map files belong to root; nothing is held that a tracer could want. */
+    /* A non-dumpable process's map files belong to root; a tracer finds nothing to take here. */
     (void)prctl(PR_SET_DUMPABLE, 1);
     int result = write_map("/proc/self/setgroups", "deny");
     if (result == 0)

@@ -1,4 +1,4 @@
-/* The launcher's sealed memfd.  C reads the header alone; strings are for Python, after the drop. */
+/* The launcher's sealed memfd.  C reads the header; strings are for Python, after the drop. */
 #include <fcntl.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -60,6 +60,9 @@ void request_open(struct launch *l, int argc, char *const argv[]) {
         check_header(&l->request, st.st_size) < 0)
         fail("the launch request is malformed; install apptainer-py again (./install)", 0);
     check_build(&l->request);
+    /* Root may ask for less than it has. */
+    if (l->flow == FLOW_ROOT && l->request.flow == FLOW_USERNS)
+        l->flow = FLOW_USERNS;
     bool builtin = l->request.total - l->request.engine_file_off == 1;
     if (l->flow == FLOW_SETUID && !builtin)
         fail("the setuid flow accepts built-in engines only", 0);

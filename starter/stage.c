@@ -99,7 +99,9 @@ static bool right_spaces(const struct launch *l, const struct identity *who) {
 
 static bool hook_belongs(uint32_t hook, enum stage stage) {
     switch (hook) {
-#define HOOK(name, number, owner) case number: return STAGE_##owner == STAGE_ANY || STAGE_##owner == stage;
+#define HOOK(name, number, owner)                                                                  \
+    case number:                                                                                   \
+        return STAGE_##owner == STAGE_ANY || STAGE_##owner == stage;
 #include "rows.h"
     default: return false;
     }
@@ -193,15 +195,16 @@ static struct stage_info describe(const struct launch *l, enum stage stage) {
         .trigger_fd = stage == STAGE_POST_START_HOST ? l->helper_sockets[0][0]
                       : stage == STAGE_CLEANUP_HOST  ? l->helper_sockets[1][0]
                                                      : -1,
-        .helper_fds = {master ? l->helper_sockets[0][1] : -1, master ? l->helper_sockets[1][1] : -1},
+        .helper_fds = {master ? l->helper_sockets[0][1] : -1,
+                       master ? l->helper_sockets[1][1] : -1},
         .trace_fd = trace_fd, .permitted = l->permitted, .enter_hook = enter_hook,
         .leave_hook = leave_hook, .wait_for_go = wait_for_go, .exec_payload = exec_payload,
     };
     return info;
 }
 
-/* The only place where an interpreter enters a process, and it cannot be reached before the drop. */
-static int load_and_run(const struct stage_info *info) {
+/* The only place where an interpreter enters a process; it cannot be reached before the drop. */
+static int load_and_run(const struct stage_info *info, enum step step) {
     /* SAFE: absolute, root-owned, compiled in; the process has only its stage's identity. */
     if (!dlopen(APY_LIBPYTHON, RTLD_LAZY | RTLD_GLOBAL)) {
         report("FATAL:   ", "cannot load " APY_LIBPYTHON "; reinstall libpython and then "
@@ -216,6 +219,7 @@ static int load_and_run(const struct stage_info *info) {
         report("FATAL:   ", "cannot load " APY_STAGEHOST "; reinstall apptainer-py (./install)");
         return 255;
     }
+    step_end(step);
     return run(info);
 }
 
@@ -223,6 +227,8 @@ NO_RETURN void stage_run(struct launch *l, enum stage stage) {
     size_t row = 0;
     while (row < ARRAY_SIZE(stages) && stages[row].stage != stage)
         row++;
+    if (row == ARRAY_SIZE(stages))
+        fail("there is no such stage", 0);
     struct target_identity target;
     stage_launch = l;
     current_stage = stage;
@@ -237,6 +243,6 @@ NO_RETURN void stage_run(struct launch *l, enum stage stage) {
     trace_process();
     struct stage_info info = describe(l, stage);
     step_begin(stages[row].load);
-    int status = load_and_run(&info);
+    int status = load_and_run(&info, stages[row].load);
     _exit(status);
 }

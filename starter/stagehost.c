@@ -4,9 +4,13 @@
 
 #include "generated/build.h"
 
+#include "frozen.h"
 #include "stagehost.h"
 
-#define PYTHON_LIB "/usr/lib/python" Py_STRINGIFY(PY_MAJOR_VERSION) "." Py_STRINGIFY(PY_MINOR_VERSION)
+PyMODINIT_FUNC PyInit__starter(void);
+
+#define PYTHON_LIB                                                                                 \
+    "/usr/lib/python" Py_STRINGIFY(PY_MAJOR_VERSION) "." Py_STRINGIFY(PY_MINOR_VERSION)
 
 static const struct stage_info *stage;
 
@@ -65,14 +69,29 @@ static PyStatus initialize(void) {
     return status;
 }
 
+/* A built-in module cannot belong to a package, except by its entry among the loaded ones. */
+static int place_starter_module(void) {
+    PyObject *module = PyImport_ImportModule("_starter");
+    return module ? PyDict_SetItemString(PyImport_GetModuleDict(), "apptainer_py.kernel._starter",
+                                         module)
+                  : -1;
+}
+
 int stagehost_run(const struct stage_info *info) {
     stage = info;
+    /* Before the interpreter exists: its first import is already one of these. */
+    PyImport_FrozenModules = frozen_modules;
+    if (PyImport_AppendInittab("_starter", PyInit__starter) < 0)
+        return 255;
     PyStatus status = initialize();
     if (PyStatus_Exception(status)) {
-        fprintf(stderr, "FATAL:   CPython did not start: %s\n", status.err_msg ? status.err_msg : "");
+        const char *reason = status.err_msg ? status.err_msg : "";
+        fprintf(stderr, "FATAL:   CPython did not start: %s\n", reason);
         return 255;
     }
-    PyObject *module = PyImport_ImportModule("apptainer_py.cli.stage");
+    PyObject *module = NULL;
+    if (place_starter_module() == 0)
+        module = PyImport_ImportModule("apptainer_py.cli.stage");
     PyObject *result = module ? PyObject_CallMethod(module, "main", NULL) : NULL;
     if (!result) {
         PyErr_Print();

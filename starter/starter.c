@@ -73,20 +73,22 @@ int main(int argc, char *argv[]) {
 #ifdef APY_TEST_STEPS
     test_read_environment();
 #endif
+    step_begin(STEP_KEEPER_START);
     sanitize_start(l);
     if (privs_check_start(l) < 0)
         fail("the starter does not have the identity that it needs; run apptainer-py", 0);
     if (privs_enter_keeper(l) < 0)
         fail("cannot take the identity for the start", errno);
+    step_end(STEP_KEEPER_START);
+    step_begin(STEP_SANITIZED);
     request_open(l, argc, argv);
     sanitize_descriptors(l);
+    step_end(STEP_SANITIZED);
     record_host_spaces(l);
     read_config(l);
     if (l->trace_file >= 0 && trace_start(l, l->trace_file) < 0)
         fail("cannot start the trace", errno);
     trace_launch(l);
-    step_begin(STEP_KEEPER_START);
-    step_end(STEP_KEEPER_START);
     check_caller(l);
     trace_process();
     keeper_main(l);

@@ -70,26 +70,46 @@ void trace_operation(uint32_t op, uint64_t start_ns, int code, int error, const 
     emit(&event, text);
 }
 
+/* The steps before there is a writer; they are told when there is one. */
+static struct {
+    uint32_t step;
+    uint64_t at_ns;
+} early[4];
+static size_t early_count;
+
 void trace_launch(const struct launch *l) {
     if (trace_fd < 0)
         return;
-    struct trace_event event = {.kind = TRACE_LAUNCH, .number = l->flow, .start_ns = trace_now(),
+    struct trace_event event = {.kind = TRACE_LAUNCH, .number = l->flow,
+                                .start_ns = early_count ? early[0].at_ns : trace_now(),
                                 .code = (int)l->reason};
     emit(&event, APY_VERSION);
+    for (size_t i = 0; i < early_count; i++) {
+        struct trace_event step = {.kind = TRACE_STEP, .number = early[i].step,
+                                   .start_ns = early[i].at_ns};
+        emit(&step, NULL);
+    }
 }
 
 static void trace_step(uint32_t step) {
-    if (trace_fd < 0)
+    if (trace_fd < 0) {
+        if (early_count < ARRAY_SIZE(early)) {
+            early[early_count].step = step;
+            early[early_count++].at_ns = trace_now();
+        }
         return;
+    }
     struct trace_event event = {.kind = TRACE_STEP, .number = step, .start_ns = trace_now()};
     emit(&event, NULL);
 }
 
 #ifdef APY_TEST_STEPS
 static void die_here(uint32_t step, bool end) {
-    if ((int)step == test_die_step && end == (test_die_at_end != 0) &&
-        (test_die_role < 0 || test_die_role == (int)trace_role))
-        (void)kill(getpid(), SIGKILL);
+    if ((int)step != test_die_step || end != (test_die_at_end != 0) ||
+        (test_die_role >= 0 && test_die_role != (int)trace_role))
+        return;
+    report("STEPS:   ", "a process dies here"); /* a test must know that it was reached */
+    (void)kill(getpid(), SIGKILL);
 }
 #else
 static void die_here(uint32_t step, bool end) {
@@ -251,13 +271,14 @@ int trace_start(struct launch *l, int file_fd) {
     if (pid == 0) {
         struct target_identity target;
         trace_set_role(ROLE_TRACER);
-        close(pair[1]);
+        trace_fd = pair[1];
         step_begin(STEP_DROP_TRACER);
         stage_target(l, ROLE_TRACER, &target);
         /* SAFE: from here on only the caller's own rights, and the caller's own file. */
         if (privs_drop(&target) < 0)
             _exit(255);
         step_end(STEP_DROP_TRACER);
+        close(pair[1]);
         tracer_main(pair[0], file_fd);
     }
     step_end(STEP_FORK_TRACER);

@@ -1,4 +1,4 @@
-/* Frames over sequenced-packet sockets: one message is one frame, at most one descriptor beside it. */
+/* Frames over sequenced-packet sockets: one message is one frame, with at most one descriptor. */
 #include <errno.h>
 #include <string.h>
 #include <sys/socket.h>

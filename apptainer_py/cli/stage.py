@@ -34,7 +34,7 @@ def main() -> int:
     info = _starter.stage()
     try:
         return stages.run(info, _parse, _load_builtin)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  the last resort: a traceback is no message
         log.fatal(f"internal error: {type(error).__name__}: {error}; run with -d for details")
         if log.level >= log.DEBUG and info["stage"] != protocol.STAGE_START:
             import traceback

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import final
 
+    from apptainer_py.kernel._starter import StageInfo
     from apptainer_py.model.plan import ContainerPlan
     from apptainer_py.model.request import ActionRequest
     from apptainer_py.runtime.mounting import Mounting
@@ -42,13 +43,13 @@ class Facts:
         "umask",
     )
 
-    def __init__(self, info: Mapping[str, int]) -> None:
-        self.flow: int = info["flow"]
-        self.reason: int = info["reason"]
-        self.uid: int = info["uid"]
-        self.gid: int = info["gid"]
-        self.umask: int = info["umask"]
-        self.permitted: int = info["permitted"]
+    def __init__(self, info: StageInfo) -> None:
+        self.flow = info["flow"]
+        self.reason = info["reason"]
+        self.uid = info["uid"]
+        self.gid = info["gid"]
+        self.umask = info["umask"]
+        self.permitted = info["permitted"]
         self.configuration: Mapping[str, object] = {}
         self.config_lines: Mapping[str, int] = {}
         self.config_problems: list[tuple[int, str, str, str]] = []
@@ -83,7 +84,7 @@ class PrepareContext:
 
     def __init__(
         self,
-        info: Mapping[str, int],
+        info: StageInfo,
         facts: Facts,
         arguments: tuple[str, ...],
         environment: Mapping[str, str],

@@ -31,7 +31,9 @@ def call_method(fd: int, method: str, data: bytes) -> bytes:
     _starter.send_bytes(fd, method.encode() + b"\0" + data)
     answer, _ = _starter.receive_bytes(fd, _FRAME_BYTES)
     if answer[:1] != b"+":
-        raise MethodFailed(method=method, reason=answer[1:].decode("utf-8", "replace") or "no answer")
+        raise MethodFailed(
+            method=method, reason=answer[1:].decode("utf-8", "replace") or "no answer"
+        )
     return answer[1:]
 
 
@@ -47,6 +49,6 @@ def serve_rpc_requests(fd: int, methods: Mapping[str, RpcMethod]) -> int:
             if method is None:
                 raise KeyError("no such method")
             answer = b"+" + method(data)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  whatever a method raises is its answer
             answer = b"-" + f"{type(error).__name__}: {error}".encode()
         _starter.send_bytes(fd, answer)

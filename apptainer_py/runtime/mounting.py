@@ -65,12 +65,12 @@ class Mounting:
         *,
         flags: int = 0,
         numbers: tuple[int, ...] = (),
-        first: bytes | None = None,
-        second: bytes | None = None,
+        paths: tuple[bytes, ...] = (),
         on_failure: Callable[[int, int], None] | None = None,
     ) -> None:
         if len(self._flight) >= _IN_FLIGHT:
             self._fetch()
+        first, second = (*paths, None, None)[:2]
         try:
             _starter.send_operation(self._rpc_fd, op, flags, numbers, first, second)
         except ValueError as error:
@@ -96,8 +96,16 @@ class Mounting:
         while self._flight:
             self._fetch()
 
-    def _ask(self, what: str, op: int, **fields: object) -> int:
-        self._send(what, op, **fields)  # type: ignore[arg-type]
+    def _ask(
+        self,
+        what: str,
+        op: int,
+        *,
+        flags: int = 0,
+        numbers: tuple[int, ...] = (),
+        paths: tuple[bytes, ...] = (),
+    ) -> int:
+        self._send(what, op, flags=flags, numbers=numbers, paths=paths)
         fd = -1
         while self._flight:
             fd = self._fetch()
@@ -129,9 +137,8 @@ class Mounting:
 
     def root_squashfs(self, path: str, facts: tuple[int, int, int, int], what: str) -> int:
         """Mount with the kernel's driver; `facts` are device, inode, offset and size in bytes."""
-        return self._ask(
-            what, protocol.OP_ROOT_SQUASHFS, numbers=facts, first=os.fsencode(path)
-        )
+        paths = (os.fsencode(path),)
+        return self._ask(what, protocol.OP_ROOT_SQUASHFS, numbers=facts, paths=paths)
 
     def root_directory(self, path: str, dev: int, ino: int, flags: int, what: str) -> int:
         """Use a directory as the image."""
@@ -140,7 +147,7 @@ class Mounting:
             protocol.OP_ROOT_DIRECTORY,
             flags=flags,
             numbers=(dev, ino),
-            first=os.fsencode(path),
+            paths=(os.fsencode(path),),
         )
 
     def underlay_bind(self, source: bytes, target: bytes) -> None:
@@ -148,8 +155,7 @@ class Mounting:
         self._send(
             f"cannot show {os.fsdecode(source)} in the underlay",
             protocol.OP_UNDERLAY_BIND,
-            first=source,
-            second=target,
+            paths=(source, target),
         )
 
     def layer(self, kind: int, what: str) -> int:
@@ -166,8 +172,7 @@ class Mounting:
                 protocol.OP_BIND,
                 flags=flags,
                 numbers=(mount.area,),
-                first=os.fsencode(mount.source),
-                second=target,
+                paths=(os.fsencode(mount.source), target),
                 on_failure=on_failure,
             )
             return
@@ -178,13 +183,13 @@ class Mounting:
             protocol.OP_MOUNT,
             flags=flags,
             numbers=(_KERNEL_FS[mount.kind], group, size),
-            first=target,
+            paths=(target,),
             on_failure=on_failure,
         )
 
     def hostname(self, name: str) -> None:
         """Set the host name of the container's UTS namespace."""
-        self._send("cannot set the host name", protocol.OP_HOSTNAME, first=os.fsencode(name))
+        self._send("cannot set the host name", protocol.OP_HOSTNAME, paths=(os.fsencode(name),))
 
     def pivot(self) -> None:
         """Wait until stage 2 is sealed, and make the container's tree its root; the last one."""

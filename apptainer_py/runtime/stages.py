@@ -31,6 +31,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from apptainer_py.kernel._starter import StageInfo
     from apptainer_py.model.request import ActionRequest
 
     Parse = Callable[[list[str], Mapping[str, str]], ActionRequest | None]
@@ -70,13 +71,14 @@ def _load_engine(request: Request, load_builtin: LoadBuiltin) -> engines.Operati
     if request.engine_file:
         with open(request.engine_file, "rb") as source:
             code = compile(source.read(), request.engine_file, "exec")
-        exec(code, {"__name__": "engine", "__file__": request.engine_file})
+        # The caller's own file, with the caller's rights: the setuid flow refuses to get here.
+        exec(code, {"__name__": "engine", "__file__": request.engine_file})  # noqa: S102
     else:
         load_builtin(request.engine)
     return engines.find_operations(request.engine)()
 
 
-def _read_config(facts: Facts, info: Mapping[str, int]) -> None:
+def _read_config(facts: Facts, info: StageInfo) -> None:
     if info["config_fd"] >= 0:
         values, lines, problems = _starter.parse_config_fd(info["config_fd"])
     else:
@@ -86,7 +88,7 @@ def _read_config(facts: Facts, info: Mapping[str, int]) -> None:
     facts.config_problems = problems
 
 
-def run(info: Mapping[str, int], parse: Parse, load_builtin: LoadBuiltin) -> int:
+def run(info: StageInfo, parse: Parse, load_builtin: LoadBuiltin) -> int:
     """Run this process's stage; returns its exit status.
 
     `parse` turns the caller's words and environment into an ActionRequest; `load_builtin` imports
@@ -118,7 +120,7 @@ def _init(operations: engines.Operations, facts: Facts, stage: int) -> None:
 class Master:
     """Stage 1, which stays to create, watch and clean up."""
 
-    def __init__(self, info: Mapping[str, int], facts: Facts, request: Request) -> None:
+    def __init__(self, info: StageInfo, facts: Facts, request: Request) -> None:
         self.info = info
         self.facts = facts
         self.request = request
@@ -156,9 +158,7 @@ class Master:
             self.request.cwd,
             action,
         )
-        _starter.run_hook(
-            protocol.HOOK_PREPARE_CONFIG, self.operations.prepare_config, context
-        )
+        _starter.run_hook(protocol.HOOK_PREPARE_CONFIG, self.operations.prepare_config, context)
         if context.helpers_wanted:
             self._ask_keeper("cannot start the host helpers", protocol.OP_HOST_HELPERS)
         return context
@@ -263,7 +263,7 @@ class Master:
         return False
 
     def _trigger_helper(self, which: int) -> None:
-        fd = self.info["helper_fds"][which]  # type: ignore[index]
+        fd = self.info["helper_fds"][which]
         if fd < 0:
             return
         try:
@@ -315,10 +315,10 @@ def seal() -> None:
     sys.path.clear()
     sys.path_hooks.clear()
     sys.path_importer_cache.clear()
-    sys.meta_path[:] = [_Sealed()]  # type: ignore[list-item]
+    sys.meta_path[:] = [_Sealed()]
 
 
-def _run_start(info: Mapping[str, int], facts: Facts, load_builtin: LoadBuiltin) -> int:
+def _run_start(info: StageInfo, facts: Facts, load_builtin: LoadBuiltin) -> int:
     name, fd = _starter.receive_bytes(info["start_fd"], 8192)
     if fd < 0:
         return 255
@@ -338,7 +338,7 @@ def _run_start(info: Mapping[str, int], facts: Facts, load_builtin: LoadBuiltin)
         # Before the exit: master must not see an end that looks like a successful execve.
         _starter.send_bytes(info["start_fd"], b"failed")
         return report(error)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  an engine's mistake must reach the user as a line
         _starter.send_bytes(info["start_fd"], b"failed")
         log.fatal(f"internal error: {type(error).__name__}: {error}")
         return 255
@@ -346,9 +346,7 @@ def _run_start(info: Mapping[str, int], facts: Facts, load_builtin: LoadBuiltin)
     return 255
 
 
-def _run_host_helper(
-    info: Mapping[str, int], operations: engines.Operations, request: Request
-) -> int:
+def _run_host_helper(info: StageInfo, operations: engines.Operations, request: Request) -> int:
     fd = info["trigger_fd"]
     orderly = bool(_starter.receive_bytes(fd, 16)[0])
     environment, cwd = request.environment, request.cwd

@@ -128,7 +128,7 @@ def parse_mount(spec: str, cwd: str) -> Bind:
         else:
             raise _bad(f'invalid key "{key}" in mount specification')
     if kind != "bind":
-        raise _bad(f'unsupported mount type "{kind}", only \'bind\' is supported')
+        raise _bad(f"unsupported mount type \"{kind}\", only 'bind' is supported")
     if not paths.get("source") or not paths.get("target"):
         raise _bad("mounts must specify a source and a destination")
     source = os.path.normpath(os.path.join(cwd, paths["source"]))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 
 from apptainer_py.base import log
-from apptainer_py.base.errors import ApptainerError, ConfigError
 from apptainer_py.base.build import SYSCONFDIR
+from apptainer_py.base.errors import ApptainerError, ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -18,8 +18,13 @@ _PROXIES = ("http_proxy", "https_proxy", "ftp_proxy", "all_proxy", "no_proxy")
 _KEPT_CLEAN = ("TERM", *_PROXIES, *(name.upper() for name in _PROXIES))
 _NEVER_FORWARDED = ("HOME", "PATH", "LD_LIBRARY_PATH")
 _OWN_PREFIXES = ("APPTAINER_", "SINGULARITY_", "APPTAINERENV_", "SINGULARITYENV_")
-_NOT_OVERRIDABLE = ("HOME", "APPTAINER_SHELL", "SINGULARITY_SHELL", "APPTAINER_APPNAME",
-                    "SINGULARITY_APPNAME")
+_NOT_OVERRIDABLE = (
+    "HOME",
+    "APPTAINER_SHELL",
+    "SINGULARITY_SHELL",
+    "APPTAINER_APPNAME",
+    "SINGULARITY_APPNAME",
+)
 _PATH_EDITS = {"PREPEND_PATH": 0, "APPEND_PATH": 1, "PATH": 2}
 _ENV_FILE_BYTES = 1 << 20
 
@@ -28,7 +33,7 @@ class EnvFileUnreadable(ApptainerError):
     """An --env-file that cannot be used."""
 
     message = (
-        'while setting environment: while processing {path}: could not read environment file '
+        "while setting environment: while processing {path}: could not read environment file "
         '"{path}": {reason}'
     )
 
@@ -63,8 +68,7 @@ def collect(action: ActionRequest, environment: Mapping[str, str]) -> Environmen
     if "PATH" in environment:
         result.forwarded["USER_PATH"] = environment["PATH"]
     for path in action.env_file:
-        for name, value in _read_env_file(path).items():
-            overrides[name] = value
+        overrides.update(_read_env_file(path))
     for name, value in action.env:
         if name in overrides and overrides[name] != value and action.env_file:
             log.warning(f"Ignored environment file variable {name}: override from --env")
@@ -129,18 +133,15 @@ def _read_env_file(path: str) -> dict[str, str]:
 def _evaluate(path: str, text: bytes) -> dict[str, str]:
     import subprocess
 
-    names = sorted(
-        {
-            line.lstrip().removeprefix(b"export ").split(b"=", 1)[0].strip().decode("ascii", "ignore")
-            for line in text.splitlines()
-            if b"=" in line
-        }
-    )
+    words = [line.split(b"=", 1)[0] for line in text.splitlines() if b"=" in line]
+    words = [word.lstrip().removeprefix(b"export ").strip() for word in words]
+    names = sorted({word.decode("ascii", "ignore") for word in words})
     names = [name for name in names if name and is_name(name)]
-    script = text + b"\n" + "".join(
+    shows = [
         f'if [ -n "${{{name}+x}}" ]; then printf "%s\\0" "{name}=${{{name}}}"; fi\n'
         for name in names
-    ).encode()
+    ]
+    script = text + b"\n" + "".join(shows).encode()
     done = subprocess.run(
         ["/bin/sh", "-s"], input=script, capture_output=True, env={}, check=False, timeout=60
     )

@@ -32,6 +32,7 @@ _FS_OF_HOST = ("/proc", "/sys", "/dev", "/run", "/boot", "/var")
 DEV, HOST, SYSTEM, KERNEL, HOME, TMP, SCRATCH, FILES, USER, CWD = (
     "dev", "hostfs", "binds", "kernel", "home", "tmp", "scratch", "files", "userbinds", "cwd",
 )  # fmt: skip
+_REQUIRED = (SCRATCH, USER)
 
 
 class User:
@@ -96,16 +97,14 @@ class _Plan:
         *,
         flags: int = 0,
         create: str = "",
-        required: bool = False,
         quiet: bool = False,
-        area: int = protocol.AREA_HOST,
     ) -> None:
         """Add a bind; `create` is found out from the source where it is not given."""
         if not create:
             create = "directory" if os.path.isdir(source) else "file"
         self.mounts.append(
-            Mount(kind="bind", source=source, target=target, tag=tag, area=area, flags=flags,
-                  create=create, required=required, quiet=quiet)
+            Mount(kind="bind", source=source, target=target, tag=tag, area=protocol.AREA_HOST,
+                  flags=flags, create=create, required=tag in _REQUIRED, quiet=quiet)
         )  # fmt: skip
 
     def kernel(self, kind: str, target: str, *, options: int = 0, required: bool = False) -> None:
@@ -115,9 +114,14 @@ class _Plan:
                   options=options, required=required)
         )  # fmt: skip
 
-    def session(self, name: str, target: str, tag: str, *, create: str = "directory") -> None:
+    def session(
+        self, name: str, target: str, tag: str, *, create: str = "directory", required: bool = True
+    ) -> None:
         """Add a bind of something in the session directory."""
-        self.bind("/" + name, target, tag, create=create, area=protocol.AREA_SESSION, required=True)
+        self.mounts.append(
+            Mount(kind="bind", source="/" + name, target=target, tag=tag, create=create,
+                  area=protocol.AREA_SESSION, required=required)
+        )  # fmt: skip
 
     def wanted(self, name: str, directive: str) -> bool:
         """Return whether a default mount is configured and not switched off."""
@@ -155,7 +159,7 @@ def plan(prepared: Prepared, action: ActionRequest, context: PrepareContext) -> 
         flags = protocol.BINDFLAG_READ_ONLY if bind.read_only else 0
         if bind.source == "/dev" or bind.source.startswith("/dev/"):
             flags |= protocol.BINDFLAG_DEVICES
-        p.bind(bind.source, bind.target, USER, flags=flags, required=True)
+        p.bind(bind.source, bind.target, USER, flags=flags)
     _cwd(p)
     return ",".join(_shown(bind) for bind in user_binds)
 
@@ -170,7 +174,9 @@ def _shown(bind: binds.Bind) -> str:
 def _user_binds(p: _Plan) -> list[binds.Bind]:
     found = binds.parse_all(p.action.bind, p.action.mount, p.cwd)
     if found and not p.configuration["user bind control"]:
-        log.warning("Ignoring user bind request: user bind control disabled by system administrator")
+        log.warning(
+            "Ignoring user bind request: user bind control disabled by system administrator"
+        )
         return []
     for bind in found:
         try:
@@ -353,7 +359,7 @@ def _scratch(p: _Plan) -> None:
         target = os.path.normpath(path if path.startswith("/") else "/" + path)
         if p.action.workdir:
             source = _workdir(p, os.path.join("scratch", target.lstrip("/")), 0o750)
-            p.bind(source, target, SCRATCH, create="directory", required=True)
+            p.bind(source, target, SCRATCH, create="directory")
         else:
             p.staged.append(("directory", f"scratch{number}", "", 0o750))
             p.session(f"scratch{number}", target, SCRATCH)
@@ -364,8 +370,7 @@ def _files(p: _Plan) -> None:
         p.bind("/etc/resolv.conf", "/etc/resolv.conf", FILES, create="file")
     if p.prepared.hostname:
         p.staged.append(("file", "files/hostname", (p.prepared.hostname + "\n").encode(), 0o644))
-        p.bind("/files/hostname", "/etc/hostname", FILES, create="file",
-               area=protocol.AREA_SESSION)  # fmt: skip
+        p.session("files/hostname", "/etc/hostname", FILES, create="file", required=False)
 
 
 def _cwd(p: _Plan) -> None:

@@ -117,9 +117,7 @@ def _below(path: str, directory: str) -> bool:
 
 def images_are_limited(facts: Facts) -> bool:
     """Return whether any `limit container` directive is in force."""
-    return any(
-        _list(facts, f"limit container {what}") for what in ("owners", "groups", "paths")
-    )
+    return any(_list(facts, f"limit container {what}") for what in ("owners", "groups", "paths"))
 
 
 def kernel_may_mount(facts: Facts) -> bool:

@@ -1,4 +1,4 @@
-"""`prepare_config`: from the request, the configuration and the host to a plan; nothing is done yet."""
+"""`prepare_config`: from request, configuration and host to a plan; nothing is done yet."""
 
 from __future__ import annotations
 
@@ -129,7 +129,9 @@ def tell_flow(facts: Facts) -> None:
         log.info(f"Using the user-namespace flow, because {why}")
     if facts.flow != protocol.FLOW_SETUID:
         for line, key, text, _ in facts.config_problems[:1]:
-            log.warning(f"{build.CONFIG_FILE}:{line}: {key}: {text}; see `apptainer-py config check`")
+            log.warning(
+                f"{build.CONFIG_FILE}:{line}: {key}: {text}; see `apptainer-py config check`"
+            )
 
 
 def check_flow(facts: Facts) -> None:
@@ -175,9 +177,7 @@ def choose_root(prepared: Prepared, action: ActionRequest, facts: Facts) -> None
         raise ImageUnusable(reason=f"{image.path}: ext3 images are not supported yet")
     if action.writable:
         if image.kind == "sif":
-            raise ImageUnusable(
-                reason=f"no SIF writable overlay partition found in {image.path}"
-            )
+            raise ImageUnusable(reason=f"no SIF writable overlay partition found in {image.path}")
         raise NotWritable(image=image.path, reason="a squashfs image is read-only")
     prepared.fuse = not policy.kernel_may_mount(facts)
     if prepared.fuse and not os.path.exists(IMAGE_SERVER):
@@ -230,9 +230,7 @@ def choose_layer(prepared: Prepared, action: ActionRequest, facts: Facts) -> Non
     prepared.session_mib = size if facts.uid != 0 and isinstance(size, int) else 0
 
 
-def choose_spaces(
-    prepared: Prepared, action: ActionRequest, facts: Facts
-) -> tuple[int, int]:
+def choose_spaces(prepared: Prepared, action: ActionRequest, facts: Facts) -> tuple[int, int]:
     """Return namespaces and flags of the plan; what the administrator forbids is left out."""
     spaces = 0
     for wanted, bit, name in (
@@ -255,7 +253,7 @@ def choose_spaces(
         flags |= protocol.PLANFLAG_KERNEL_IMAGE
     if facts.configuration["mount slave"]:
         flags |= protocol.PLANFLAG_SLAVE
-    if facts.uid != 0 or action.no_privs:
+    if facts.flow != protocol.FLOW_ROOT or action.no_privs:
         flags |= protocol.PLANFLAG_NO_NEW_PRIVS
     if action.hostname and spaces & protocol.SPACE_UTS:
         prepared.hostname = check_hostname(action.hostname)
@@ -270,8 +268,11 @@ def check_hostname(name: str) -> str:
     """
     parts = name.split(".")
     fit = all(
-        part and part.isascii() and part.replace("-", "a").isalnum() and part[0] != "-" and
-        part[-1] != "-"
+        part
+        and part.isascii()
+        and part.replace("-", "a").isalnum()
+        and part[0] != "-"
+        and part[-1] != "-"
         for part in parts
     )
     if not fit or len(name) > 63:

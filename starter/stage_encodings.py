@@ -1,0 +1,31 @@
+"""The package `encodings` of a stage: UTF-8 at once, all others from the standard library.
+
+The real package builds its table of three hundred aliases at every start, for which no launch has
+a use; each stage would pay a millisecond.
+"""
+
+import codecs
+import sys
+
+from . import utf_8
+
+_ENTRY = utf_8.getregentry()
+
+
+def search_function(name):
+    """Return the codec of a name that the registry has normalised, or None."""
+    if name in ("utf_8", "utf-8", "utf8"):
+        return _ENTRY
+    version = sys.version_info
+    __path__[:] = [f"{sys.prefix}/lib/python{version.major}.{version.minor}/encodings"]
+    plain = "".join(c if c.isalnum() or c == "." else "_" for c in name)
+    try:
+        from encodings.aliases import aliases
+
+        module = __import__("encodings." + aliases.get(plain, plain), fromlist=["getregentry"])
+    except ImportError:
+        return None
+    return module.getregentry()
+
+
+codecs.register(search_function)
