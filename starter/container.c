@@ -43,6 +43,9 @@ static void close_outer_ends(struct launch *l) {
     close_fd(&l->methods_socket[1]);
     close_fd(&l->go_pipe[1]);
     close_fd(&l->ready_pipe[0]);
+    close_fd(&l->serve_pipe[0]);
+    close_fd(&l->probe_pipe[0]);
+    close_fd(&l->probe_pipe[1]);
     for (int i = 0; i < 2; i++) {
         close_fd(&l->helper_sockets[i][0]);
         close_fd(&l->helper_sockets[i][1]);
@@ -110,6 +113,7 @@ static int fork_methods(struct launch *l) {
 NO_RETURN static void become_stage2(struct launch *l) {
     trace_set_role(ROLE_STAGE2);
     close_fd(&l->rpc_socket[0]);
+    close_fd(&l->serve_pipe[1]);
     close_fd(&l->seal_pipe[0]);
     close_fuse(l);
     if (chdir("/") < 0) /* pivot_root moves only those whose directory is the root itself */
@@ -129,6 +133,7 @@ NO_RETURN static void become_shim(struct launch *l, pid_t rpc) {
     step_end(STEP_FORK_STAGE2);
     close_fd(&l->rpc_socket[0]);
     close_fd(&l->start_socket[0]);
+    close_fd(&l->serve_pipe[1]);
     close_fd(&l->seal_pipe[0]);
     close_fd(&l->seal_pipe[1]);
     close_fuse(l);

@@ -22,6 +22,8 @@ struct keeper {
     int signals;
     pid_t master, container, helpers[2], servers[LIMIT_FUSE_DEVICES];
     bool master_alive, container_alive;
+    bool early_server;                 /* servers[0] runs, but stage 1 has not asked for it yet */
+    bool in_userns;
     int master_status, container_status;
     uint32_t uses[8];
 };
@@ -40,7 +42,7 @@ static void close_fuse(struct launch *l) {
 static void open_channels(struct launch *l) {
     l->methods_socket[0] = l->methods_socket[1] = -1;
     for (int i = 0; i < 2; i++)
-        l->helper_sockets[i][0] = l->helper_sockets[i][1] = -1;
+        l->helper_sockets[i][0] = l->helper_sockets[i][1] = l->serve_pipe[i] = l->probe_pipe[i] = -1;
     for (size_t i = 0; i < LIMIT_FUSE_DEVICES; i++)
         l->fuse_fds[i] = -1;
     bool builtin = l->request.total - l->request.engine_file_off == 1;
@@ -156,14 +158,81 @@ static int open_fuse_devices(struct launch *l, int *error) {
     return l->plan.fuse_count == 0 || l->fuse_fds[l->plan.fuse_count - 1] >= 0 ? ERR_OK : ERR_FUSE;
 }
 
-static int enter_userns(struct launch *l, int *error) {
-    if (l->flow != FLOW_USERNS)
+static int enter_userns(struct keeper *k, int *error) {
+    if (k->launch->flow != FLOW_USERNS || k->in_userns)
         return ERR_OK;
     step_begin(STEP_USERNS);
-    int result = privs_make_userns(l);
+    int result = privs_make_userns(k->launch);
     *error = errno;
+    k->in_userns = result == 0;
     step_end(STEP_USERNS);
     return result < 0 ? ERR_NAMESPACE : ERR_OK;
+}
+
+static int start_container(struct keeper *k, int *error) {
+    struct launch *l = k->launch;
+    int code = enter_userns(k, error);
+    if (code == ERR_OK)
+        code = open_fuse_devices(l, error);
+    if (code != ERR_OK)
+        return code;
+    if (l->early_fuse)
+        k->servers[0] = server_start_early(l);
+    k->early_server = k->servers[0] > 0;
+    k->container = container_start(l, error);
+    if (k->container < 0)
+        return *error == EAGAIN ? ERR_FORK : ERR_NAMESPACE;
+    *error = 0;
+    k->container_alive = true;
+    return ERR_OK;
+}
+
+static void end_child(pid_t *pid) {
+    int status;
+    if (*pid > 0 && kill(*pid, SIGKILL) == 0)
+        (void)waitpid(*pid, &status, 0);
+    *pid = 0;
+}
+
+/* Takes back what was begun; the channels are unused so far and serve the next container. */
+static void undo_early(struct keeper *k) {
+    struct launch *l = k->launch;
+    end_child(&k->container);
+    end_child(&k->servers[0]);
+    k->container_alive = k->early_server = l->early_fuse = false;
+    close_fuse(l);
+    for (int i = 0; i < 2; i++) {
+        close_fd(&l->serve_pipe[i]);
+        close_fd(&l->probe_pipe[i]);
+    }
+}
+
+/* Container, mount and image server for the plan that stage 1 will most likely make. */
+static void begin_early(struct keeper *k) {
+    struct launch *l = k->launch;
+    int error;
+    if (!early_plan(l, &l->plan))
+        return;
+    l->early_fuse = l->plan.fuse_count > 0 && !policy_limits_images(l) &&
+                    pipe2(l->serve_pipe, O_CLOEXEC) == 0 && pipe2(l->probe_pipe, O_CLOEXEC) == 0;
+    if (start_container(k, &error) != ERR_OK) {
+        undo_early(k); /* stage 1 will ask for it, and be told why it cannot be had */
+        return;
+    }
+    close_fd(&l->serve_pipe[0]);
+    close_fd(&l->serve_pipe[1]);
+    close_fd(&l->probe_pipe[1]);
+}
+
+/* Keeper's copies of the container's ends; without them an end of file means an end. */
+static void close_container_ends(struct launch *l) {
+    close_fd(&l->rpc_socket[0]);
+    close_fd(&l->start_socket[0]);
+    close_fd(&l->methods_socket[0]);
+    close_fd(&l->seal_pipe[0]);
+    close_fd(&l->seal_pipe[1]);
+    close_fd(&l->ready_pipe[1]);
+    close_fd(&l->go_pipe[0]);
 }
 
 /* CONTAINER: the plan is judged again, recorded, and carried out. */
@@ -187,22 +256,14 @@ static int op_container(struct keeper *k, const union keeper_request *request, s
     }
     if (code != ERR_OK)
         return code;
-    l->plan = q->plan;
-    if ((code = enter_userns(l, &a->error)) != ERR_OK ||
-        (code = open_fuse_devices(l, &a->error)) != ERR_OK)
+    if (!k->container_alive || memcmp(&l->plan, &q->plan, sizeof(l->plan)) != 0) {
+        undo_early(k);
+        l->plan = q->plan;
+        code = start_container(k, &a->error);
+    }
+    if (code != ERR_OK)
         return code;
-    k->container = container_start(l, &a->error);
-    if (k->container < 0)
-        return a->error == EAGAIN ? ERR_FORK : ERR_NAMESPACE;
-    a->error = 0;
-    k->container_alive = true;
-    close_fd(&l->rpc_socket[0]);
-    close_fd(&l->start_socket[0]);
-    close_fd(&l->methods_socket[0]);
-    close_fd(&l->seal_pipe[0]);
-    close_fd(&l->seal_pipe[1]);
-    close_fd(&l->ready_pipe[1]);
-    close_fd(&l->go_pipe[0]);
+    close_container_ends(l);
     privs_new_keyring();
     return ERR_OK;
 }
@@ -227,6 +288,24 @@ static int op_host_helpers(struct keeper *k, const union keeper_request *request
     return ERR_OK;
 }
 
+/* Has the early server opened this very file, with the root file system at this offset? */
+static bool is_served(struct keeper *k, const struct stat *st, uint64_t offset, int *code) {
+    struct probe found;
+    ssize_t got;
+    do
+        got = read(k->launch->probe_pipe[0], &found, sizeof(found));
+    while (got < 0 && errno == EINTR);
+    close_fd(&k->launch->probe_pipe[0]);
+    k->early_server = false;
+    if (got != (ssize_t)sizeof(found)) {
+        end_child(&k->servers[0]); /* it made nothing of the image: the ordinary way, then */
+        return false;
+    }
+    bool same = found.dev == st->st_dev && found.ino == st->st_ino && found.offset == offset;
+    *code = same ? ERR_OK : ERR_CHANGED;
+    return true;
+}
+
 /* SERVE_IMAGE(device, offset) and the open image: judged again on that descriptor. */
 static int op_serve_image(struct keeper *k, const union keeper_request *request, size_t size,
                           int image_fd, struct op_reply *a) {
@@ -245,6 +324,10 @@ static int op_serve_image(struct keeper *k, const union keeper_request *request,
     if (code != ERR_OK)
         return code;
     int *device = &l->fuse_fds[q->num[0]];
+    if (q->num[0] == 0 && k->early_server && is_served(k, &st, q->num[1], &code)) {
+        close_fd(device);
+        return code;
+    }
     k->servers[q->num[0]] = server_start(l, image_fd, *device, q->num[1]);
     a->error = errno;
     close_fd(device); /* with our copy open, the server's death would hang every access */
@@ -379,6 +462,8 @@ static void child_ended(struct keeper *k, pid_t pid, int status) {
         k->master_status = status;
         if (k->container_alive)
             (void)kill(k->container, SIGKILL);
+    } else if (pid == k->container && k->phase == PREPARE) {
+        k->container_alive = false; /* begun early, and gone: it will be started again */
     } else if (pid == k->container) {
         step_begin(STEP_PAYLOAD_ENDED);
         k->container_alive = false;
@@ -389,6 +474,8 @@ static void child_ended(struct keeper *k, pid_t pid, int status) {
     for (size_t i = 0; i < LIMIT_FUSE_DEVICES; i++)
         if (pid == k->servers[i]) {
             k->servers[i] = 0;
+            if (i == 0 && k->early_server)
+                continue; /* nobody relies on it yet */
             tell_master(k, EVENT_SERVER_ENDED, pid, status);
             /* Without its image nothing in the container can go on. */
             if (k->container_alive)
@@ -546,6 +633,7 @@ NO_RETURN void keeper_main(struct launch *l) {
     if (k->signals < 0)
         fail("cannot watch signals", errno);
     start_master(k);
+    begin_early(k);
     wait_until_ready(k);
     bool ran = k->phase == RUN;
     drop_and_go(k);

@@ -94,6 +94,8 @@ int main(int argc, char *argv[], char *envp[]) {
     flow_choose(&c, scan_asks_userns(&s, envp));
     if (s.trace != NULL && *s.trace != '\0')
         c.trace_fd = open_trace(s.trace);
+    c.image_arg = s.image_arg;
+    c.forecast = scan_forecast(&s);
     int fd = request_make(&c, argc, argv, envp, &why);
     if (fd < 0)
         fatal("the request to the starter", why);

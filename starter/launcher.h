@@ -15,7 +15,14 @@ struct scan {
     const char *image;   /* NULL: not a launch, or not of a local image */
     const char *trace;   /* file name or NULL */
     unsigned given;      /* enum option_flag: was on the command line */
-    unsigned on;         /* ... and its last value was true */
+    unsigned on;         /* ... and its last value was true, or not empty */
+    unsigned image_arg;  /* which argument the image is */
+    bool is_exec;        /* the word after it is a program of the image */
+};
+
+/* What stage 1 will probably plan (request.h). */
+struct forecast {
+    unsigned what, spaces, flags;
 };
 
 /* What goes into the request beside arguments and environment. */
@@ -23,10 +30,13 @@ struct choice {
     enum flow flow;
     enum reason reason;
     int trace_fd;        /* or -1 */
+    unsigned image_arg;
+    struct forecast forecast;
 };
 
 /* launcher_scan.c */
 void scan_arguments(struct scan *s, int argc, char *const argv[]);
+struct forecast scan_forecast(const struct scan *s);
 bool scan_asks_userns(const struct scan *s, char *const envp[]);
 
 /* launcher_flow.c */

@@ -106,6 +106,10 @@ static struct request_header describe(const struct choice *c, struct extent args
     h.engine_off = h.cwd_off + (uint32_t)cwd_bytes;
     h.engine_file_off = h.engine_off + (uint32_t)sizeof(engine);
     h.total = h.engine_file_off + 1;
+    h.forecast = c->forecast.what;
+    h.forecast_spaces = c->forecast.spaces;
+    h.forecast_flags = c->forecast.flags;
+    h.image_arg = c->image_arg;
     return h;
 }
 

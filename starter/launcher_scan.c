@@ -1,5 +1,6 @@
 /* The command line, read with the parser's table: only to find out what is asked for. */
 #include <string.h>
+#include <sys/stat.h>
 
 #include "launcher.h"
 #include "options.h"
@@ -48,8 +49,12 @@ static const struct option_row *find_letter(char letter, unsigned mask) {
 static bool take(struct scan *s, const struct option_row *row, const char *value) {
     if ((row->flags & OPT_TRACE) != 0)
         s->trace = value;
-    if ((row->flags & OPT_VALUE) != 0)
+    if ((row->flags & OPT_VALUE) != 0) {
+        s->given |= row->flags;
+        if (*value != '\0')
+            s->on |= row->flags;
         return true;
+    }
     int on = to_bool(value);
     s->given |= row->flags;
     if (on == 1)
@@ -127,6 +132,7 @@ static bool read_command(struct scan *s, struct words *w) {
             continue;
         w->at++;
         w->left--;
+        s->is_exec = strcmp(action_commands[i].name, "exec") == 0;
         return read_options(s, w, 1U << i) && w->left >= action_commands[i].arguments;
     }
     return false;
@@ -139,6 +145,32 @@ void scan_arguments(struct scan *s, int argc, char *const argv[]) {
         return;
     if (read_command(s, &w) && (s->on & OPT_HELP) == 0 && is_path(*w.at))
         s->image = *w.at;
+    s->image_arg = (unsigned)(w.at - argv);
+}
+
+/* Variables of the environment are left out: where they change the plan, stage 1 says so. */
+struct forecast scan_forecast(const struct scan *s) {
+    struct forecast f = {.what = FORECAST_CONTAINER};
+    struct stat st;
+    bool all = (s->on & (OPT_CONTAINALL | OPT_COMPAT)) != 0;
+    if ((s->on & OPT_UNFORESEEN) != 0)
+        return (struct forecast){0};
+    if ((all || (s->on & OPT_PID) != 0) && (s->on & OPT_NO_PID) == 0) {
+        f.spaces |= SPACE_PID;
+        if ((s->on & (OPT_NO_INIT | OPT_COMPAT)) == 0)
+            f.flags |= PLAN_SHIM;
+    }
+    if (all || (s->on & OPT_IPC) != 0)
+        f.spaces |= SPACE_IPC;
+    if ((s->on & OPT_UTS) != 0)
+        f.spaces |= SPACE_UTS;
+    if ((s->on & (OPT_WRITABLE_TMPFS | OPT_COMPAT)) != 0)
+        f.flags |= PLAN_WRITABLE_LAYER;
+    if (s->is_exec)
+        f.what |= FORECAST_COMMAND;
+    if (stat(s->image, &st) == 0 && S_ISREG(st.st_mode))
+        f.what |= FORECAST_FUSE;
+    return f;
 }
 
 /* As getenv(3), of prefix + key. */

@@ -103,10 +103,10 @@ static int make_directories(void) {
 /* SESSION(size in MiB, 0 = no limit): the memory file system that holds everything else. */
 int op_session(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out) {
     const struct launch *l = r->launch;
-    if (no_fields_but(q, 0, 1, false, false) < 0 || q->num[0] > 1u << 20)
+    if (no_fields_but(q, 0, 1, false, false) < 0 || q->num[0] > UINT64_MAX >> 20)
         return ERR_MALFORMED;
     uint64_t size = q->num[0], most = config_uint(&l->config, CONFIG_SESSIONDIR_MAX_SIZE);
-    if (l->flow == FLOW_SETUID && (size == 0 || size > most))
+    if (l->flow == FLOW_SETUID && most != 0 && (size == 0 || size > most))
         return ERR_REFUSED;
     bool ramfs = config_enum(&l->config, CONFIG_MEMORY_FS_TYPE) == MEMORY_FS_RAMFS &&
                  l->flow != FLOW_USERNS;
@@ -528,10 +528,10 @@ int op_mount(struct rpc *r, const struct op_request *q, struct op_reply *a, int 
             (void)set_number(fs, "gid", q->num[1]);
     } else if (fs >= 0 && q->num[0] == KERNELFS_TMPFS) {
         uint64_t most = config_uint(&l->config, CONFIG_SESSIONDIR_MAX_SIZE);
-        uint64_t mib = q->num[2] > 0 && q->num[2] < most ? q->num[2] : most;
+        uint64_t mib = most > 0 && (q->num[2] == 0 || q->num[2] > most) ? most : q->num[2];
         (void)set_string(fs, "mode", "1777");
         if (l->flow == FLOW_SETUID || q->num[2] > 0)
-            (void)set_number(fs, "size", mib << 20);
+            (void)(mib > 0 && mib <= UINT64_MAX >> 20 ? set_number(fs, "size", mib << 20) : 0);
     }
     (void)(fs < 0 ? 0 : set_string(fs, "source", kernel_filesystems[row].name));
     /* SAFE: file systems of the kernel's own, of the container's namespaces, from a closed list. */

@@ -14,7 +14,9 @@ static bool resolve(const char *name, bool group, gid_t *id) {
     char *end;
     errno = 0;
     unsigned long number = strtoul(name, &end, 10);
-    if (name[0] >= '0' && name[0] <= '9' && *end == '\0' && errno == 0 && number < 0xffffffffUL) {
+    /* A number has one spelling: what 010 means, two readers could judge differently. */
+    bool plain = name[0] >= '0' && name[0] <= '9' && (name[0] != '0' || name[1] == '\0');
+    if (plain && *end == '\0' && errno == 0 && number < 0xffffffffUL) {
         *id = (gid_t)number;
         return true;
     }
@@ -50,6 +52,9 @@ int names_match(const struct launch *l, enum config_id key, bool group, const gi
         struct target_identity target;
         trace_fd = -1;
         stage_target(l, ROLE_TRACER, &target);
+        /* The mounting process asks too, which has no right to trim its bounding set; without a
+         * way to gain anything the set is of no use. */
+        target.keep_bounding = true;
         /* SAFE: name services run with nothing but the caller's rights, and answer one bit. */
         if (privs_drop(&target) < 0)
             _exit(2);

@@ -1,5 +1,6 @@
 /* Decisions about a launch.  Nothing here changes anything; names are looked up in names.c. */
 #include <errno.h>
+#include <fcntl.h>
 #include <limits.h>
 #include <linux/capability.h>
 #include <string.h>
@@ -84,29 +85,59 @@ bool policy_limits_images(const struct launch *l) {
 /* Component-wise: /data/safe does not permit /data/safe-but-unsafe. */
 static bool lies_below(const char *path, const char *directory) {
     size_t length = strlen(directory);
-    while (length > 1 && directory[length - 1] == '/')
-        length--;
-    if (length == 1 && directory[0] == '/')
-        return true;
+    if (length == 1)
+        return true; /* "/" */
     return strncmp(path, directory, length) == 0 && (path[length] == '/' || path[length] == '\0');
 }
 
-static int path_permitted(const struct launch *l, int image_fd) {
-    char link[32] = "/proc/self/fd/", path[PATH_MAX];
-    append_number(link, sizeof(link), (uint64_t)image_fd);
-    ssize_t length = readlink(link, path, sizeof(path) - 1);
+/* The path that the kernel knows an open file by: without links, dots and doubled slashes. */
+static int path_of(int fd, char path[PATH_MAX]) {
+    char link[32] = "/proc/self/fd/";
+    append_number(link, sizeof(link), (uint64_t)fd);
+    ssize_t length = readlink(link, path, PATH_MAX - 1);
     if (length <= 0 || path[0] != '/')
         return -1;
     path[length] = '\0';
     struct stat opened, named;
     /* A deleted file, or another one under that name, has no path that could be permitted. */
-    if (fstat(image_fd, &opened) < 0 || lstat(path, &named) < 0 ||
-        opened.st_dev != named.st_dev || opened.st_ino != named.st_ino)
+    return fstat(fd, &opened) == 0 && lstat(path, &named) == 0 && opened.st_dev == named.st_dev &&
+                   opened.st_ino == named.st_ino
+               ? 0
+               : -1;
+}
+
+static bool lies_in_permitted(const char *path, const char *permitted) {
+    static char directory[PATH_MAX];
+    /* SAFE: the administrator's path, opened as the caller, for its name alone. */
+    int fd = open(permitted, O_PATH | O_CLOEXEC);
+    bool found = fd >= 0 && path_of(fd, directory) == 0 && lies_below(path, directory);
+    if (fd >= 0)
+        close(fd);
+    return found;
+}
+
+static int path_permitted(const struct launch *l, int image_fd) {
+    char path[PATH_MAX];
+    if (path_of(image_fd, path) < 0)
         return -1;
     for (size_t i = 0; i < config_list_count(&l->config, CONFIG_LIMIT_CONTAINER_PATHS); i++)
-        if (lies_below(path, config_list_item(&l->config, CONFIG_LIMIT_CONTAINER_PATHS, i)))
+        if (lies_in_permitted(path, config_list_item(&l->config, CONFIG_LIMIT_CONTAINER_PATHS, i)))
             return 0;
     return -1;
+}
+
+/* The rule of image/detect.py: the magic of SIF may stand behind any launcher line. */
+static bool is_sif(int image_fd) {
+    char head[2048];
+    ssize_t got = pread(image_fd, head, sizeof(head), 0);
+    return got > 0 && memmem(head, (size_t)got, "SIF_MAGIC", 9) != NULL;
+}
+
+static bool kind_permitted(const struct config *c, int image_fd, mode_t mode) {
+    if (S_ISDIR(mode))
+        return config_bool(c, CONFIG_ALLOW_CONTAINER_DIR);
+    return config_bool(c, is_sif(image_fd) ? CONFIG_ALLOW_CONTAINER_SIF
+                                           : CONFIG_ALLOW_CONTAINER_SQUASHFS);
 }
 
 /* The image as it is open, not as it is named.  Other flows ask the same, for honesty's sake. */
@@ -115,10 +146,7 @@ int policy_image(const struct launch *l, int image_fd) {
     struct stat st;
     if (fstat(image_fd, &st) < 0 || (!S_ISREG(st.st_mode) && !S_ISDIR(st.st_mode)))
         return ERR_KIND;
-    if (S_ISDIR(st.st_mode) && !config_bool(c, CONFIG_ALLOW_CONTAINER_DIR))
-        return ERR_REFUSED;
-    if (S_ISREG(st.st_mode) && !config_bool(c, CONFIG_ALLOW_CONTAINER_SIF) &&
-        !config_bool(c, CONFIG_ALLOW_CONTAINER_SQUASHFS))
+    if (!kind_permitted(c, image_fd, st.st_mode))
         return ERR_REFUSED;
     gid_t owner = st.st_uid;
     if (config_list_count(c, CONFIG_LIMIT_CONTAINER_OWNERS) > 0 &&

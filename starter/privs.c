@@ -249,6 +249,9 @@ int privs_make_userns(const struct launch *l) {
     append_text(gid_line, sizeof(gid_line), " ");
     append_number(gid_line, sizeof(gid_line), l->gid);
     append_text(gid_line, sizeof(gid_line), " 1\n");
+    /* The kernel maps root for nobody who could not have set file capabilities. */
+    if (l->permitted & CAP_BIT(CAP_SETFCAP) && !privs_raise(CAP_BIT(CAP_SETFCAP)))
+        return -1;
     if (unshare(CLONE_NEWUSER) < 0)
         return -1;
     /* A non-dumpable process's map files belong to root; a tracer finds nothing to take here. */

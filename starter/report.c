@@ -53,8 +53,8 @@ size_t append_number(char *out, size_t size, uint64_t number) {
 void report(const char *level, const char *text) {
     char line[1024] = "";
     append_text(line, sizeof(line), level);
-    append_text(line, sizeof(line), text);
-    append_text(line, sizeof(line) - 1, "\n");
+    append_text(line, sizeof(line) - 1, text);
+    append_text(line, sizeof(line), "\n");
     ssize_t ignored = write(STDERR_FILENO, line, strlen(line));
     (void)ignored;
 }

@@ -31,7 +31,9 @@ static int check_header(const struct request_header *h, off_t size) {
                                 h->engine_off, h->engine_file_off, h->total};
     if (memcmp(h->magic, REQUEST_MAGIC, sizeof(h->magic)) != 0 || h->version != REQUEST_VERSION ||
         h->header_size != sizeof(*h) || h->argc < 1 || h->argc > REQUEST_ARGC_MAX ||
-        h->envc > REQUEST_ENVC_MAX || h->flags & ~(uint32_t)REQUEST_TRACE)
+        h->envc > REQUEST_ENVC_MAX || h->flags & ~(uint32_t)REQUEST_TRACE ||
+        h->image_arg >= h->argc ||
+        h->forecast & ~(uint32_t)(FORECAST_CONTAINER | FORECAST_FUSE | FORECAST_COMMAND))
         return -1;
     if (offsets[0] != sizeof(*h) || h->total > LIMIT_REQUEST_BYTES || (off_t)h->total != size)
         return -1;

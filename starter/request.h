@@ -21,7 +21,7 @@
 #include <stdint.h>
 
 #define REQUEST_MAGIC "APYREQ1"          /* 8 bytes with its NUL */
-#define REQUEST_VERSION 1u
+#define REQUEST_VERSION 2u
 #define REQUEST_BUILD_ID_BYTES 64
 #define REQUEST_ARGC_MAX 65536u          /* 1 ≤ argc; envc has the same bound */
 #define REQUEST_ENVC_MAX 65536u
@@ -32,6 +32,12 @@
 
 enum request_flag {
     REQUEST_TRACE = 1                    /* trace_fd is open for writing, opened as the caller */
+};
+
+enum forecast_kind {
+    FORECAST_CONTAINER = 1,              /* namespaces and flags are probably these */
+    FORECAST_FUSE = 2,                   /* the image is a regular file */
+    FORECAST_COMMAND = 4                 /* the word after the image is a program in it */
 };
 
 struct request_header {
@@ -51,8 +57,13 @@ struct request_header {
     uint32_t engine_off;
     uint32_t engine_file_off;
     uint32_t total;
+    /* What the launcher expects stage 1 to plan, so that it can be begun at once; stage 1 decides. */
+    uint32_t forecast;                   /* enum forecast_kind; 0: nothing is begun */
+    uint32_t forecast_spaces;            /* enum space */
+    uint32_t forecast_flags;             /* enum plan_flag */
+    uint32_t image_arg;                  /* which argument is the image; the command follows it */
 };
 
-_Static_assert(sizeof(struct request_header) == 128, "no padding");
+_Static_assert(sizeof(struct request_header) == 144, "no padding");
 
 #endif

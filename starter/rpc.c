@@ -3,6 +3,7 @@
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "starter.h"
@@ -49,8 +50,101 @@ static const struct row *find_row(struct rpc *r, const struct op_request *q) {
     abandon(q, ERR_MALFORMED);
 }
 
+/* The two first operations, done before they are asked for; the answers wait here. */
+static struct early {
+    struct op_request q;
+    struct op_reply a;
+    int fd;
+} early[2];
+static pid_t reader;
+
+static bool answered_early(const struct op_request *q, size_t size, struct op_reply *a,
+                           int *fd_out) {
+    for (size_t i = 0; i < ARRAY_SIZE(early); i++) {
+        if (early[i].fd < 0 || memcmp(q, &early[i].q, size) != 0)
+            continue;
+        *a = early[i].a;
+        *fd_out = early[i].fd;
+        early[i].fd = -1;
+        return true;
+    }
+    return false;
+}
+
+static bool do_early(struct rpc *r, struct early *e, uint32_t op, uint64_t number, operation run) {
+    memset(&e->q, 0, sizeof(e->q));
+    e->q.op = e->a.op = op;
+    e->q.num[0] = number;
+    uint64_t start = trace_now();
+    step_operation(op, false);
+    e->a.code = run(r, &e->q, &e->a, &e->fd);
+    trace_operation(op, start, e->a.code, e->a.error, "early");
+    step_operation(op, true);
+    return e->a.code == ERR_OK;
+}
+
+/* Reads ahead what the payload's loader will touch, while the interpreters still start. */
+static void start_reader(const struct rpc *r) {
+    const struct launch *l = r->launch;
+    char name[LIMIT_PATH_BYTES];
+    struct target_identity target;
+    if (!(l->request.forecast & FORECAST_COMMAND) ||
+        !early_word(l, l->request.image_arg + 1, name, sizeof(name)))
+        return;
+    step_begin(STEP_FORK_READER);
+    reader = fork();
+    if (reader == 0) {
+        trace_set_role(ROLE_READER);
+        step_begin(STEP_DROP_READER);
+        stage_target(l, ROLE_READER, &target);
+        /* SAFE: reads files of the image with nothing but the user's rights, and ends. */
+        if (privs_drop(&target) < 0 || prctl(PR_SET_PDEATHSIG, SIGKILL) < 0)
+            _exit(255);
+        step_end(STEP_DROP_READER);
+        trace_process();
+        close(l->rpc_socket[0]);
+        prefetch_program(r->root_fd, name);
+        _exit(0);
+    }
+    step_end(STEP_FORK_READER);
+}
+
+static void stop_reader(void) {
+    int status;
+    if (reader > 0 && kill(reader, SIGKILL) == 0)
+        (void)waitpid(reader, &status, 0);
+}
+
+/* Memory file system and image, as stage 1 will most likely ask for them; both lie in a namespace
+ * that nobody sees, and the image is served by a process without privilege. */
+static void head_start(struct rpc *r) {
+    const struct launch *l = r->launch;
+    early[0].fd = early[1].fd = -1;
+    if (!l->early_fuse ||
+        !do_early(r, &early[0], OP_SESSION,
+                  config_uint(&l->config, CONFIG_SESSIONDIR_MAX_SIZE), op_session) ||
+        !do_early(r, &early[1], OP_ROOT_FUSE, 0, op_root_fuse))
+        return;
+    ssize_t ignored = write(l->serve_pipe[1], "M", 1); /* its reader may have given up */
+    (void)ignored;
+    close(l->serve_pipe[1]);
+    start_reader(r);
+}
+
 static int target_of(const struct op_request *q) {
     return q->length[1] > 0 ? 1 : 0;
+}
+
+/* What was begun early in another way than it is asked for now cannot be had twice. */
+static int run_once(struct rpc *r, const struct row *row, const struct op_request *q,
+                    struct op_reply *a, int *fd_out) {
+    if (row->phase <= PHASE_ROOT && r->session_fd >= 0 && row->op == OP_SESSION)
+        return ERR_CHANGED;
+    if (row->phase == PHASE_ROOT && r->root_fd >= 0)
+        return ERR_CHANGED;
+    if (row->op == OP_PIVOT)
+        stop_reader();
+    return row->run(r, q, a, fd_out);
 }
 
 /* One request, one reply; after a failure nothing more is done, but every request is answered. */
@@ -68,8 +162,10 @@ static bool serve(struct rpc *r, bool *failed) {
     uint64_t start = trace_now();
     if (!*failed) {
         const struct row *row = find_row(r, &q);
-        step_operation(q.op, false);
-        a.code = row->run(r, &q, &a, &fd_out);
+        if (!answered_early(&q, (size_t)got, &a, &fd_out)) {
+            step_operation(q.op, false);
+            a.code = run_once(r, row, &q, &a, &fd_out);
+        }
         if (a.code == ERR_MALFORMED)
             abandon(&q, ERR_MALFORMED);
         trace_operation(q.op, start, a.code, a.error, wire_string(&q, target_of(&q)));
@@ -103,6 +199,7 @@ NO_RETURN void rpc_main(struct launch *l) {
         fail("the mounting process cannot take its identity", errno);
     step_end(STEP_DROP_RPC);
     trace_process();
+    head_start(&r);
     while (serve(&r, &failed))
         ;
     _exit(r.phase == PHASE_DONE ? 0 : 255);

@@ -25,20 +25,9 @@ static int arrange_descriptors(int image_fd, int fuse_fd) {
     return close_range(SERVER_FUSE_FD + 1, ~0U, 0);
 }
 
-NO_RETURN static void server_main(const struct launch *l, int image_fd, int fuse_fd,
-                                  uint64_t offset) {
-    struct target_identity target;
+NO_RETURN static void serve(const struct launch *l, int image_fd, int fuse_fd, uint64_t offset) {
     char options[64] = "ro,offset=";
     append_number(options, sizeof(options), offset);
-    trace_set_role(ROLE_IMAGE_SERVER);
-    step_begin(STEP_DROP_SERVER);
-    stage_target(l, ROLE_IMAGE_SERVER, &target);
-    /* SAFE: the user's own rights and no_new_privs; the program is a root-owned copy that the user
-     * may run but not read, so that the kernel keeps the user's hands off the process. */
-    if (privs_drop(&target) < 0 || setsid() < 0 || chdir("/") < 0)
-        _exit(255);
-    step_end(STEP_DROP_SERVER);
-    trace_process();
     step_begin(STEP_EXEC_SERVER);
     if (arrange_descriptors(image_fd, fuse_fd) < 0)
         _exit(255);
@@ -49,6 +38,63 @@ NO_RETURN static void server_main(const struct launch *l, int image_fd, int fuse
     char *const envp[] = {NULL};
     execve(SERVER_PROGRAM, argv, envp);
     _exit(127);
+}
+
+NO_RETURN static void server_main(const struct launch *l, int image_fd, int fuse_fd,
+                                  uint64_t offset) {
+    struct target_identity target;
+    trace_set_role(ROLE_IMAGE_SERVER);
+    step_begin(STEP_DROP_SERVER);
+    stage_target(l, ROLE_IMAGE_SERVER, &target);
+    /* SAFE: the user's own rights and no_new_privs; the program is a root-owned copy that the user
+     * may run but not read, so that the kernel keeps the user's hands off the process. */
+    if (privs_drop(&target) < 0 || setsid() < 0 || chdir("/") < 0)
+        _exit(255);
+    step_end(STEP_DROP_SERVER);
+    trace_process();
+    serve(l, image_fd, fuse_fd, offset);
+}
+
+/* Begun before stage 1 has judged the image: opened as the user, told to keeper, and served once
+ * the mount is there.  What stage 1 finds must be the same file and offset. */
+NO_RETURN static void early_main(struct launch *l) {
+    struct target_identity target;
+    struct probe found;
+    char path[LIMIT_PATH_BYTES], byte;
+    trace_set_role(ROLE_IMAGE_SERVER);
+    step_begin(STEP_DROP_SERVER);
+    stage_target(l, ROLE_IMAGE_SERVER, &target);
+    /* SAFE: as in server_main(); the image is not even opened before the drop. */
+    if (privs_drop(&target) < 0 || setsid() < 0)
+        _exit(255);
+    step_end(STEP_DROP_SERVER);
+    trace_process();
+    if (!early_word(l, l->request.image_arg, path, sizeof(path)))
+        _exit(0);
+    int image = open(path, O_RDONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
+    if (image < 0 || probe_image(image, &found) < 0 || chdir("/") < 0)
+        _exit(0);
+    int answer = fcntl(l->probe_pipe[1], F_DUPFD_CLOEXEC, 32);
+    int go = fcntl(l->serve_pipe[0], F_DUPFD_CLOEXEC, 32);
+    image = fcntl(image, F_DUPFD_CLOEXEC, 32);
+    int fuse = fcntl(l->fuse_fds[0], F_DUPFD_CLOEXEC, 32);
+    trace_fd = trace_fd < 0 ? -1 : fcntl(trace_fd, F_DUPFD_CLOEXEC, 32);
+    if (answer < 0 || go < 0 || image < 0 || fuse < 0 || close_range(3, 31, 0) < 0 ||
+        write(answer, &found, sizeof(found)) != (ssize_t)sizeof(found))
+        _exit(0);
+    sanitize_close_inherited(l);
+    if (read(go, &byte, 1) != 1)
+        _exit(0);
+    serve(l, image, fuse, found.offset);
+}
+
+pid_t server_start_early(struct launch *l) {
+    step_begin(STEP_FORK_SERVER);
+    pid_t pid = fork();
+    if (pid == 0)
+        early_main(l);
+    step_end(STEP_FORK_SERVER);
+    return pid;
 }
 
 pid_t server_start(const struct launch *l, int image_fd, int fuse_fd, uint64_t offset) {

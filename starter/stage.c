@@ -53,9 +53,11 @@ void stage_target(const struct launch *l, enum role role, struct target_identity
         t->keep_bounding = l->flow == FLOW_USERNS;
         break;
     case ROLE_TRACER:
+        /* Also who asks name services, before the user namespace exists. */
         t->keep_bounding = l->flow == FLOW_USERNS;
         break;
     case ROLE_KEEPER:
+    case ROLE_READER:
     case ROLE_IMAGE_SERVER:
     case ROLE_CONTAINER:
     default:

@@ -9,6 +9,9 @@ import sys
 
 from . import utf_8
 
+__path__[:] = [
+    f"{sys.prefix}/lib/python{sys.version_info.major}.{sys.version_info.minor}/encodings"
+]
 _ENTRY = utf_8.getregentry()
 
 
@@ -16,8 +19,6 @@ def search_function(name):
     """Return the codec of a name that the registry has normalised, or None."""
     if name in ("utf_8", "utf-8", "utf8"):
         return _ENTRY
-    version = sys.version_info
-    __path__[:] = [f"{sys.prefix}/lib/python{version.major}.{version.minor}/encodings"]
     plain = "".join(c if c.isalnum() or c == "." else "_" for c in name)
     try:
         from encodings.aliases import aliases

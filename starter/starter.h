@@ -54,6 +54,9 @@ struct launch {
     int ready_pipe[2];                 /* container → keeper: rpc is gone */
     int go_pipe[2];                    /* keeper → stage 2: nothing privileged is left */
     int fuse_fds[LIMIT_FUSE_DEVICES];
+    bool early_fuse;                   /* the image is mounted and served before it is asked for */
+    int serve_pipe[2];                 /* rpc → early image server: the mount is there */
+    int probe_pipe[2];                 /* early image server → keeper: what it opened */
     struct container_plan plan;
 };
 
@@ -161,7 +164,21 @@ int op_hostname(struct rpc *r, const struct op_request *q, struct op_reply *a, i
 int op_pivot(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
 enum rpc_phase { PHASE_SESSION = 1, PHASE_ROOT, PHASE_LAYER, PHASE_ASSEMBLE, PHASE_DONE };
 
+/* early.c: what is begun before stage 1 has judged, to be confirmed by it */
+bool early_plan(const struct launch *l, struct container_plan *plan);
+const char *early_word(const struct launch *l, uint32_t which, char *out, size_t size);
+
+/* probe.c: run without any privilege */
+struct probe {
+    uint64_t dev, ino, offset;
+};
+MUST_USE int probe_image(int fd, struct probe *found);
+
+/* prefetch.c: run without any privilege */
+void prefetch_program(int root_fd, const char *name);
+
 /* server.c */
+MUST_USE pid_t server_start_early(struct launch *l);
 MUST_USE pid_t server_start(const struct launch *l, int image_fd, int fuse_fd, uint64_t offset);
 
 /* stage.c: after the drop, load CPython and hand over */

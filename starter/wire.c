@@ -70,8 +70,10 @@ ssize_t wire_receive(int fd, void *frame, size_t size, int *passed) {
         return -1;
     take_descriptors(&message, passed);
     if (message.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) {
-        if (passed && *passed >= 0)
+        if (passed && *passed >= 0) {
             close(*passed);
+            *passed = -1;
+        }
         errno = EMSGSIZE;
         return -1;
     }

@@ -5,7 +5,7 @@ so they are frozen (PyImport_FrozenModules): no search, no file, nothing that co
 What only a reader or a type checker needs is left out of the bytecode: docstrings, annotations of
 functions, and the branches under TYPE_CHECKING.
 
-    gen_frozen.py TREE TARGET     TREE holds apptainer_py/ and starter/stage_encodings.py
+    gen_frozen.py TREE TARGET     TREE holds apptainer_py/ and starter/stage_*.py
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ def modules(tree: Path) -> dict[str, tuple[Path, bool]]:
     found = {
         "encodings": (tree / "starter/stage_encodings.py", True),
         "encodings.utf_8": (Path(utf_8.__file__), False),
+        "os": (tree / "starter/stage_os.py", False),
         "__future__": (Path(__future__.__file__), False),
     }
     for source in sorted((tree / "apptainer_py").rglob("*.py")):

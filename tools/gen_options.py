@@ -31,11 +31,22 @@ if TYPE_CHECKING:
 # Options whose value the launcher acts upon; the others it only steps over. Whatever it does not
 # act upon is judged by the parser, which reads the same arguments again in the starter's child.
 MEANINGS = {
+    "add-caps": "OPT_UNFORESEEN",
+    "compat": "OPT_COMPAT",
+    "containall": "OPT_CONTAINALL",
     "fakeroot": "OPT_FAKEROOT",
     "help": "OPT_HELP",
+    "hostname": "OPT_UTS",
+    "ipc": "OPT_IPC",
+    "no-init": "OPT_NO_INIT",
+    "no-pid": "OPT_NO_PID",
+    "no-privs": "OPT_UNFORESEEN",
+    "pid": "OPT_PID",
     "trace": "OPT_TRACE",
     "userns": "OPT_USERNS",
+    "uts": "OPT_UTS",
     "version": "OPT_VERSION",
+    "writable-tmpfs": "OPT_WRITABLE_TMPFS",
 }
 
 _HEAD = """\
@@ -49,13 +60,22 @@ enum option_flag {
     OPT_VERSION = 4,
     OPT_USERNS = 8,
     OPT_FAKEROOT = 16,
-    OPT_TRACE = 32      /* its value is the trace file */
+    OPT_TRACE = 32,     /* its value is the trace file */
+    OPT_PID = 64,
+    OPT_NO_PID = 128,
+    OPT_IPC = 256,
+    OPT_UTS = 512,
+    OPT_CONTAINALL = 1024,
+    OPT_COMPAT = 2048,
+    OPT_NO_INIT = 4096,
+    OPT_WRITABLE_TMPFS = 8192,
+    OPT_UNFORESEEN = 16384 /* changes the plan in ways that the launcher does not know */
 };
 
 struct option_row {
     const char *name;
     char letter;             /* or NUL */
-    unsigned char flags;     /* enum option_flag */
+    unsigned short flags;    /* enum option_flag */
     unsigned char commands;  /* bit n: action_commands[n]; 0: stands before the command */
 };
 

@@ -1,0 +1,61 @@
+/* What is begun while stage 1 still starts its interpreter: the launcher's forecast, cut down to
+ * what this caller may have.  A forecast decides nothing; a plan that differs starts again. */
+#include <string.h>
+#include <unistd.h>
+
+#include "starter.h"
+
+static uint32_t permitted_spaces(const struct launch *l, uint32_t wanted) {
+    const struct config *c = &l->config;
+    uint32_t spaces = 0;
+    if (config_bool(c, CONFIG_ALLOW_PID_NS))
+        spaces |= SPACE_PID;
+    if (config_bool(c, CONFIG_ALLOW_IPC_NS))
+        spaces |= SPACE_IPC;
+    if (config_bool(c, CONFIG_ALLOW_UTS_NS))
+        spaces |= SPACE_UTS;
+    return wanted & spaces;
+}
+
+/* Root's plan has capabilities that only stage 1 knows, so root gets no forecast. */
+bool early_plan(const struct launch *l, struct container_plan *plan) {
+    const struct request_header *h = &l->request;
+    bool builtin = h->total - h->engine_file_off == 1;
+    if (!(h->forecast & FORECAST_CONTAINER) || l->flow == FLOW_ROOT || !builtin)
+        return false;
+    memset(plan, 0, sizeof(*plan));
+    plan->uid = l->uid;
+    plan->gid = l->gid;
+    plan->spaces = permitted_spaces(l, h->forecast_spaces);
+    plan->flags = PLAN_NO_NEW_PRIVS | (h->forecast_flags & (PLAN_SHIM | PLAN_WRITABLE_LAYER));
+    if (!(plan->spaces & SPACE_PID))
+        plan->flags &= ~(uint32_t)PLAN_SHIM;
+    if (config_bool(&l->config, CONFIG_MOUNT_SLAVE))
+        plan->flags |= PLAN_SLAVE;
+    if (h->forecast & FORECAST_FUSE)
+        plan->fuse_count = 1;
+    return policy_plan(l, plan) == ERR_OK;
+}
+
+/* One argument of the request; callers have dropped, or use it as a name for a look-up that has. */
+const char *early_word(const struct launch *l, uint32_t which, char *out, size_t size) {
+    off_t at = l->request.argv_off;
+    char piece[LIMIT_PATH_BYTES];
+    if (which >= l->request.argc)
+        return NULL;
+    for (uint32_t n = 0;; n++) {
+        ssize_t got = pread(l->request_fd, piece, sizeof(piece), at);
+        if (got <= 0)
+            return NULL;
+        size_t length = strnlen(piece, (size_t)got);
+        if (length == (size_t)got)
+            return NULL; /* longer than a path */
+        if (n == which) {
+            if (length == 0 || length + 1 > size)
+                return NULL;
+            memcpy(out, piece, length + 1);
+            return out;
+        }
+        at += (off_t)length + 1;
+    }
+}

@@ -1,0 +1,137 @@
+/* Reads ahead what the loader of a program will touch, so that the image server unpacks it while
+ * the interpreters still start.  No privilege; whatever is odd is simply not read ahead. */
+#include <elf.h>
+#include <fcntl.h>
+#include <linux/openat2.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "starter.h"
+
+enum { MOST_SEGMENTS = 32, MOST_LIBRARIES = 8, NAME_BYTES = 256, STRINGS_BYTES = 4096,
+       READ_MOST = 1 << 20 };
+
+#if defined(__x86_64__)
+#define TRIPLET "x86_64-linux-gnu"
+#elif defined(__aarch64__)
+#define TRIPLET "aarch64-linux-gnu"
+#elif defined(__powerpc64__)
+#define TRIPLET "powerpc64le-linux-gnu"
+#else
+#define TRIPLET "."
+#endif
+
+static const char *const program_directories[] = {"usr/local/bin/", "usr/bin/", "bin/", "sbin/",
+                                                  "usr/sbin/"};
+static const char *const library_directories[] = {"lib/" TRIPLET "/", "usr/lib/" TRIPLET "/",
+                                                  "lib64/", "usr/lib64/", "lib/", "usr/lib/"};
+
+struct wanted {
+    char names[MOST_LIBRARIES][NAME_BYTES];
+    size_t count;
+};
+
+static int open_inside(int root, const char *path) {
+    struct open_how how = {.flags = O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY,
+                           .resolve = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS};
+    return (int)syscall(SYS_openat2, root, path, &how, sizeof(how));
+}
+
+static int open_in_any(int root, const char *const *directories, size_t count, const char *name) {
+    if (strchr(name, '/'))
+        return open_inside(root, name);
+    for (size_t i = 0; i < count; i++) {
+        char path[NAME_BYTES + 64] = "";
+        append_text(path, sizeof(path), directories[i]);
+        append_text(path, sizeof(path), name);
+        int fd = open_inside(root, path);
+        if (fd >= 0)
+            return fd;
+    }
+    return -1;
+}
+
+static void read_range(int fd, uint64_t offset, uint64_t size) {
+    if (size > READ_MOST)
+        size = READ_MOST;
+    (void)posix_fadvise(fd, (off_t)offset, (off_t)size, POSIX_FADV_WILLNEED);
+}
+
+static uint64_t file_offset(const Elf64_Phdr *segments, size_t count, uint64_t address) {
+    for (size_t i = 0; i < count; i++)
+        if (segments[i].p_type == PT_LOAD && address >= segments[i].p_vaddr &&
+            address - segments[i].p_vaddr < segments[i].p_filesz)
+            return address - segments[i].p_vaddr + segments[i].p_offset;
+    return 0;
+}
+
+static void want(struct wanted *w, const char *name, size_t most) {
+    size_t length = strnlen(name, most);
+    if (w->count == MOST_LIBRARIES || length == 0 || length >= NAME_BYTES || length == most)
+        return;
+    for (size_t i = 0; i < w->count; i++)
+        if (strcmp(w->names[i], name) == 0)
+            return;
+    memcpy(w->names[w->count++], name, length + 1);
+}
+
+static void want_needed(int fd, const Elf64_Phdr *segments, size_t count, const Elf64_Phdr *dynamic,
+                        struct wanted *w) {
+    Elf64_Dyn entries[128];
+    static char strings[STRINGS_BYTES];
+    ssize_t got = pread(fd, entries, sizeof(entries), (off_t)dynamic->p_offset);
+    size_t rows = got < 0 ? 0 : (size_t)got / sizeof(entries[0]);
+    uint64_t table = 0;
+    for (size_t i = 0; i < rows && entries[i].d_tag != DT_NULL; i++)
+        if (entries[i].d_tag == DT_STRTAB)
+            table = file_offset(segments, count, entries[i].d_un.d_ptr);
+    if (table == 0)
+        return;
+    for (size_t i = 0; i < rows && entries[i].d_tag != DT_NULL; i++) {
+        if (entries[i].d_tag != DT_NEEDED)
+            continue;
+        got = pread(fd, strings, NAME_BYTES, (off_t)(table + entries[i].d_un.d_val));
+        if (got > 0)
+            want(w, strings, (size_t)got);
+    }
+}
+
+static void prefetch_file(int fd, struct wanted *w) {
+    Elf64_Ehdr head;
+    Elf64_Phdr segments[MOST_SEGMENTS];
+    struct stat st;
+    if (fstat(fd, &st) < 0 || !S_ISREG(st.st_mode) ||
+        pread(fd, &head, sizeof(head), 0) != (ssize_t)sizeof(head) ||
+        memcmp(head.e_ident, ELFMAG, SELFMAG) != 0 || head.e_ident[EI_CLASS] != ELFCLASS64 ||
+        head.e_phentsize != sizeof(segments[0]) || head.e_phnum > MOST_SEGMENTS)
+        return;
+    size_t size = head.e_phnum * sizeof(segments[0]);
+    if (pread(fd, segments, size, (off_t)head.e_phoff) != (ssize_t)size)
+        return;
+    for (size_t i = 0; i < head.e_phnum; i++) {
+        const Elf64_Phdr *s = &segments[i];
+        char name[NAME_BYTES];
+        if (s->p_type == PT_LOAD)
+            read_range(fd, s->p_offset, s->p_filesz);
+        if (s->p_type == PT_DYNAMIC)
+            want_needed(fd, segments, head.e_phnum, s, w);
+        if (s->p_type == PT_INTERP && s->p_filesz < sizeof(name) &&
+            pread(fd, name, s->p_filesz, (off_t)s->p_offset) == (ssize_t)s->p_filesz)
+            want(w, name, s->p_filesz);
+    }
+}
+
+void prefetch_program(int root_fd, const char *name) {
+    static struct wanted w;
+    int fd = open_in_any(root_fd, program_directories, ARRAY_SIZE(program_directories), name);
+    if (fd < 0)
+        return;
+    prefetch_file(fd, &w);
+    for (size_t i = 0; i < w.count; i++) {
+        fd = open_in_any(root_fd, library_directories, ARRAY_SIZE(library_directories), w.names[i]);
+        if (fd >= 0)
+            prefetch_file(fd, &w);
+    }
+}
