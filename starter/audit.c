@@ -44,6 +44,25 @@ static void compose(char *line, size_t size, const struct launch *l,
     append_text(line, size, "\"}");
 }
 
+/* The logger notes the sender's real uid, which is the caller's; as root nobody else can send. */
+static void send_as_root(int fd, char *message) {
+    union {
+        char space[CMSG_SPACE(sizeof(struct ucred))];
+        struct cmsghdr align;
+    } control = {{0}};
+    struct ucred who = {.pid = getpid(), .uid = 0, .gid = getegid()};
+    struct iovec io = {.iov_base = message, .iov_len = strlen(message)};
+    struct msghdr datagram = {.msg_iov = &io, .msg_iovlen = 1, .msg_control = control.space,
+                              .msg_controllen = sizeof(control.space)};
+    struct cmsghdr *head = CMSG_FIRSTHDR(&datagram);
+    head->cmsg_level = SOL_SOCKET;
+    head->cmsg_type = SCM_CREDENTIALS;
+    head->cmsg_len = CMSG_LEN(sizeof(who));
+    memcpy(CMSG_DATA(head), &who, sizeof(who));
+    if (sendmsg(fd, &datagram, MSG_NOSIGNAL | MSG_DONTWAIT) < 0)
+        report("WARNING: ", "the audit record did not reach the system log");
+}
+
 static int to_syslog(const char *line) {
     struct sockaddr_un log = {.sun_family = AF_UNIX, .sun_path = "/dev/log"};
     char message[4096] = "<85>apptainer-py: "; /* authpriv.notice */
@@ -53,9 +72,17 @@ static int to_syslog(const char *line) {
         return -1;
     /* SAFE: a fixed address; a logger that hangs or is absent must not stop anybody. */
     if (connect(fd, (const struct sockaddr *)&log, sizeof(log)) == 0)
-        (void)send(fd, message, strlen(message), MSG_NOSIGNAL | MSG_DONTWAIT);
+        send_as_root(fd, message);
     close(fd);
     return 0;
+}
+
+/* A caller's limit on file sizes would cut the record, and glue the next one to it. */
+static bool has_room(const struct stat *st, size_t length) {
+    struct rlimit limit;
+    return getrlimit(RLIMIT_FSIZE, &limit) == 0 &&
+           (limit.rlim_cur == RLIM_INFINITY ||
+            (uint64_t)st->st_size + length <= (uint64_t)limit.rlim_cur);
 }
 
 static int to_file(const char *path, char *line, size_t size) {
@@ -67,7 +94,7 @@ static int to_file(const char *path, char *line, size_t size) {
     if (fd < 0)
         return -1;
     bool good = fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && st.st_uid == 0 &&
-                !(st.st_mode & (S_IWGRP | S_IWOTH)) &&
+                !(st.st_mode & (S_IWGRP | S_IWOTH)) && has_room(&st, strlen(line)) &&
                 write(fd, line, strlen(line)) == (ssize_t)strlen(line);
     close(fd);
     return good ? 0 : -1;

@@ -13,6 +13,7 @@
 
 #include "starter.h"
 
+pid_t container_pid; /* as its children see it */
 pid_t stage_rpc_pid; /* without a shim stage 2 waits for rpc itself */
 
 static const struct {
@@ -43,6 +44,7 @@ static void close_outer_ends(struct launch *l) {
     close_fd(&l->methods_socket[1]);
     close_fd(&l->go_pipe[1]);
     close_fd(&l->ready_pipe[0]);
+    close_fd(&l->life_pipe[0]);
     close_fd(&l->serve_pipe[0]);
     close_fd(&l->probe_pipe[0]);
     close_fd(&l->probe_pipe[1]);
@@ -144,6 +146,7 @@ NO_RETURN static void become_shim(struct launch *l, pid_t rpc) {
 
 NO_RETURN static void container_main(struct launch *l) {
     trace_set_role(ROLE_CONTAINER);
+    container_pid = getpid();
     (void)prctl(PR_SET_PDEATHSIG, SIGKILL);
     close_outer_ends(l);
     const struct raised *raised = privs_raise(CAP_BIT(CAP_SYS_ADMIN) | CAP_BIT(CAP_NET_ADMIN));
@@ -157,6 +160,7 @@ NO_RETURN static void container_main(struct launch *l) {
     pid_t rpc = fork_rpc(l);
     if (rpc < 0 || (l->plan.flags & PLAN_METHODS && fork_methods(l) < 0))
         fail("cannot start the container's processes", errno);
+    close_fd(&l->methods_socket[0]); /* a call without a server must see the end */
     if (l->plan.flags & PLAN_SHIM)
         become_shim(l, rpc);
     stage_rpc_pid = rpc;

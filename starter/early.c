@@ -1,5 +1,6 @@
 /* What is begun while stage 1 still starts its interpreter: the launcher's forecast, cut down to
  * what this caller may have.  A forecast decides nothing; a plan that differs starts again. */
+#include <fcntl.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -58,4 +59,22 @@ const char *early_word(const struct launch *l, uint32_t which, char *out, size_t
         }
         at += (off_t)length + 1;
     }
+}
+
+/* The image's path for the audit record: as the kernel knows it, if the caller can open it at all. */
+void early_image(const struct launch *l, char *out, size_t size) {
+    char word[LIMIT_PATH_BYTES], link[32] = "/proc/self/fd/";
+    if (!early_word(l, l->request.image_arg, word, sizeof(word)))
+        return;
+    append_text(out, size, word);
+    int fd = open(word, O_PATH | O_CLOEXEC); /* SAFE: with the caller's fsuid; opens no contents */
+    if (fd < 0)
+        return;
+    append_number(link, sizeof(link), (uint64_t)fd);
+    ssize_t length = readlink(link, word, sizeof(word) - 1);
+    if (length > 0 && (size_t)length < size) {
+        memcpy(out, word, (size_t)length);
+        out[length] = '\0';
+    }
+    close(fd);
 }

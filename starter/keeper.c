@@ -14,6 +14,7 @@
 
 #include "starter.h"
 
+enum { SERVER_PATIENCE_MS = 5000 };
 enum phase { PREPARE, SETUP, RUN, ENDED };
 
 struct keeper {
@@ -24,6 +25,7 @@ struct keeper {
     bool master_alive, container_alive;
     bool early_server;                 /* servers[0] runs, but stage 1 has not asked for it yet */
     bool in_userns;
+    bool recorded;                     /* the plan as it stands is in the audit log */
     int master_status, container_status;
     uint32_t uses[8];
 };
@@ -42,7 +44,8 @@ static void close_fuse(struct launch *l) {
 static void open_channels(struct launch *l) {
     l->methods_socket[0] = l->methods_socket[1] = -1;
     for (int i = 0; i < 2; i++)
-        l->helper_sockets[i][0] = l->helper_sockets[i][1] = l->serve_pipe[i] = l->probe_pipe[i] = -1;
+        l->helper_sockets[i][0] = l->helper_sockets[i][1] = l->serve_pipe[i] = l->probe_pipe[i] =
+            l->life_pipe[i] = -1;
     for (size_t i = 0; i < LIMIT_FUSE_DEVICES; i++)
         l->fuse_fds[i] = -1;
     bool builtin = l->request.total - l->request.engine_file_off == 1;
@@ -61,10 +64,14 @@ static int block_signals(void) {
     return signalfd(-1, &all, SFD_CLOEXEC | SFD_NONBLOCK);
 }
 
+/* What the terminal sends goes to everybody in the foreground; for the launch keeper answers. */
 static void unblock_signals(void) {
-    sigset_t none;
-    sigemptyset(&none);
-    sigprocmask(SIG_SETMASK, &none, NULL);
+    static const int of_terminal[] = {SIGINT, SIGQUIT, SIGTSTP, SIGHUP, SIGTTIN, SIGTTOU};
+    sigset_t blocked;
+    sigemptyset(&blocked);
+    for (size_t i = 0; i < ARRAY_SIZE(of_terminal); i++)
+        sigaddset(&blocked, of_terminal[i]);
+    sigprocmask(SIG_SETMASK, &blocked, NULL);
 }
 
 /* ---- master and host helpers ---- */
@@ -80,6 +87,7 @@ static void close_inner_ends(struct launch *l) {
     close_fd(&l->ready_pipe[1]);
     close_fd(&l->go_pipe[0]);
     close_fd(&l->go_pipe[1]);
+    close_fd(&l->life_pipe[0]);
     close_fuse(l);
     sanitize_close_inherited(l);
     unblock_signals();
@@ -179,7 +187,12 @@ static int start_container(struct keeper *k, int *error) {
     if (l->early_fuse)
         k->servers[0] = server_start_early(l);
     k->early_server = k->servers[0] > 0;
+    if (pipe2(l->life_pipe, O_CLOEXEC) < 0) {
+        *error = errno;
+        return ERR_SETUP;
+    }
     k->container = container_start(l, error);
+    close_fd(&l->life_pipe[1]);
     if (k->container < 0)
         return *error == EAGAIN ? ERR_FORK : ERR_NAMESPACE;
     *error = 0;
@@ -194,10 +207,19 @@ static void end_child(pid_t *pid) {
     *pid = 0;
 }
 
+/* A process that is only about to die could still take a request meant for the next container. */
+static void wait_for_the_last(struct launch *l) {
+    char byte;
+    while (l->life_pipe[0] >= 0 && read(l->life_pipe[0], &byte, 1) < 0 && errno == EINTR)
+        ;
+    close_fd(&l->life_pipe[0]);
+}
+
 /* Takes back what was begun; the channels are unused so far and serve the next container. */
 static void undo_early(struct keeper *k) {
     struct launch *l = k->launch;
     end_child(&k->container);
+    wait_for_the_last(l);
     end_child(&k->servers[0]);
     k->container_alive = k->early_server = l->early_fuse = false;
     close_fuse(l);
@@ -213,6 +235,12 @@ static void begin_early(struct keeper *k) {
     int error;
     if (!early_plan(l, &l->plan))
         return;
+    /* On record before anything is done that takes privilege. */
+    char image[LIMIT_PATH_BYTES] = "";
+    early_image(l, image, sizeof(image));
+    if (audit_launch(l, &l->plan, image, "allowed") < 0)
+        return; /* the same happens, and is told, when stage 1 asks */
+    k->recorded = true;
     l->early_fuse = l->plan.fuse_count > 0 && !policy_limits_images(l) &&
                     pipe2(l->serve_pipe, O_CLOEXEC) == 0 && pipe2(l->probe_pipe, O_CLOEXEC) == 0;
     if (start_container(k, &error) != ERR_OK) {
@@ -248,8 +276,10 @@ static int op_container(struct keeper *k, const union keeper_request *request, s
     int code = policy_plan(l, &q->plan);
     if (code == ERR_MALFORMED)
         return code;
+    bool known = k->recorded && code == ERR_OK &&
+                 memcmp(&l->plan, &q->plan, sizeof(l->plan)) == 0;
     const char *decision = code == ERR_OK ? "allowed" : "refused";
-    if (audit_launch(l, &q->plan, image, decision) < 0) {
+    if (!known && audit_launch(l, &q->plan, image, decision) < 0) {
         a->error = errno;
         report("FATAL:   ", "the audit record cannot be written; tell your administrator");
         return ERR_REFUSED;
@@ -291,10 +321,11 @@ static int op_host_helpers(struct keeper *k, const union keeper_request *request
 /* Has the early server opened this very file, with the root file system at this offset? */
 static bool is_served(struct keeper *k, const struct stat *st, uint64_t offset, int *code) {
     struct probe found;
-    ssize_t got;
-    do
+    ssize_t got = -1;
+    struct pollfd answer = {.fd = k->launch->probe_pipe[0], .events = POLLIN};
+    /* Somebody may have stopped it, and signals wait while we do. */
+    if (poll(&answer, 1, SERVER_PATIENCE_MS) == 1)
         got = read(k->launch->probe_pipe[0], &found, sizeof(found));
-    while (got < 0 && errno == EINTR);
     close_fd(&k->launch->probe_pipe[0]);
     k->early_server = false;
     if (got != (ssize_t)sizeof(found)) {
@@ -361,13 +392,12 @@ NO_RETURN void keeper_become_plain(struct launch *l) {
 
 static int op_plain_starter(struct keeper *k, const union keeper_request *request, size_t size,
                             int passed, struct op_reply *a) {
-    int status;
     (void)passed;
     (void)a;
     if (no_fields(request, size) < 0)
         return ERR_MALFORMED;
-    (void)kill(k->master, SIGKILL);
-    (void)waitpid(k->master, &status, 0);
+    end_child(&k->master);
+    undo_early(k);
     keeper_become_plain(k->launch);
 }
 
@@ -398,7 +428,8 @@ NO_RETURN static void abandon(struct keeper *k, uint32_t op, int code) {
                                             : "a request is malformed; the launch is abandoned");
     if (k->container_alive)
         (void)kill(k->container, SIGKILL);
-    (void)kill(k->master, SIGKILL);
+    if (k->master_alive)
+        (void)kill(k->master, SIGKILL);
     _exit(255);
 }
 
@@ -419,6 +450,8 @@ static void serve(struct keeper *k) {
     static union keeper_request q;
     int passed;
     ssize_t got = wire_receive(k->launch->keeper_socket[0], &q, sizeof(q), &passed);
+    if (got < 0 && errno == EMSGSIZE)
+        abandon(k, 0, ERR_MALFORMED);
     if (got <= 0) {
         close_fd(&k->launch->keeper_socket[0]); /* master is gone or going: its exit says more */
         return;
@@ -459,14 +492,17 @@ static void child_stopped(struct keeper *k, pid_t pid) {
 static void child_ended(struct keeper *k, pid_t pid, int status) {
     if (pid == k->master) {
         k->master_alive = false;
+        k->master = 0; /* a reaped number may be somebody else's next */
         k->master_status = status;
         if (k->container_alive)
             (void)kill(k->container, SIGKILL);
     } else if (pid == k->container && k->phase == PREPARE) {
         k->container_alive = false; /* begun early, and gone: it will be started again */
+        k->container = 0;
     } else if (pid == k->container) {
         step_begin(STEP_PAYLOAD_ENDED);
         k->container_alive = false;
+        k->container = 0;
         k->container_status = status;
         tell_master(k, EVENT_PAYLOAD_ENDED, pid, status);
         step_end(STEP_PAYLOAD_ENDED);
@@ -526,13 +562,13 @@ static void on_signal(struct keeper *k, const struct signalfd_siginfo *info) {
             give_up(k, number);
         return;
     }
-    if (number == SIGTSTP && from_terminal && k->launch->plan.flags & PLAN_SHIM) {
-        (void)kill(getpid(), SIGSTOP);
-        return;
-    }
-    /* What the terminal sends reaches the payload by itself; a signal meant for us is passed on. */
-    if (!from_terminal && k->container_alive)
+    /* A hangup comes to the session's leader alone, which may be us: it is always passed on. */
+    bool payload_has_it = from_terminal && number != SIGHUP;
+    if (!payload_has_it && k->container_alive)
         (void)kill(k->container, number);
+    /* Behind a shim nobody sees the payload stop. */
+    if (number == SIGTSTP && k->launch->plan.flags & PLAN_SHIM)
+        (void)kill(getpid(), SIGSTOP);
 }
 
 static void read_signals(struct keeper *k) {
@@ -585,6 +621,7 @@ static void drop_and_go(struct keeper *k) {
     step_end(STEP_DROP_KEEPER);
     trace_process();
     close_fuse(l);
+    close_fd(&l->life_pipe[0]);
     sanitize_close_inherited(l);
     close_fd(&l->request_fd);
     close_fd(&l->config_fd);

@@ -55,7 +55,8 @@ __attribute__((noreturn)) static void run_interpreter(int argc, char *const argv
 }
 
 static int open_trace(const char *file) {
-    int fd = open(file, O_WRONLY | O_CREAT | O_APPEND | O_NOCTTY, 0666);
+    /* O_NONBLOCK: a FIFO that nobody reads is an error, and one that fills holds up no process. */
+    int fd = open(file, O_WRONLY | O_CREAT | O_APPEND | O_NOCTTY | O_NONBLOCK, 0666);
     if (fd < 0)
         fatal("the file of --trace cannot be opened", strerror(errno));
     return fd;

@@ -16,11 +16,6 @@
 
 #include "starter.h"
 
-#define ROOT_DIRECTORY APY_SESSIONDIR "/rootfs"
-#define FINAL_DIRECTORY APY_SESSIONDIR "/final"
-#define LOWER_DIRECTORY APY_SESSIONDIR "/lower"
-#define UNDERLAY_DIRECTORY APY_SESSIONDIR "/underlay"
-
 static int sys_fsopen(const char *fs) {
     return (int)syscall(SYS_fsopen, fs, FSOPEN_CLOEXEC);
 }
@@ -86,18 +81,35 @@ static int hand_out(const char *path, int *fd_out) {
     return *fd_out < 0 ? -1 : 0;
 }
 
-static int make_directories(void) {
-    static const char *const names[] = {"rootfs", "final", "lower", "underlay", "files", "upper",
-                                        "work"};
+static const char *const place_names[PLACE_COUNT] = {"rootfs", "final", "lower", "underlay",
+                                                      "upper",  "work",  "merged"};
+
+/* Pinned by descriptor before the directory is handed out: whoever fills it owns it, and could put
+ * a link in the place of each. */
+static int make_directories(struct rpc *r) {
     int dir = open(APY_SESSIONDIR, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
     int result = dir < 0 ? -1 : 0;
     mode_t was = umask(0);
-    for (size_t i = 0; result == 0 && i < ARRAY_SIZE(names); i++)
-        result = mkdirat(dir, names[i], 0755);
+    if (result == 0)
+        result = mkdirat(dir, "files", 0755);
+    for (size_t i = 0; result == 0 && i < PLACE_COUNT; i++) {
+        result = mkdirat(dir, place_names[i], 0755);
+        r->places[i] = open2(dir, place_names[i], O_PATH | O_DIRECTORY | O_NOFOLLOW,
+                             RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_XDEV);
+        if (r->places[i] < 0)
+            result = -1;
+    }
     umask(was);
     if (dir >= 0)
         close(dir);
     return result;
+}
+
+/* The mount that was just attached, for the master to look into and for later operations. */
+static int keep_mount(int mount_fd, int *kept, int *fd_out) {
+    *kept = mount_fd;
+    *fd_out = fcntl(mount_fd, F_DUPFD_CLOEXEC, 3);
+    return *fd_out < 0 ? -1 : 0;
 }
 
 /* SESSION(size in MiB, 0 = no limit): the memory file system that holds everything else. */
@@ -127,7 +139,7 @@ int op_session(struct rpc *r, const struct op_request *q, struct op_reply *a, in
         return answer(a, ERR_MOUNT, errno);
     close(fs);
     close(mount_fd);
-    if (make_directories() < 0 || hand_out(APY_SESSIONDIR, fd_out) < 0)
+    if (make_directories(r) < 0 || hand_out(APY_SESSIONDIR, fd_out) < 0)
         return answer(a, ERR_MOUNT, errno);
     r->session_fd = fcntl(*fd_out, F_DUPFD_CLOEXEC, 3);
     return r->session_fd < 0 ? answer(a, ERR_MOUNT, errno) : ERR_OK;
@@ -153,19 +165,16 @@ int op_root_fuse(struct rpc *r, const struct op_request *q, struct op_reply *a, 
         return answer(a, ERR_MOUNT, errno);
     /* SAFE: the server is the user's and what it says not trusted: nosuid, nodev, read-only. */
     int mount_fd = make_mount(fs, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_RDONLY);
-    if (mount_fd < 0 || attach_at(mount_fd, ROOT_DIRECTORY) < 0)
+    if (mount_fd < 0 || attach(mount_fd, r->places[PLACE_ROOTFS]) < 0)
         return answer(a, ERR_MOUNT, errno);
     close(fs);
-    close(mount_fd);
     /* With our copy open the connection would outlive its server, and every access would hang. */
     for (size_t i = 0; i < LIMIT_FUSE_DEVICES; i++)
         if (l->fuse_fds[i] >= 0) {
             close(l->fuse_fds[i]);
             l->fuse_fds[i] = -1;
         }
-    r->root_fd = open2(AT_FDCWD, ROOT_DIRECTORY, O_PATH | O_DIRECTORY, RESOLVE_NO_SYMLINKS);
-    *fd_out = r->root_fd < 0 ? -1 : fcntl(r->root_fd, F_DUPFD_CLOEXEC, 3);
-    return *fd_out < 0 ? answer(a, ERR_MOUNT, errno) : ERR_OK;
+    return keep_mount(mount_fd, &r->root_fd, fd_out) < 0 ? answer(a, ERR_MOUNT, errno) : ERR_OK;
 }
 
 /* As the caller, and the very file that was judged: num[0] device, num[1] inode. */
@@ -222,6 +231,8 @@ int op_root_squashfs(struct rpc *r, const struct op_request *q, struct op_reply 
     int image = open_judged(q, O_RDONLY, a, &code);
     if (image < 0)
         return code;
+    if (policy_on_fuse(image))
+        return ERR_KIND; /* whoever serves the file could change it under the kernel's parser */
     if ((code = policy_image(l, image)) != ERR_OK)
         return code;
     const struct raised *raised = privs_raise(CAP_BIT(CAP_SYS_ADMIN) | CAP_BIT(CAP_DAC_OVERRIDE));
@@ -251,15 +262,12 @@ int op_root_squashfs(struct rpc *r, const struct op_request *q, struct op_reply 
     error = errno;
     privs_lower(raised);
     raised = privs_raise(CAP_BIT(CAP_SYS_ADMIN));
-    if (!raised || mount_fd < 0 || attach_at(mount_fd, ROOT_DIRECTORY) < 0)
+    if (!raised || mount_fd < 0 || attach(mount_fd, r->places[PLACE_ROOTFS]) < 0)
         return answer(a, ERR_MOUNT, error);
     close(fs);
-    close(mount_fd);
     close(device);
     close(image);
-    r->root_fd = open2(AT_FDCWD, ROOT_DIRECTORY, O_PATH | O_DIRECTORY, RESOLVE_NO_SYMLINKS);
-    *fd_out = r->root_fd < 0 ? -1 : fcntl(r->root_fd, F_DUPFD_CLOEXEC, 3);
-    return *fd_out < 0 ? answer(a, ERR_MOUNT, errno) : ERR_OK;
+    return keep_mount(mount_fd, &r->root_fd, fd_out) < 0 ? answer(a, ERR_MOUNT, errno) : ERR_OK;
 }
 
 /* A copy of the tree below fd, with its flags set before anybody can reach it. */
@@ -308,13 +316,10 @@ int op_root_directory(struct rpc *r, const struct op_request *q, struct op_reply
         return answer(a, ERR_KIND, 0); /* the host's root is no image */
     /* SAFE: a directory that the user could open, made nosuid and nodev before it is attached. */
     int tree = clone_tree(image, bind_attributes(l, q->flags), 0, true);
-    if (tree < 0 || attach_at(tree, ROOT_DIRECTORY) < 0)
+    if (tree < 0 || attach(tree, r->places[PLACE_ROOTFS]) < 0)
         return answer(a, ERR_MOUNT, errno);
     close(image);
-    close(tree);
-    r->root_fd = open2(AT_FDCWD, ROOT_DIRECTORY, O_PATH | O_DIRECTORY, RESOLVE_NO_SYMLINKS);
-    *fd_out = r->root_fd < 0 ? -1 : fcntl(r->root_fd, F_DUPFD_CLOEXEC, 3);
-    return *fd_out < 0 ? answer(a, ERR_MOUNT, errno) : ERR_OK;
+    return keep_mount(tree, &r->root_fd, fd_out) < 0 ? answer(a, ERR_MOUNT, errno) : ERR_OK;
 }
 
 static const char *without_slash(const char *path) {
@@ -343,10 +348,9 @@ int op_underlay_bind(struct rpc *r, const struct op_request *q, struct op_reply 
                        RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS);
     if (source < 0)
         return answer(a, ERR_SOURCE, errno);
-    int under = open2(AT_FDCWD, UNDERLAY_DIRECTORY, O_PATH | O_DIRECTORY, RESOLVE_NO_SYMLINKS);
-    int target = under < 0 ? -1
-                           : open2(under, without_slash(wire_string(q, 1)), O_PATH | O_NOFOLLOW,
-                                   RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS);
+    int target = open2(r->places[PLACE_UNDERLAY], without_slash(wire_string(q, 1)),
+                       O_PATH | O_NOFOLLOW,
+                       RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS);
     int code = ERR_OK;
     /* SAFE: both ends lie in the container's own trees; flags of the image's mount are kept. */
     int tree = target < 0 ? -1 : clone_tree(source, 0, 0, true);
@@ -355,8 +359,6 @@ int op_underlay_bind(struct rpc *r, const struct op_request *q, struct op_reply 
     else if (tree < 0 || attach(tree, target) < 0)
         code = answer(a, ERR_MOUNT, errno);
     close(source);
-    if (under >= 0)
-        close(under);
     if (target >= 0)
         close(target);
     if (tree >= 0)
@@ -364,34 +366,81 @@ int op_underlay_bind(struct rpc *r, const struct op_request *q, struct op_reply 
     return code;
 }
 
-static int overlay(const struct launch *l, bool writable) {
-    int fs = sys_fsopen("overlay");
-    if (fs < 0)
+/* Overlay takes its layers by name only, so each is named by a descriptor: of a directory that was
+ * pinned, or of a mount itself, which a directory below it would not lead to. */
+static void append_layer(char *out, size_t size, int fd) {
+    append_text(out, size, "/proc/self/fd/");
+    append_number(out, size, (uint64_t)fd);
+}
+
+static int set_layer(int fs, const char *key, int fd) {
+    char name[48] = "";
+    append_layer(name, sizeof(name), fd);
+    return set_string(fs, key, name);
+}
+
+/* The image below what the mounts need.  Made with SYS_ADMIN alone: what the kernel does on behalf
+ * of the container in these layers, it does with the user's own rights. */
+static int overlay_read_only(const struct rpc *r) {
+    char layers[96] = "";
+    append_layer(layers, sizeof(layers), r->places[PLACE_LOWER]);
+    append_text(layers, sizeof(layers), ":");
+    append_layer(layers, sizeof(layers), r->root_fd);
+    int fs = sys_fsopen("overlay"), mount_fd = -1;
+    /* SAFE: both layers are directories of this session, pinned before anybody could move them. */
+    if (fs >= 0 && set_string(fs, "source", "overlay") == 0 &&
+        set_string(fs, "lowerdir", layers) == 0)
+        mount_fd = make_mount(fs, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_RDONLY);
+    int error = errno;
+    if (fs >= 0)
+        close(fs);
+    errno = error;
+    return mount_fd;
+}
+
+/* A memory layer over that.  The kernel's work directory has mode 0, so this one alone is made with
+ * DAC_OVERRIDE.  It must lie over the other overlay and not over the image: there, an entry that the
+ * user owns in the upper layers would open a directory of the image that the user may not enter. */
+static int overlay_writable(const struct rpc *r) {
+    int below = overlay_read_only(r);
+    if (below < 0 || attach(below, r->places[PLACE_MERGED]) < 0)
         return -1;
-    if (set_string(fs, "source", "overlay") < 0 ||
-        set_string(fs, "lowerdir", LOWER_DIRECTORY ":" ROOT_DIRECTORY) < 0)
+    int fs = sys_fsopen("overlay"), mount_fd = -1;
+    if (fs < 0 || set_string(fs, "source", "overlay") < 0 ||
+        set_layer(fs, "lowerdir", below) < 0 ||
+        set_layer(fs, "upperdir", r->places[PLACE_UPPER]) < 0 ||
+        set_layer(fs, "workdir", r->places[PLACE_WORK]) < 0)
         return -1;
-    if (writable && (set_string(fs, "upperdir", APY_SESSIONDIR "/upper") < 0 ||
-                     set_string(fs, "workdir", APY_SESSIONDIR "/work") < 0))
-        return -1;
-    if (writable && l->flow == FLOW_USERNS)
+    if (r->launch->flow == FLOW_USERNS)
         (void)set_flag(fs, "userxattr");
-    uint64_t caps = CAP_BIT(CAP_SYS_ADMIN);
-    if (writable)
-        caps |= CAP_BIT(CAP_DAC_OVERRIDE);
-    const struct raised *raised = privs_raise(caps);
-    /* SAFE: the kernel keeps these credentials for its own work directory (mode 0, hence
-     * DAC_OVERRIDE); every access is checked against the caller's first. */
-    int mount_fd = !raised ? -1
-                           : make_mount(fs, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV |
-                                                (writable ? 0 : MOUNT_ATTR_RDONLY));
+    const struct raised *raised = privs_raise(CAP_BIT(CAP_SYS_ADMIN) | CAP_BIT(CAP_DAC_OVERRIDE));
+    /* SAFE: the layer below checks every access again with the user's rights; upper and work are
+     * this session's own. */
+    if (raised)
+        mount_fd = make_mount(fs, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV);
     int error = errno;
     privs_lower(raised);
     if (!privs_raise(CAP_BIT(CAP_SYS_ADMIN)))
         mount_fd = -1;
     close(fs);
+    close(below);
     errno = error;
     return mount_fd;
+}
+
+static int make_layer(const struct rpc *r, enum layer_kind kind) {
+    switch (kind) {
+    case LAYER_OVERLAY:
+        return overlay_read_only(r);
+    case LAYER_OVERLAY_TMPFS:
+        return overlay_writable(r);
+    case LAYER_UNDERLAY:
+        return clone_tree(r->places[PLACE_UNDERLAY],
+                          MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_RDONLY, 0, true);
+    case LAYER_NONE:
+    default:
+        return clone_tree(r->root_fd, 0, 0, true);
+    }
 }
 
 /* LAYER(kind): what lies over the image; from here on targets are looked up in the result. */
@@ -402,28 +451,24 @@ int op_layer(struct rpc *r, const struct op_request *q, struct op_reply *a, int 
     enum layer_kind kind = (enum layer_kind)q->num[0];
     if (kind == LAYER_OVERLAY_TMPFS && !(l->plan.flags & PLAN_WRITABLE_LAYER))
         return ERR_REFUSED;
-    int tree;
-    if (kind == LAYER_NONE) {
-        tree = clone_tree(r->root_fd, 0, 0, true);
-    } else if (kind == LAYER_UNDERLAY) {
-        int under = open2(AT_FDCWD, UNDERLAY_DIRECTORY, O_PATH | O_DIRECTORY, RESOLVE_NO_SYMLINKS);
-        tree = under < 0 ? -1 : clone_tree(under, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV, 0, true);
-        if (under >= 0)
-            close(under);
-    } else {
-        tree = overlay(l, kind == LAYER_OVERLAY_TMPFS);
-    }
+    int tree = make_layer(r, kind);
     /* SAFE: trees that earlier operations made, attached to a directory of our own. */
-    if (tree < 0 || attach_at(tree, FINAL_DIRECTORY) < 0)
+    if (tree < 0 || attach(tree, r->places[PLACE_FINAL]) < 0)
         return answer(a, ERR_MOUNT, errno);
-    close(tree);
-    r->final_fd = open2(AT_FDCWD, FINAL_DIRECTORY, O_PATH | O_DIRECTORY, RESOLVE_NO_SYMLINKS);
-    *fd_out = r->final_fd < 0 ? -1 : fcntl(r->final_fd, F_DUPFD_CLOEXEC, 3);
-    return *fd_out < 0 ? answer(a, ERR_MOUNT, errno) : ERR_OK;
+    return keep_mount(tree, &r->final_fd, fd_out) < 0 ? answer(a, ERR_MOUNT, errno) : ERR_OK;
 }
 
+/* Never the root itself: what is mounted over it would not be the root that is changed to. */
 static int open_target(const struct rpc *r, const char *path) {
-    return open2(r->final_fd, path, O_PATH, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS);
+    struct stat target, root;
+    int fd = open2(r->final_fd, path, O_PATH, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS);
+    if (fd >= 0 && (fstat(fd, &target) < 0 || fstat(r->final_fd, &root) < 0 ||
+                    (target.st_dev == root.st_dev && target.st_ino == root.st_ino))) {
+        close(fd);
+        errno = EBUSY;
+        return -1;
+    }
+    return fd;
 }
 
 /* A path "x/." makes an automounter mount x, which O_PATH on x alone would not. */
@@ -513,6 +558,8 @@ int op_mount(struct rpc *r, const struct op_request *q, struct op_reply *a, int 
     if (no_fields_but(q, BIND_MAY_FAIL | BIND_READ_ONLY, 3, true, false) < 0 ||
         wire_string(q, 0)[0] != '/')
         return ERR_MALFORMED;
+    if (q->num[0] == KERNELFS_PROC && !(l->plan.spaces & SPACE_PID))
+        return ERR_REFUSED; /* a fresh one would undo the host's hidepid */
     while (row < ARRAY_SIZE(kernel_filesystems) && kernel_filesystems[row].kind != q->num[0])
         row++;
     if (row == ARRAY_SIZE(kernel_filesystems))
@@ -572,10 +619,8 @@ int op_pivot(struct rpc *r, const struct op_request *q, struct op_reply *a, int 
     while (got < 0 && errno == EINTR);
     if (got != 1)
         return answer(a, ERR_SEAL, 0);
-    /* The root was opened before anything was mounted over it: the topmost mount is meant. */
-    int top = open2(AT_FDCWD, FINAL_DIRECTORY, O_PATH | O_DIRECTORY, RESOLVE_NO_SYMLINKS);
     /* SAFE: changes the root of this mount namespace only; the old tree is detached at once. */
-    if (top < 0 || fchdir(top) < 0 || syscall(SYS_pivot_root, ".", ".") < 0)
+    if (fchdir(r->final_fd) < 0 || syscall(SYS_pivot_root, ".", ".") < 0)
         return answer(a, ERR_PIVOT, errno);
     struct mount_attr slave = {.propagation = 1u << 19 /* MS_SLAVE */};
     if (syscall(SYS_mount_setattr, AT_FDCWD, ".", AT_RECURSIVE, &slave, sizeof(slave)) < 0 ||

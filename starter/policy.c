@@ -3,8 +3,11 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <linux/capability.h>
+#include <linux/magic.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include "starter.h"
@@ -37,8 +40,20 @@ int policy_caller(const struct launch *l, const char **why) {
     return -1;
 }
 
-/* A caller other than root gets no capability that the administrator's ceiling leaves out, and
- * only its own ids. */
+/* In the setuid flow stage 2 runs Python with the payload's identity, and that must hold nothing. */
+static uint64_t most_capabilities(const struct launch *l) {
+    switch (l->flow) {
+    case FLOW_ROOT:
+        return l->permitted;
+    case FLOW_USERNS:
+        return privs_last_cap_mask();
+    case FLOW_SETUID:
+    default:
+        return 0;
+    }
+}
+
+/* A caller other than root gets its own ids, and in the setuid flow no capability. */
 int policy_plan(const struct launch *l, const struct container_plan *plan) {
     const uint32_t spaces = SPACE_PID | SPACE_IPC | SPACE_UTS | SPACE_NET | SPACE_CGROUP;
     const uint32_t flags = PLAN_SHIM | PLAN_WRITABLE_LAYER | PLAN_KERNEL_IMAGE | PLAN_SLAVE |
@@ -48,7 +63,7 @@ int policy_plan(const struct launch *l, const struct container_plan *plan) {
         plan->fuse_count > LIMIT_FUSE_DEVICES || plan->group_count > LIMIT_GROUPS)
         return ERR_MALFORMED;
     for (int set = 0; set < CAP_SETS; set++)
-        if (plan->caps[set] & ~(l->flow == FLOW_USERNS ? privs_last_cap_mask() : l->permitted))
+        if (plan->caps[set] & ~most_capabilities(l))
             return ERR_CAPABILITY;
     uint64_t most_ambient = plan->caps[CAP_SET_PERMITTED] & plan->caps[CAP_SET_INHERITABLE];
     if (plan->caps[CAP_SET_EFFECTIVE] & ~plan->caps[CAP_SET_PERMITTED] ||
@@ -80,6 +95,52 @@ bool policy_limits_images(const struct launch *l) {
     return config_list_count(&l->config, CONFIG_LIMIT_CONTAINER_OWNERS) > 0 ||
            config_list_count(&l->config, CONFIG_LIMIT_CONTAINER_GROUPS) > 0 ||
            config_list_count(&l->config, CONFIG_LIMIT_CONTAINER_PATHS) > 0;
+}
+
+/* The line of a mount in mountinfo names, last, the options of its file system. */
+static bool line_says_root(const char *line, size_t length) {
+    const char *options = memmem(line, length, " - ", 3);
+    if (!options)
+        return false;
+    size_t left = length - (size_t)(options - line);
+    const char *id = memmem(options, left, "user_id=", 8);
+    return id && (size_t)(id - options) + 10 <= left && id[8] == '0' &&
+           (id[9] == ',' || id[9] == '\n');
+}
+
+static bool mounted_by_root(uint64_t mount_id) {
+    static char table[1 << 20];
+    size_t used = 0;
+    ssize_t got = 0;
+    int fd = open("/proc/self/mountinfo", O_RDONLY | O_CLOEXEC);
+    while (fd >= 0 && used < sizeof(table) &&
+           (got = read(fd, table + used, sizeof(table) - used)) > 0)
+        used += (size_t)got;
+    if (fd >= 0)
+        close(fd);
+    for (size_t at = 0; at < used;) {
+        const char *end = memchr(table + at, '\n', used - at);
+        if (!end)
+            break;
+        size_t length = (size_t)(end - (table + at)) + 1;
+        if (strtoull(table + at, NULL, 10) == mount_id)
+            return line_says_root(table + at, length);
+        at += length;
+    }
+    return false;
+}
+
+/* A file that some user serves: its owner, group and bytes are whatever that user says.  What root
+ * has mounted (CVMFS, for one) is as good as any other file system. */
+bool policy_on_fuse(int fd) {
+    struct statfs fs;
+    struct statx facts;
+    if (fstatfs(fd, &fs) < 0)
+        return true;
+    if ((unsigned long)fs.f_type != FUSE_SUPER_MAGIC)
+        return false;
+    return statx(fd, "", AT_EMPTY_PATH, STATX_MNT_ID, &facts) < 0 ||
+           !(facts.stx_mask & STATX_MNT_ID) || !mounted_by_root(facts.stx_mnt_id);
 }
 
 /* Component-wise: /data/safe does not permit /data/safe-but-unsafe. */
@@ -148,6 +209,8 @@ int policy_image(const struct launch *l, int image_fd) {
         return ERR_KIND;
     if (!kind_permitted(c, image_fd, st.st_mode))
         return ERR_REFUSED;
+    if (policy_limits_images(l) && policy_on_fuse(image_fd))
+        return ERR_OWNER;
     gid_t owner = st.st_uid;
     if (config_list_count(c, CONFIG_LIMIT_CONTAINER_OWNERS) > 0 &&
         names_match(l, CONFIG_LIMIT_CONTAINER_OWNERS, false, &owner, 1) != 1)

@@ -11,7 +11,7 @@
 #include "starter.h"
 
 enum { MOST_SEGMENTS = 32, MOST_LIBRARIES = 8, NAME_BYTES = 256, STRINGS_BYTES = 4096,
-       READ_MOST = 1 << 20 };
+       READ_MOST = 4 << 20, READ_BYTES = 128 << 10 };
 
 #if defined(__x86_64__)
 #define TRIPLET "x86_64-linux-gnu"
@@ -53,10 +53,14 @@ static int open_in_any(int root, const char *const *directories, size_t count, c
     return -1;
 }
 
+/* In order and in whole blocks: a loader's own page faults have blocks unpacked over and over, and
+ * POSIX_FADV_WILLNEED stops at the first readahead window of a FUSE file. */
 static void read_range(int fd, uint64_t offset, uint64_t size) {
-    if (size > READ_MOST)
-        size = READ_MOST;
-    (void)posix_fadvise(fd, (off_t)offset, (off_t)size, POSIX_FADV_WILLNEED);
+    static char block[READ_BYTES];
+    uint64_t end = offset + (size > READ_MOST ? READ_MOST : size);
+    for (offset &= ~(uint64_t)(READ_BYTES - 1); offset < end; offset += READ_BYTES)
+        if (pread(fd, block, sizeof(block), (off_t)offset) <= 0)
+            return;
 }
 
 static uint64_t file_offset(const Elf64_Phdr *segments, size_t count, uint64_t address) {

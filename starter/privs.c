@@ -17,6 +17,10 @@
 
 #include "starter.h"
 
+/* NOROOT, NO_SETUID_FIXUP, KEEP_CAPS, NO_CAP_AMBIENT_RAISE and their locks; later ones concern
+ * scripts, and anybody may set them. */
+#define SECUREBITS_OLD 0xffu
+
 struct raised {
     uint64_t caps;
 };
@@ -114,7 +118,7 @@ int privs_check_start(struct launch *l) {
         return -1;
     if (who.uid[0] != 0 && who.uid[1] == 0) {
         l->flow = FLOW_SETUID;
-        if (who.uid[2] != 0 || !getauxval(AT_SECURE) || who.securebits != 0 ||
+        if (who.uid[2] != 0 || !getauxval(AT_SECURE) || (who.securebits & SECUREBITS_OLD) != 0 ||
             (who.caps[CAP_SET_PERMITTED] & needed) != needed)
             return -1;
         return 0;
@@ -175,6 +179,21 @@ static int raise_ambient(uint64_t wanted) {
     return 0;
 }
 
+static bool same_groups(const struct target_identity *t) {
+    gid_t held[LIMIT_GROUPS + 1];
+    if (!t->set_groups)
+        return true; /* the caller's own are kept */
+    int count = getgroups((int)ARRAY_SIZE(held), held);
+    for (int i = 0; i < count; i++) { /* the kernel sorts them */
+        size_t k = 0;
+        while (k < t->group_count && t->groups[k] != held[i])
+            k++;
+        if (k == t->group_count)
+            return false;
+    }
+    return count >= 0 && (size_t)count == t->group_count;
+}
+
 /* After a drop every way back must be shut: a success here means that privilege survived. */
 static int verify_drop(const struct target_identity *t) {
     struct identity who;
@@ -192,6 +211,8 @@ static int verify_drop(const struct target_identity *t) {
     for (int set = 0; set < CAP_SETS; set++)
         if (who.caps[set] != t->caps[set] && !(set == CAP_SET_BOUNDING && t->keep_bounding))
             return -1;
+    if (!same_groups(t) || (who.securebits & SECUREBITS_OLD) != 0)
+        return -1;
     if (who.dumpable != 0 || (t->no_new_privs && !who.no_new_privs))
         return -1;
     if (t->caps[CAP_SET_PERMITTED] == privs_last_cap_mask())

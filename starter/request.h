@@ -57,7 +57,7 @@ struct request_header {
     uint32_t engine_off;
     uint32_t engine_file_off;
     uint32_t total;
-    /* What the launcher expects stage 1 to plan, so that it can be begun at once; stage 1 decides. */
+    /* What the launcher expects stage 1 to plan, so that it is begun at once; stage 1 decides. */
     uint32_t forecast;                   /* enum forecast_kind; 0: nothing is begun */
     uint32_t forecast_spaces;            /* enum space */
     uint32_t forecast_flags;             /* enum plan_flag */

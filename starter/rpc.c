@@ -152,6 +152,8 @@ static bool serve(struct rpc *r, bool *failed) {
     static struct op_request q;
     int passed, fd_out = -1;
     ssize_t got = wire_receive(r->launch->rpc_socket[0], &q, sizeof(q), &passed);
+    if (got < 0 && errno == EMSGSIZE)
+        abandon(&q, ERR_MALFORMED);
     if (got <= 0)
         return false;
     if (passed >= 0)
@@ -197,6 +199,8 @@ NO_RETURN void rpc_main(struct launch *l) {
      * the container's private mount namespace. */
     if (privs_drop(&target) < 0 || prctl(PR_SET_PDEATHSIG, SIGKILL) < 0)
         fail("the mounting process cannot take its identity", errno);
+    if (getppid() != container_pid)
+        _exit(255); /* it has died before the signal was set */
     step_end(STEP_DROP_RPC);
     trace_process();
     head_start(&r);

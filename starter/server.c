@@ -55,6 +55,25 @@ NO_RETURN static void server_main(const struct launch *l, int image_fd, int fuse
     serve(l, image_fd, fuse_fd, offset);
 }
 
+/* Nothing else may stay open here: an end of a pipe in these hands would never show its end. */
+static int keep_only(const struct launch *l, int *image, int *answer, int *go) {
+    enum { FIRST = SERVER_IMAGE_FD, COUNT = 5, APART = 64 };
+    const int wanted[COUNT] = {*image, l->fuse_fds[0], l->probe_pipe[1], l->serve_pipe[0], trace_fd};
+    int copies[COUNT];
+    for (int i = 0; i < COUNT; i++)
+        copies[i] = wanted[i] < 0 ? -1 : fcntl(wanted[i], F_DUPFD_CLOEXEC, APART);
+    for (int i = 0; i < COUNT; i++) {
+        close(FIRST + i);
+        if (copies[i] >= 0 && dup3(copies[i], FIRST + i, O_CLOEXEC) < 0)
+            return -1;
+    }
+    *image = FIRST;
+    *answer = FIRST + 2;
+    *go = FIRST + 3;
+    trace_fd = copies[4] < 0 ? -1 : FIRST + 4;
+    return close_range(FIRST + COUNT, ~0U, 0);
+}
+
 /* Begun before stage 1 has judged the image: opened as the user, told to keeper, and served once
  * the mount is there.  What stage 1 finds must be the same file and offset. */
 NO_RETURN static void early_main(struct launch *l) {
@@ -74,18 +93,13 @@ NO_RETURN static void early_main(struct launch *l) {
     int image = open(path, O_RDONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
     if (image < 0 || probe_image(image, &found) < 0 || chdir("/") < 0)
         _exit(0);
-    int answer = fcntl(l->probe_pipe[1], F_DUPFD_CLOEXEC, 32);
-    int go = fcntl(l->serve_pipe[0], F_DUPFD_CLOEXEC, 32);
-    image = fcntl(image, F_DUPFD_CLOEXEC, 32);
-    int fuse = fcntl(l->fuse_fds[0], F_DUPFD_CLOEXEC, 32);
-    trace_fd = trace_fd < 0 ? -1 : fcntl(trace_fd, F_DUPFD_CLOEXEC, 32);
-    if (answer < 0 || go < 0 || image < 0 || fuse < 0 || close_range(3, 31, 0) < 0 ||
+    int answer, go;
+    if (keep_only(l, &image, &answer, &go) < 0 ||
         write(answer, &found, sizeof(found)) != (ssize_t)sizeof(found))
         _exit(0);
-    sanitize_close_inherited(l);
     if (read(go, &byte, 1) != 1)
         _exit(0);
-    serve(l, image, fuse, found.offset);
+    serve(l, image, SERVER_FUSE_FD, found.offset);
 }
 
 pid_t server_start_early(struct launch *l) {

@@ -55,7 +55,6 @@ NO_RETURN void shim_main(struct launch *l, pid_t rpc, pid_t stage2) {
     sigprocmask(SIG_SETMASK, &all, NULL);
     trace_set_role(ROLE_SHIM);
     (void)prctl(PR_SET_NAME, "appinit");
-    wait_for_rpc(l, rpc);
     step_begin(STEP_DROP_SHIM);
     stage_target(l, ROLE_SHIM, &target);
     /* SAFE: the payload's own identity, which it could not leave. */
@@ -63,6 +62,7 @@ NO_RETURN void shim_main(struct launch *l, pid_t rpc, pid_t stage2) {
         _exit(255);
     step_end(STEP_DROP_SHIM);
     trace_process();
+    wait_for_rpc(l, rpc);
     struct pollfd keeper = {.fd = l->go_pipe[0], .events = 0};
     if (poll(&keeper, 1, 0) < 0 || keeper.revents & (POLLHUP | POLLERR))
         _exit(255);

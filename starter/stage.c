@@ -56,8 +56,11 @@ void stage_target(const struct launch *l, enum role role, struct target_identity
         /* Also who asks name services, before the user namespace exists. */
         t->keep_bounding = l->flow == FLOW_USERNS;
         break;
-    case ROLE_KEEPER:
     case ROLE_READER:
+        t->keep_bounding = true; /* a child of rpc, which cannot trim; no_new_privs makes it void */
+        t->caps[CAP_SET_BOUNDING] = CAP_BIT(21);
+        break;
+    case ROLE_KEEPER:
     case ROLE_IMAGE_SERVER:
     case ROLE_CONTAINER:
     default:
@@ -81,7 +84,7 @@ static bool same_identity(const struct target_identity *t, const struct identity
             return false;
     if (t->no_new_privs && !who->no_new_privs)
         return false;
-    return who->dumpable == 0 && (who->securebits & ~1u) == 0;
+    return who->dumpable == 0 && (who->securebits & 0xff) == 0;
 }
 
 /* user mnt pid ipc uts net cgroup time: must each differ from the host's, or equal it. */
@@ -166,10 +169,24 @@ static int wait_for_go(void) {
 }
 
 static int exec_payload(const char *path, char *const argv[], char *const envp[]) {
+    leave_hook(HOOK_START_PROCESS, 0); /* it ends with the execve, and cannot tell afterwards */
     step_begin(STEP_EXEC_PAYLOAD);
     sanitize_restore_for_payload(stage_launch);
     (void)execve(path, argv, envp);
     return errno;
+}
+
+/* Nothing of a launch may outlive keeper, and a change of credentials takes the signal away. */
+static int die_with_parent(const struct launch *l, enum stage stage) {
+    if (stage == STAGE_START || stage == STAGE_METHODS)
+        return die_with_keeper(l);
+    if (stage != STAGE_MASTER)
+        return 0; /* the host pair cleans up after everybody's death */
+    struct pollfd keeper = {.fd = l->keeper_socket[1], .events = 0};
+    return prctl(PR_SET_PDEATHSIG, SIGKILL) == 0 && poll(&keeper, 1, 0) >= 0 &&
+                   !(keeper.revents & (POLLHUP | POLLERR))
+               ? 0
+               : -1;
 }
 
 static const struct {
@@ -241,6 +258,8 @@ NO_RETURN void stage_run(struct launch *l, enum stage stage) {
     /* SAFE: irrevocable, verified; all that follows runs with the stage's own identity. */
     if (privs_drop(&target) < 0)
         fail("cannot give up privileges", errno);
+    if (die_with_parent(l, stage) < 0)
+        _exit(255);
     step_end(stages[row].drop);
     trace_process();
     struct stage_info info = describe(l, stage);

@@ -89,6 +89,8 @@ int stagehost_run(const struct stage_info *info) {
         fprintf(stderr, "FATAL:   CPython did not start: %s\n", reason);
         return 255;
     }
+    /* A stage lives for milliseconds, or sleeps: collecting would cost more than it frees. */
+    PyGC_Disable();
     PyObject *module = NULL;
     if (place_starter_module() == 0)
         module = PyImport_ImportModule("apptainer_py.cli.stage");

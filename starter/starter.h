@@ -55,6 +55,7 @@ struct launch {
     int go_pipe[2];                    /* keeper → stage 2: nothing privileged is left */
     int fuse_fds[LIMIT_FUSE_DEVICES];
     bool early_fuse;                   /* the image is mounted and served before it is asked for */
+    int life_pipe[2];                  /* closes when the last process of the container ends */
     int serve_pipe[2];                 /* rpc → early image server: the mount is there */
     int probe_pipe[2];                 /* early image server → keeper: what it opened */
     struct container_plan plan;
@@ -113,6 +114,7 @@ MUST_USE int policy_caller(const struct launch *l, const char **why);
 MUST_USE int policy_plan(const struct launch *l, const struct container_plan *plan);
 MUST_USE int policy_image(const struct launch *l, int image_fd);
 bool policy_limits_images(const struct launch *l);
+bool policy_on_fuse(int fd);
 MUST_USE int names_match(const struct launch *l, enum config_id key, bool group, const gid_t *ids,
                          size_t count);
 
@@ -138,16 +140,19 @@ MUST_USE int trace_start(struct launch *l, int file_fd);
 MUST_USE int audit_launch(const struct launch *l, const struct container_plan *plan,
                           const char *image, const char *decision);
 
-extern pid_t stage_rpc_pid;
+extern pid_t stage_rpc_pid, container_pid;
 
 /* container.c: clone(namespaces) and what the child does before it is the payload */
 MUST_USE pid_t container_start(struct launch *l, int *err);
 
 /* rpc.c, mounts.c */
 NO_RETURN void rpc_main(struct launch *l);
+enum place { PLACE_ROOTFS, PLACE_FINAL, PLACE_LOWER, PLACE_UNDERLAY, PLACE_UPPER, PLACE_WORK,
+             PLACE_MERGED, PLACE_COUNT };
 struct rpc {
     struct launch *launch;
     int session_fd, root_fd, final_fd;
+    int places[PLACE_COUNT];           /* pinned before anybody else could replace them */
     int phase;
     uint32_t uses[32];
     uint64_t layer_caps;
@@ -166,6 +171,7 @@ enum rpc_phase { PHASE_SESSION = 1, PHASE_ROOT, PHASE_LAYER, PHASE_ASSEMBLE, PHA
 
 /* early.c: what is begun before stage 1 has judged, to be confirmed by it */
 bool early_plan(const struct launch *l, struct container_plan *plan);
+void early_image(const struct launch *l, char *out, size_t size);
 const char *early_word(const struct launch *l, uint32_t which, char *out, size_t size);
 
 /* probe.c: run without any privilege */

@@ -1,7 +1,9 @@
 /* What happened, as fixed frames to an unprivileged writer; privileged processes never write to
  * a descriptor that the user gave. */
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/capability.h>
+#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -11,6 +13,8 @@
 #include <unistd.h>
 
 #include "starter.h"
+
+#define TRACE_PATIENCE_MS 300
 
 int trace_fd = -1;
 enum role trace_role = ROLE_KEEPER;
@@ -230,18 +234,24 @@ static void format(struct line *line, const struct trace_event *e, uint64_t zero
     append_text(line->text, sizeof(line->text), "}\n");
 }
 
-static void write_all(int fd, const char *text, size_t size) {
+/* A reader that stands still ends the trace, not the launch: no line may be cut in its middle. */
+static int write_all(int fd, const char *text, size_t size) {
+    struct pollfd file = {.fd = fd, .events = POLLOUT};
     while (size > 0) {
         ssize_t wrote = write(fd, text, size);
+        if (wrote < 0 && errno == EAGAIN && poll(&file, 1, TRACE_PATIENCE_MS) == 1)
+            continue;
         if (wrote <= 0)
-            return;
+            return -1;
         text += wrote;
         size -= (size_t)wrote;
     }
+    return 0;
 }
 
 NO_RETURN static void tracer_main(int from, int file) {
-    uint64_t zero = 0;
+    /* The first frame to arrive need not be the earliest: the launch began with the first step. */
+    uint64_t zero = early_count ? early[0].at_ns : 0;
     for (;;) {
         struct trace_event event;
         ssize_t got = recv(from, &event, sizeof(event), 0);
@@ -254,7 +264,8 @@ NO_RETURN static void tracer_main(int from, int file) {
             zero = event.start_ns;
         struct line line = {""};
         format(&line, &event, zero);
-        write_all(file, line.text, strlen(line.text));
+        if (write_all(file, line.text, strlen(line.text)) < 0)
+            _exit(0);
     }
 }
 
@@ -279,6 +290,13 @@ int trace_start(struct launch *l, int file_fd) {
             _exit(255);
         step_end(STEP_DROP_TRACER);
         close(pair[1]);
+        sanitize_close_inherited(l);
+        for (int i = 0; i < 3; i++)
+            close(i); /* a pipe of the caller's must see its end when the payload closes it */
+        (void)fcntl(file_fd, F_SETFL, O_NONBLOCK | O_APPEND);
+        sigset_t all; /* it ends when the last of the others does */
+        sigfillset(&all);
+        (void)sigprocmask(SIG_SETMASK, &all, NULL);
         tracer_main(pair[0], file_fd);
     }
     step_end(STEP_FORK_TRACER);

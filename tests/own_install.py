@@ -30,7 +30,7 @@ PYTHON = "/usr/bin/python3"
 PATH = "/usr/local/bin:/usr/bin:/bin"
 DEADLINE_S = 20.0
 PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER = 36, 37
-REQUEST_BYTES = 128
+REQUEST_VERSION, REQUEST_BYTES = 2, 144
 Completed = subprocess.CompletedProcess[str]
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -52,9 +52,7 @@ class Installation:
 
     def facts(self) -> dict[str, Any]:
         """Return the names that were compiled in."""
-        return runpy.run_path(
-            str(self.prefix / "lib/apptainer-py/apptainer_py/base/build.py")
-        )
+        return runpy.run_path(str(self.prefix / "lib/apptainer-py/apptainer_py/base/build.py"))
 
     def configure(self, text: str = "", *, audit: str = "none") -> None:
         """Write a configuration of these lines alone; tests do not fill the system's log."""
@@ -114,8 +112,7 @@ class Installation:
             [self.program, *words],
             env=environment,
             cwd=cwd or ("/root" if root else self.user.pw_dir),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             encoding="utf-8",
             errors="surrogateescape",
             timeout=timeout_s,
@@ -135,19 +132,25 @@ class Installation:
         return subprocess.Popen([self.program, *words], **self.identity(), **how)
 
 
-@functools.cache
 def installation() -> Installation:
     """Install the checkout under a prefix of its own, once."""
+    made, problem = _installed()
+    if problem:
+        raise RuntimeError(f"./install failed: {problem}")
+    return made
+
+
+@functools.cache
+def _installed() -> tuple[Installation, str]:
     place = Path(tempfile.mkdtemp(prefix="apptainer-py-own-", dir="/opt"))
     atexit.register(shutil.rmtree, place, ignore_errors=True)
     place.chmod(0o755)
     made = Installation(place)
     argv = [REPOSITORY / "install", "--prefix", made.prefix, "--sysconfdir", made.sysconfdir]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"./install failed: {done.stderr}")
-    made.shipped = made.config.read_bytes()
-    return made
+    if done.returncode == 0:
+        made.shipped = made.config.read_bytes()
+    return made, "" if done.returncode == 0 else done.stderr
 
 
 @functools.cache
@@ -183,6 +186,7 @@ def request_bytes(
     engine: str = "apptainer",
     engine_file: str = "",
     trace_fd: int = -1,
+    forecast: tuple[int, int, int, int] = (0, 0, 0, 0),
 ) -> bytes:
     """Return the content of a request (starter/request.h)."""
     parts = [list(arguments), [f"{name}={value}" for name, value in environment.items()]]
@@ -193,9 +197,9 @@ def request_bytes(
         offsets.append(at)
         at += len(piece)
     head = struct.pack(
-        "=8sII64sIIIi8I",
-        b"APYREQ1\0", 1, REQUEST_BYTES, build_id.encode(), flow, 0, int(trace_fd >= 0), trace_fd,
-        len(arguments), len(environment), *offsets, at,
+        "=8sII64sIIIi8I4I",
+        b"APYREQ1\0", REQUEST_VERSION, REQUEST_BYTES, build_id.encode(), flow, 0,
+        int(trace_fd >= 0), trace_fd, len(arguments), len(environment), *offsets, at, *forecast,
     )  # fmt: skip
     return head + b"".join(packed)
 
@@ -286,6 +290,12 @@ class Household:
 
     def __init__(self) -> None:
         self.before = set(descendants(os.getpid()))
+        self.started: list[subprocess.Popen[bytes]] = []
+
+    def adopt(self, process: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
+        """Look after a process that a test has started: it ends, at the latest, with the test."""
+        self.started.append(process)
+        return process
 
     def alive(self) -> dict[int, tuple[int, str, str]]:
         """Return every process below us that was not there before; orphaned zombies are reaped."""
@@ -296,13 +306,11 @@ class Household:
                 continue
             if facts[0] == os.getpid() and facts[1] == "Z":
                 # subprocess reaps its own children; ours are the orphans.
-                if pid not in self.own:
+                if pid not in {process.pid for process in self.started}:
                     _reap(pid)
                 continue
             living[pid] = facts
         return living
-
-    own: frozenset[int] = frozenset()
 
     def kill_all(self) -> None:
         """End whatever a failed test has left."""
@@ -311,6 +319,11 @@ class Household:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
+        for process in self.started:
+            process.wait(timeout=DEADLINE_S)
+            for stream in (process.stdin, process.stdout, process.stderr):
+                if stream is not None:
+                    stream.close()
 
 
 def _reap(pid: int) -> None:
@@ -402,9 +415,7 @@ def assert_nothing_left(home: Household, host: HostState, deadline_s: float = 1.
     try:
         eventually(clean, "nothing is left", deadline_s)
     except AssertionError:
-        raise AssertionError(
-            f"left: processes {home.alive()}, host {host.differences()}"
-        ) from None
+        raise AssertionError(f"left: processes {home.alive()}, host {host.differences()}") from None
 
 
 def account(name: str) -> pwd.struct_passwd:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from apptainer_py.base import log
+from apptainer_py.base.errors import UsageError
 from apptainer_py.kernel import _starter
 from apptainer_py.model import protocol
 from apptainer_py.runtime import stages
@@ -12,6 +13,12 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from apptainer_py.model.request import ActionRequest
+
+
+class Shown(UsageError):
+    """A wrong command line, which the user has been told about."""
+
+    message = ""
 
 
 def _load_builtin(name: str) -> None:
@@ -24,7 +31,11 @@ def _parse(arguments: list[str], environment: Mapping[str, str]) -> ActionReques
     from apptainer_py.cli.parse import parse
     from apptainer_py.model.request import ActionRequest
 
-    request = parse(arguments, environment)
+    try:
+        request = parse(arguments, environment)
+    except UsageError as error:
+        report.show(error)
+        raise Shown from None
     report.begin(request)
     return request if isinstance(request, ActionRequest) else None
 

@@ -117,6 +117,24 @@ class PrepareContext:
         """Ask for the host pair, `post_start_host` and `cleanup_host`."""
         self.helpers_wanted = True
 
+    def record_refusal(self, image: str) -> None:
+        """Have the starter record that this image is refused; only the setuid flow has a record.
+
+        A plan without no_new_privs is one that the starter never carries out for a user.
+        """
+        if self.facts.flow != protocol.FLOW_SETUID:
+            return
+        fd = self._info["keeper_fd"]
+        nothing = (0, 0, 0, 0, 0)
+        _starter.send_container(
+            fd, protocol.OP_CONTAINER, os.fsencode(image), 0, 0, 0, self.facts.uid, self.facts.gid,
+            (), nothing,
+        )  # fmt: skip
+        try:
+            _starter.receive_reply(fd)
+        except EOFError:
+            os._exit(255)
+
     def use_plain_starter(self) -> None:
         """Give up the setuid flow for this launch: the starter runs again without the bit."""
         _starter.send_operation(

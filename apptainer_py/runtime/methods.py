@@ -28,8 +28,11 @@ def call_method(fd: int, method: str, data: bytes) -> bytes:
     """
     if fd < 0:
         raise MethodFailed(method=method, reason="this flow has built-in operations only")
-    _starter.send_bytes(fd, method.encode() + b"\0" + data)
-    answer, _ = _starter.receive_bytes(fd, _FRAME_BYTES)
+    try:
+        _starter.send_bytes(fd, method.encode() + b"\0" + data)
+        answer, _ = _starter.receive_bytes(fd, _FRAME_BYTES)
+    except OSError:
+        answer = b""
     if answer[:1] != b"+":
         raise MethodFailed(
             method=method, reason=answer[1:].decode("utf-8", "replace") or "no answer"

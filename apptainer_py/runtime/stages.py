@@ -128,6 +128,7 @@ class Master:
         self.operations = engines.Operations()
         self.container_pid = 0
         self.status: int | None = None
+        self.has_helpers = False
 
     def run(self, parse: Parse, load_builtin: LoadBuiltin) -> int:
         """Do the launch, step by step; returns 0, or the status of what went wrong."""
@@ -161,6 +162,7 @@ class Master:
         _starter.run_hook(protocol.HOOK_PREPARE_CONFIG, self.operations.prepare_config, context)
         if context.helpers_wanted:
             self._ask_keeper("cannot start the host helpers", protocol.OP_HOST_HELPERS)
+            self.has_helpers = True
         return context
 
     def _ask_keeper(self, what: str, op: int) -> None:
@@ -206,8 +208,7 @@ class Master:
         fd = os.memfd_create("message", os.MFD_CLOEXEC)
         with open(fd, "wb", closefd=False) as message:
             message.write(context.message)
-        name = os.fsencode(self.request.engine + "\0" + self.request.engine_file)
-        _starter.send_bytes(self.info["start_fd"], name, fd)
+        _starter.send_bytes(self.info["start_fd"], b"message", fd)
         os.close(fd)
 
     def create_and_watch(self, context: PrepareContext) -> int:
@@ -253,6 +254,8 @@ class Master:
         """Wait until stage 2 has become the payload, which closes its end; False if it failed."""
         said, _ = _starter.receive_bytes(self.info["start_fd"], 16)
         if said:
+            # Our own end would have keeper kill stage 2, whose status is the one that counts.
+            MonitorContext(self.keeper_fd, 0).wait()
             return False
         event = _starter.receive_event(self.keeper_fd)
         if event is not None and event[0] == protocol.EVENT_GO:
@@ -264,14 +267,15 @@ class Master:
 
     def _trigger_helper(self, which: int) -> None:
         fd = self.info["helper_fds"][which]
-        if fd < 0:
+        if not self.has_helpers:
             return
+        answer = b""
         try:
             _starter.send_bytes(fd, b"c")
             answer, _ = _starter.receive_bytes(fd, 16)
         except OSError:
-            return
-        if answer == b"f" and which == 0:
+            pass
+        if answer != b"c" and which == 0:
             raise LaunchError(text="the engine's post_start_host hook failed")
 
     def clean_up(self) -> None:
@@ -315,35 +319,34 @@ def seal() -> None:
     sys.path.clear()
     sys.path_hooks.clear()
     sys.path_importer_cache.clear()
+    # A stage's `os` would fetch what it lacks from a file (starter/stage_os.py).
+    vars(os).pop("__getattr__", None)
     sys.meta_path[:] = [_Sealed()]
 
 
 def _run_start(info: StageInfo, facts: Facts, load_builtin: LoadBuiltin) -> int:
-    name, fd = _starter.receive_bytes(info["start_fd"], 8192)
+    operations = _load_engine(Request(info["request_fd"]), load_builtin)
+    _init(operations, facts, protocol.STAGE_START)
+    seal()
+    _, fd = _starter.receive_bytes(info["start_fd"], 16)
     if fd < 0:
         return 255
-    request = object.__new__(Request)
-    request.engine, _, request.engine_file = os.fsdecode(name).partition("\0")
-    operations = _load_engine(request, load_builtin)
-    _init(operations, facts, protocol.STAGE_START)
     with open(fd, "rb") as message:
         message.seek(0)
         context = StartContext(message.read())
-    seal()
     if not _starter.wait_for_go():
         return 255
     try:
         _starter.run_hook(protocol.HOOK_START_PROCESS, operations.start_process, context)
+        status = 255
     except ApptainerError as error:
-        # Before the exit: master must not see an end that looks like a successful execve.
-        _starter.send_bytes(info["start_fd"], b"failed")
-        return report(error)
+        status = report(error)
     except Exception as error:  # noqa: BLE001  an engine's mistake must reach the user as a line
-        _starter.send_bytes(info["start_fd"], b"failed")
         log.fatal(f"internal error: {type(error).__name__}: {error}")
-        return 255
+        status = 255
+    # Before the exit: master must not see an end that looks like a successful execve.
     _starter.send_bytes(info["start_fd"], b"failed")
-    return 255
+    return status
 
 
 def _run_host_helper(info: StageInfo, operations: engines.Operations, request: Request) -> int:

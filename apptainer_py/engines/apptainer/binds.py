@@ -70,31 +70,33 @@ def parse_bind(spec: str, cwd: str) -> Bind | None:
         BindError: the syntax or an option is wrong, or not supported.
     """
     fields = [_plain(field) for field in _split(spec, ":")]
-    if fields and not fields[0] and len(fields) > 1:
+    if not fields[0] and len(fields) > 1:
         fields.pop(0)
-    if not fields or not fields[0]:
+    if not fields[0]:
         return None
     doing = "while parsing bind path: while getting bind path: "
     if len(fields) > 3:
-        raise _bad(f'{doing}bad bind syntax "{":".join(fields[:3])}:": should be a:b:c')
+        first = ":".join(fields[:3])
+        raise _bad(f'{doing}bad bind syntax "{first}:": should be {first}')
     source = fields[0] if os.path.isabs(fields[0]) else os.path.join(cwd, fields[0])
     source = os.path.normpath(source)
-    target = fields[1] if len(fields) > 1 and fields[1] else source
-    read_only = False
-    for option in fields[2].split(",") if len(fields) > 2 else []:
+    target = fields[1] if len(fields) > 1 else source
+    options = fields[2].split(",") if len(fields) > 2 else []
+    for option in options:
         if option.startswith(("image-src=", "id=")):
             raise _bad(f"binding from inside an image ({option}) is not supported yet")
         if option not in _OPTIONS:
             raise _bad(f"{doing}{option} is not a valid bind option")
-        read_only = option == "ro"
-    return _checked(source, target, read_only=read_only)
+    return _checked(source, target, read_only="ro" in options)
 
 
 def _checked(source: str, target: str, *, read_only: bool) -> Bind:
     if not os.path.isabs(target):
+        reason = "destination must be an absolute path"
+        if not target and not read_only:
+            reason = "mount point must contain a destination"
         raise BindError(
-            text=f"container creation failed: unable to add {source} to mount list: destination "
-            "must be an absolute path"
+            text=f"container creation failed: unable to add {source} to mount list: {reason}"
         )
     for path in (source, target):
         if "\0" in path or len(path) > 4000:
@@ -112,9 +114,10 @@ def parse_mount(spec: str, cwd: str) -> Bind:
     Raises:
         BindError: the syntax, the type or a key is wrong, or not supported.
     """
-    kind = ""
+    kind = "bind"
     paths: dict[str, str] = {}
     read_only = False
+    doing = f'while parsing mount "{spec}": '
     for field in _csv_fields(spec):
         key, _, value = field.partition("=")
         if key == "type":
@@ -126,11 +129,11 @@ def parse_mount(spec: str, cwd: str) -> Bind:
         elif key in ("image-src", "id"):
             raise _bad(f"binding from inside an image ({key}) is not supported yet")
         else:
-            raise _bad(f'invalid key "{key}" in mount specification')
+            raise _bad(f'{doing}invalid key "{key}" in mount specification')
     if kind != "bind":
-        raise _bad(f"unsupported mount type \"{kind}\", only 'bind' is supported")
+        raise _bad(f"{doing}unsupported mount type \"{kind}\", only 'bind' is supported")
     if not paths.get("source") or not paths.get("target"):
-        raise _bad("mounts must specify a source and a destination")
+        raise _bad(f"{doing}mounts must specify a source and a destination")
     source = os.path.normpath(os.path.join(cwd, paths["source"]))
     return _checked(source, paths["target"], read_only=read_only)
 

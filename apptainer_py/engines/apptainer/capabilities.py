@@ -6,7 +6,7 @@ import os
 
 from apptainer_py.base import log
 from apptainer_py.base.build import SYSCONFDIR
-from apptainer_py.base.errors import ApptainerError, ConfigError
+from apptainer_py.base.errors import ApptainerError, ConfigError, NotSupported
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -92,9 +92,11 @@ def for_user(add: str, drop: str, uid: int, *, userns: bool) -> Capabilities:
         return (0, 0, 0, 0, 0)
     wanted = parse_names(add, "add")
     if not userns:
-        granted = wanted & _allowed(uid, os.getgroups())
-        _warn_refused(wanted & ~granted)
-        wanted = granted
+        # Stage 2 runs Python with the payload's identity, which in this flow must hold nothing.
+        if wanted & _allowed(uid, os.getgroups()):
+            raise NotSupported(what="a capability from capability.json in the setuid flow")
+        _warn_refused(wanted)
+        return (0, 0, 0, 0, 0)
     wanted &= ~parse_names(drop, "drop")
     return (wanted, wanted, wanted, wanted, wanted)
 

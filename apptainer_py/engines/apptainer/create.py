@@ -7,6 +7,7 @@ needs no privilege. It holds what the mounts need: directories for targets that 
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 
@@ -59,7 +60,10 @@ class Creation:
         self.stage_accounts()
         self.stage_targets()
         self.put_layer()
-        self.do_mounts()
+        try:
+            self.do_mounts()
+        except StarterRefused as error:
+            raise self.mount_failed(error) from None
         if self.prepared.hostname:
             self.mounting.hostname(self.prepared.hostname)
         self.mounting.pivot()
@@ -125,9 +129,10 @@ class Creation:
             )
         except OSError:
             return None
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            return None
         with open(fd, "rb") as file:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                return None
             content = file.read(accounts.FILE_BYTES + 1)
         return content if len(content) <= accounts.FILE_BYTES else None
 
@@ -161,11 +166,43 @@ class Creation:
     def stage_targets(self) -> None:
         """Make every missing target in the layer, where the image has no entry of that name."""
         if self.prepared.layer == protocol.LAYERKIND_NONE:
+            self.stage_above_home()
             return
         for mount in self.prepared.mounts:
             place = self.missing_place(os.fsencode(mount.target))
             if place is not None and mount.create:
                 self.make_target(place, mount.create)
+
+    def stage_above_home(self) -> None:
+        """Without a layer: cover the directory above a home that the image lacks."""
+        mounts = self.prepared.mounts
+        at = next((n for n, mount in enumerate(mounts) if mount.tag == "home"), None)
+        place = None if at is None else self.missing_place(os.fsencode(mounts[at].target))
+        if at is None or place is None:
+            return
+        parts = place.strip(b"/").split(b"/")
+        there = 0
+        while there < len(parts) and self.is_directory(b"/".join(parts[: there + 1])):
+            there += 1
+        if there == 0:
+            return
+        path = b"above-home"
+        os.mkdir(path, 0o755, dir_fd=self.session)
+        for part in parts[there:]:
+            path += b"/" + part
+            os.mkdir(path, 0o755, dir_fd=self.session)
+        above = Mount(
+            kind="bind", source="/above-home", target=os.fsdecode(b"/" + b"/".join(parts[:there])),
+            tag="home", area=protocol.AREA_SESSION,
+        )  # fmt: skip
+        mounts.insert(at, above)
+
+    def is_directory(self, path: bytes) -> bool:
+        """Return whether the image has a directory, not a link, at a path without links."""
+        try:
+            return stat.S_ISDIR(os.lstat(path, dir_fd=self.root).st_mode)
+        except OSError:
+            return False
 
     def missing_place(self, target: bytes) -> bytes | None:
         """Return where a target belongs, with the image's links resolved; None if it is there."""
@@ -294,9 +331,30 @@ class Creation:
                 self.mounting.settle()
                 if self.is_there(mount.target):
                     continue
-            skippable = not mount.required
-            self.mounting.mount(mount, self.skip(mount) if skippable else None)
+            self.mounting.mount(mount, None if mount.required else self.skip(mount))
         self.mounting.settle()
+
+    def mount_failed(self, error: StarterRefused) -> LaunchError:
+        """Return what to tell the user about a required mount that failed."""
+        what, code, number = (error.facts[name] for name in ("what", "code", "errno"))
+        for mount in self.prepared.mounts:
+            if what != f"mount {mount.source}->{mount.target} error":
+                continue
+            reason = f"could not mount {mount.source}: {os.strerror(int(str(number))).lower()}"
+            if code == protocol.ERR_TARGET and number in (errno.ENOTDIR, errno.EISDIR):
+                reason = f"could not mount {mount.source}: not a directory"
+            elif code == protocol.ERR_TARGET:
+                reason = f"destination {mount.target} doesn't exist in container"
+                if self.prepared.writable_root:
+                    log.warning(
+                        f"By using --writable, Apptainer can't create {mount.target} destination "
+                        "automatically without overlay or underlay"
+                    )
+            return LaunchError(
+                text=f"container creation failed: mount hook function failure: {what}: while "
+                f"mounting {mount.source}: {reason}"
+            )
+        return error
 
     def is_there(self, path: str) -> bool:
         """Return whether the container shows the host's own directory at that path already."""

@@ -25,7 +25,23 @@ _NOT_OVERRIDABLE = (
     "APPTAINER_APPNAME",
     "SINGULARITY_APPNAME",
 )
-_PATH_EDITS = {"PREPEND_PATH": 0, "APPEND_PATH": 1, "PATH": 2}
+_PATH_EDITS = ("PREPEND_PATH", "APPEND_PATH", "PATH")
+# Bash has these for itself, and ends where one is assigned; other shells only pass them on.
+OF_BASH = ("UID", "GID")
+_OF_THE_SHELL = frozenset(
+    (*OF_BASH, "EUID", "PPID", "OPTIND", "SHELLOPTS", "BASHOPTS", "BASH_VERSINFO", "BASHPID")
+)
+# What the image's own environment files find set; everything else comes after them.
+EARLY = (
+    "HOME",
+    "APPTAINER_NAME",
+    "SINGULARITY_NAME",
+    "APPTAINER_CONTAINER",
+    "SINGULARITY_CONTAINER",
+    "APPTAINER_SHELL",
+    "SINGULARITY_SHELL",
+    "SINGULARITY_APPNAME",
+)
 _ENV_FILE_BYTES = 1 << 20
 
 
@@ -50,8 +66,9 @@ class Environment:
 
 
 def is_name(name: str) -> bool:
-    """Return whether a shell can hold a variable of that name."""
-    return name.isascii() and name.replace("_", "a").isalnum() and not name[0].isdigit()
+    """Return whether a shell can hold a variable of that name, and leaves it to others."""
+    fit = name.isascii() and name.replace("_", "a").isalnum() and not name[0].isdigit()
+    return fit and name not in _OF_THE_SHELL
 
 
 def collect(action: ActionRequest, environment: Mapping[str, str]) -> Environment:
@@ -65,10 +82,10 @@ def collect(action: ActionRequest, environment: Mapping[str, str]) -> Environmen
             result.forwarded[name] = value
     if action.cleanenv:
         result.forwarded["LANG"] = "C"
-    if "PATH" in environment:
+    elif "PATH" in environment:
         result.forwarded["USER_PATH"] = environment["PATH"]
     for path in action.env_file:
-        overrides.update(_read_env_file(path))
+        overrides.update(_read_env_file(path, environment.get("HOME", "")))
     for name, value in action.env:
         if name in overrides and overrides[name] != value and action.env_file:
             log.warning(f"Ignored environment file variable {name}: override from --env")
@@ -94,6 +111,7 @@ def _prefixed(environment: Mapping[str, str]) -> dict[str, str]:
             )
             found[key] = value
         elif found[key] != value:
+            log.warning(f"{name} and APPTAINERENV_{key} have different values, using the latter")
             log.warning(
                 f"Skipping environment variable [{name}={value}], {key} is already overridden "
                 f"with different value [{found[key]}]"
@@ -109,14 +127,15 @@ def _place(result: Environment, name: str, value: str) -> None:
     elif name in _PATH_EDITS:
         result.path_edits[name] = value
     elif name == "LD_LIBRARY_PATH":
-        result.injected[name] = f"{value}:/.singularity.d/libs" if value else "/.singularity.d/libs"
+        if value:
+            result.injected[name] = f"{value}:/.singularity.d/libs"
     elif is_name(name):
         result.injected[name] = value
     elif name:
         log.verbose(f"Environment variable {name} is not forwarded: no shell can hold that name")
 
 
-def _read_env_file(path: str) -> dict[str, str]:
+def _read_env_file(path: str, home: str) -> dict[str, str]:
     """Evaluate an --env-file with the host's shell and an empty environment (facts §5.6.3)."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -127,10 +146,10 @@ def _read_env_file(path: str) -> dict[str, str]:
         raise EnvFileUnreadable(path=path, reason=reason) from None
     if len(text) > _ENV_FILE_BYTES or b"\0" in text:
         raise EnvFileUnreadable(path=path, reason="it is larger than 1 MiB, or has a NUL in it")
-    return _evaluate(path, text)
+    return _evaluate(path, text, home)
 
 
-def _evaluate(path: str, text: bytes) -> dict[str, str]:
+def _evaluate(path: str, text: bytes, home: str) -> dict[str, str]:
     import subprocess
 
     words = [line.split(b"=", 1)[0] for line in text.splitlines() if b"=" in line]
@@ -143,7 +162,12 @@ def _evaluate(path: str, text: bytes) -> dict[str, str]:
     ]
     script = text + b"\n" + "".join(shows).encode()
     done = subprocess.run(
-        ["/bin/sh", "-s"], input=script, capture_output=True, env={}, check=False, timeout=60
+        ["/bin/sh", "-s"],
+        input=script,
+        capture_output=True,
+        env={"HOME": home},
+        check=False,
+        timeout=60,
     )
     if done.returncode != 0:
         lines = done.stderr.decode("utf-8", "replace").strip().splitlines() or ["it fails"]
@@ -173,26 +197,8 @@ def own_variables(action: ActionRequest, image: str, home: str, binds: str) -> d
         found["APPTAINER_SHELL"] = found["SINGULARITY_SHELL"] = action.shell
     if action.app:
         found["SINGULARITY_APPNAME"] = action.app
-        found.update(_app_variables(action.app))
     found["HOME"] = home
     return found
-
-
-def _app_variables(app: str) -> dict[str, str]:
-    root, data = f"/scif/apps/{app}", f"/scif/data/{app}"
-    return {
-        "SCIF_APPNAME": app,
-        "SCIF_APPROOT": root,
-        "SCIF_APPMETA": f"{root}/scif",
-        "SCIF_APPDATA": data,
-        "SCIF_APPINPUT": f"{data}/input",
-        "SCIF_APPOUTPUT": f"{data}/output",
-        "SCIF_APPENV": f"{root}/scif/env/90-environment.sh",
-        "SCIF_APPRUN": f"{root}/scif/runscript",
-        "SCIF_APPLABELS": f"{root}/scif/labels.json",
-        "SCIF_APPBIN": f"{root}/bin",
-        "SCIF_APPLIB": f"{root}/lib",
-    }
 
 
 def _quoted(value: str) -> str:
@@ -200,24 +206,36 @@ def _quoted(value: str) -> str:
 
 
 def _evaluated(value: str) -> str:
-    return '"' + value.replace('"', '\\"') + '"'
+    """Return the value between double quotes, which none of its own characters ends."""
+    done = ['"']
+    escaped = False
+    for character in value:
+        done.append('\\"' if character == '"' and not escaped else character)
+        escaped = character == "\\" and not escaped
+    return "".join((*done, '\\"' if escaped else '"'))
+
+
+def _assignment(name: str, value: str, *, evaluate: bool) -> str:
+    # Quoted twice: a value that is no shell language must not take the whole script with it.
+    return f"__set {name} {_quoted(_evaluated(value) if evaluate else _quoted(value))}"
 
 
 def injection(environment: Environment, *, evaluate: bool) -> str:
     """Return shell lines that set the injected variables, evaluated inside the container or not."""
-    quote = _evaluated if evaluate else _quoted
-    lines = [f"export {name}={quote(value)}" for name, value in environment.injected.items()]
-    return "\n".join(lines)
+    return "\n".join(
+        _assignment(name, value, evaluate=evaluate) for name, value in environment.injected.items()
+    )
 
 
-def path_lines(environment: Environment) -> str:
+def path_lines(environment: Environment, *, evaluate: bool) -> str:
     """Return shell lines for PATH: they come last, so that the image cannot undo them."""
     edits = environment.path_edits
     lines = []
-    if "PATH" in edits:
-        lines.append(f"PATH={_evaluated(edits['PATH'])}")
-    if edits.get("PREPEND_PATH"):
-        lines.append(f"PATH={_evaluated(edits['PREPEND_PATH'])}:$PATH")
-    if edits.get("APPEND_PATH"):
-        lines.append(f"PATH=$PATH:{_evaluated(edits['APPEND_PATH'])}")
+    for edit, form in (("PREPEND_PATH", '"$__path:$PATH"'), ("APPEND_PATH", '"$PATH:$__path"'),
+                       ("PATH", '"$__path"')):  # fmt: skip
+        if edits.get(edit):
+            lines.append(_assignment("__path", edits[edit], evaluate=evaluate))
+            lines.append(f"PATH={form}")
+    if lines:
+        lines.append("unset __path")
     return "\n".join([*lines, "export PATH"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import struct
 
+# What a program that exists and cannot be executed lacks; both stages say it.
+LIBRARY_MISSING = "a shared library is likely missing in the image"
 _COUNT = struct.Struct("<I")
 
 

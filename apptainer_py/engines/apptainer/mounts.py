@@ -68,10 +68,18 @@ def find_user(facts: Facts, action: ActionRequest, environment: Mapping[str, str
             )
         fields = action.home.split(":")
         if len(fields) > 2 or not fields[0]:
-            raise LaunchError(text=f"home argument has incorrect number of elements: {action.home}")
+            raise LaunchError(
+                text="While setting home directory: home argument has incorrect number of "
+                f"elements: {len(fields)}"
+            )
         source = fields[0]
         target = fields[1] if len(fields) == 2 else os.path.abspath(source)
-    if not os.path.isabs(target) or any(mark in target for mark in "\n:"):
+    if not os.path.isabs(target):
+        raise LaunchError(
+            text=f"container creation failed: failed to add {source} as session directory: path "
+            f"{target} is not an absolute path"
+        )
+    if any(mark in target for mark in "\n:"):
         raise LaunchError(text="home must be an absolute path, without ':' and line breaks")
     return User(name, os.path.normpath(target), source, facts.uid, facts.gid)
 
@@ -139,7 +147,7 @@ def _skipped(action: ActionRequest) -> set[str]:
 
 
 def plan(prepared: Prepared, action: ActionRequest, context: PrepareContext) -> str:
-    """Fill the mount plan; return the user's binds as APPTAINER_BIND shows them.
+    """Fill the mount plan; return the targets of the user's binds, as APPTAINER_BIND has them.
 
     Raises:
         BindError: a bind specification is wrong.
@@ -156,19 +164,13 @@ def plan(prepared: Prepared, action: ActionRequest, context: PrepareContext) -> 
     _scratch(p)
     _files(p)
     for bind in sorted(user_binds, key=lambda bind: bind.target.count("/")):
+        _stage_device(p, bind)
         flags = protocol.BINDFLAG_READ_ONLY if bind.read_only else 0
-        if bind.source == "/dev" or bind.source.startswith("/dev/"):
+        if _below_dev(bind.source) and _below_dev(bind.target):
             flags |= protocol.BINDFLAG_DEVICES
         p.bind(bind.source, bind.target, USER, flags=flags)
     _cwd(p)
-    return ",".join(_shown(bind) for bind in user_binds)
-
-
-def _shown(bind: binds.Bind) -> str:
-    text = bind.source if bind.source == bind.target else f"{bind.source}:{bind.target}"
-    if bind.read_only:
-        text = f"{bind.source}:{bind.target}:ro"
-    return text
+    return ",".join(bind.target for bind in user_binds)
 
 
 def _user_binds(p: _Plan) -> list[binds.Bind]:
@@ -178,20 +180,52 @@ def _user_binds(p: _Plan) -> list[binds.Bind]:
             "Ignoring user bind request: user bind control disabled by system administrator"
         )
         return []
+    wanted: dict[str, binds.Bind] = {}
     for bind in found:
-        try:
-            os.stat(bind.source)
-        except OSError as error:
+        if bind.target in wanted or bind.target == "/":
             log.warning(
-                f"skipping mount of {bind.source}: stat {bind.source}: "
-                f"{(error.strerror or '').lower()}"
+                f"While bind mounting '{bind.source}:{bind.target}': destination is already in "
+                "the mount point list"
             )
-            raise BindError(
-                text="container creation failed: mount hook function failure: mount "
-                f"{bind.source}->{bind.target} error: while mounting {bind.source}: mount source "
-                f"{bind.source} doesn't exist"
-            ) from None
-    return found
+            continue
+        wanted[bind.target] = bind
+        _check_source(bind)
+    return list(wanted.values())
+
+
+def _below_dev(path: str) -> bool:
+    return path == "/dev" or path.startswith("/dev/")
+
+
+def _check_source(bind: binds.Bind) -> None:
+    try:
+        os.stat(bind.source)
+    except OSError as error:
+        reason = (error.strerror or "").lower()
+        what = f"while getting stat for {bind.source}: stat {bind.source}: {reason}"
+        log.warning(f"skipping mount of {bind.source}: stat {bind.source}: {reason}")
+        if isinstance(error, FileNotFoundError):
+            what = f"mount source {bind.source} doesn't exist"
+        raise BindError(
+            text="container creation failed: mount hook function failure: mount "
+            f"{bind.source}->{bind.target} error: while mounting {bind.source}: {what}"
+        ) from None
+
+
+def _stage_device(p: _Plan, bind: binds.Bind) -> None:
+    """Make the target of a bind below a /dev of the container's own."""
+    made = {name for _, name, _, _ in p.staged}
+    if "dev" not in made or not bind.target.startswith("/dev/"):
+        return
+    parts = bind.target[1:].split("/")
+    for depth in range(2, len(parts)):
+        name = "/".join(parts[:depth])
+        if name not in made:
+            p.staged.append(("directory", name, "", 0o755))
+    name = "/".join(parts)
+    if name not in made:
+        kind = "directory" if os.path.isdir(bind.source) else "file"
+        p.staged.append((kind, name, b"", 0o755 if kind == "directory" else 0o644))
 
 
 def _dev(p: _Plan) -> None:
@@ -216,7 +250,7 @@ def _minimal_dev(p: _Plan) -> None:
     devpts = p.wanted("devpts", "mount devpts")
     if devpts:
         stage.append(("directory", "dev/pts", "", 0o755))
-        stage.append(("link", "dev/ptmx", "pts/ptmx", 0))
+        stage.append(("link", "dev/ptmx", "/dev/pts/ptmx", 0))
     console = _console()
     if console:
         stage.append(("file", "dev/console", b"", 0o666))
@@ -284,7 +318,7 @@ def _system_binds(p: _Plan) -> None:
         if not os.path.exists(source):
             log.verbose(f"skipping mount of {source}: it does not exist")
             continue
-        p.bind(source, target, SYSTEM, quiet=standard)
+        p.bind(source, target, SYSTEM)
 
 
 def _kernel(p: _Plan) -> None:
@@ -302,14 +336,17 @@ def _kernel(p: _Plan) -> None:
 
 def _workdir(p: _Plan, name: str, mode: int) -> str:
     """Make a directory below --workdir, as the user; returns its path."""
-    path = os.path.join(os.path.abspath(p.action.workdir), name)
+    top = os.path.abspath(p.action.workdir)
+    path = os.path.join(top, name)
     try:
+        os.stat(top)
         os.makedirs(path, exist_ok=True)
         if os.stat(path).st_uid == os.getuid():
             os.chmod(path, mode)
     except OSError as error:
         raise LaunchError(
-            text=f"failed to create working directory {path}: {(error.strerror or '').lower()}"
+            text=f"container creation failed: failed to create {path}: mkdir {path}: "
+            f"{(error.strerror or '').lower()}"
         ) from None
     return path
 
@@ -323,10 +360,6 @@ def _home(p: _Plan) -> None:
         return
     if not action.contain or action.home:
         if not os.path.isdir(user.home_source):
-            if action.home:
-                raise LaunchError(
-                    text=f"could not use home directory {user.home_source}: it does not exist"
-                )
             log.warning(f"Not mounting home directory {user.home_source}: it does not exist")
             return
         p.bind(os.path.abspath(user.home_source), user.home, HOME, create="directory")
@@ -361,7 +394,7 @@ def _scratch(p: _Plan) -> None:
             source = _workdir(p, os.path.join("scratch", target.lstrip("/")), 0o750)
             p.bind(source, target, SCRATCH, create="directory")
         else:
-            p.staged.append(("directory", f"scratch{number}", "", 0o750))
+            p.staged.append(("directory", f"scratch{number}", "", 0o755))
             p.session(f"scratch{number}", target, SCRATCH)
 
 

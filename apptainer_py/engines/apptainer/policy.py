@@ -52,8 +52,6 @@ def check_directives(configuration: Mapping[str, object], action: ActionRequest)
     for key, value, way_out, shown in _REFUSING:
         if configuration[key] == value and not (way_out and getattr(action, way_out)):
             raise NotSupported(what=f"{shown} in the configuration")
-    if configuration["image driver"]:
-        raise NotSupported(what="`image driver` in the configuration")
 
 
 def check_image(facts: Facts, image: OpenImage) -> None:
@@ -62,10 +60,13 @@ def check_image(facts: Facts, image: OpenImage) -> None:
     Raises:
         Disallowed: this kind of image.
         ImageNotPermitted: its owner, group or path.
+        NotSupported: image files are to be mounted by a driver that we have not.
     """
     key, words = _KINDS[image.kind]
     if not facts.configuration[key]:
         raise Disallowed(kind=words)
+    if facts.configuration["image driver"] and image.kind != "sandbox":
+        raise NotSupported(what="`image driver` in the configuration")
     owners = _list(facts, "limit container owners")
     groups = _list(facts, "limit container groups")
     paths = _list(facts, "limit container paths")
@@ -90,7 +91,7 @@ def _has_id(names: tuple[str, ...], number: int, *, users: bool) -> bool:
         try:
             found = (
                 int(name)
-                if name.isdigit()
+                if name.isascii() and name.isdigit() and (name == "0" or name[0] != "0")
                 else pwd.getpwnam(name).pw_uid
                 if users
                 else grp.getgrnam(name).gr_gid
@@ -121,10 +122,18 @@ def images_are_limited(facts: Facts) -> bool:
 
 
 def kernel_may_mount(facts: Facts) -> bool:
-    """Return whether the kernel's squashfs driver mounts the image, not an image server."""
+    """Return whether the kernel's squashfs driver mounts the image, not an image server.
+
+    Raises:
+        NotSupported: loop devices are to be shared.
+    """
     if facts.flow == protocol.FLOW_USERNS:
         return False
     if facts.flow == protocol.FLOW_ROOT:
-        return os.path.exists("/dev/loop-control")
-    allowed = facts.configuration["allow setuid-mount squashfs"]
-    return allowed == "yes" or (allowed == "iflimited" and images_are_limited(facts))
+        found = os.path.exists("/dev/loop-control")
+    else:
+        allowed = facts.configuration["allow setuid-mount squashfs"]
+        found = allowed == "yes" or (allowed == "iflimited" and images_are_limited(facts))
+    if found and facts.configuration["shared loop devices"]:
+        raise NotSupported(what="`shared loop devices = yes` in the configuration")
+    return found

@@ -29,9 +29,10 @@ class ImageUnusable(LaunchError):
 
 
 class NotWritable(LaunchError):
-    """`--writable` on something that this user, or nobody, can write."""
+    """`--writable` on something that nobody can write."""
 
-    message = "could not use {image} for writing, {reason}"
+    message = "could not set {image} image writable: squashfs is a read-only filesystem"
+    hint = "`--writable-tmpfs` lets the container write to memory instead"
 
 
 class UsernsForbidden(LaunchError):
@@ -97,7 +98,7 @@ def prepare(context: PrepareContext) -> Prepared:
     check_flow(facts)
     policy.check_directives(facts.configuration, action)
     check_options(action, facts)
-    prepared = Prepared(open_checked(action, facts))
+    prepared = Prepared(open_checked(action, context))
     choose_root(prepared, action, facts)
     choose_layer(prepared, action, facts)
     spaces, flags = choose_spaces(prepared, action, facts)
@@ -149,14 +150,18 @@ def check_options(action: ActionRequest, facts: Facts) -> None:
             raise capabilities.RootOnly(option="--" + option.replace("_", "-"))
 
 
-def open_checked(action: ActionRequest, facts: Facts) -> OpenImage:
+def open_checked(action: ActionRequest, context: PrepareContext) -> OpenImage:
     """Open the image once; everything later goes through that descriptor."""
     try:
         image = open_image(action.image)
-        policy.check_image(facts, image)
-        return image
     except CannotOpen as error:
         raise ImageUnusable(reason=f"While checking container encryption: {error}") from None
+    try:
+        policy.check_image(context.facts, image)
+    except (policy.Disallowed, policy.ImageNotPermitted):
+        context.record_refusal(image.realpath)
+        raise
+    return image
 
 
 def choose_root(prepared: Prepared, action: ActionRequest, facts: Facts) -> None:
@@ -168,8 +173,6 @@ def choose_root(prepared: Prepared, action: ActionRequest, facts: Facts) -> None
     if image.kind == "sandbox":
         prepared.writable_root = action.writable
         prepared.read_only_root = not action.writable
-        if action.writable and not os.access(image.realpath, os.W_OK):
-            raise NotWritable(image=image.path, reason="you don't have write permissions")
         return
     if image.kind == "sif":
         choose_partition(prepared)
@@ -178,7 +181,7 @@ def choose_root(prepared: Prepared, action: ActionRequest, facts: Facts) -> None
     if action.writable:
         if image.kind == "sif":
             raise ImageUnusable(reason=f"no SIF writable overlay partition found in {image.path}")
-        raise NotWritable(image=image.path, reason="a squashfs image is read-only")
+        raise NotWritable(image=image.path)
     prepared.fuse = not policy.kernel_may_mount(facts)
     if prepared.fuse and not os.path.exists(IMAGE_SERVER):
         raise ServerMissing(path=IMAGE_SERVER)
@@ -227,7 +230,8 @@ def choose_layer(prepared: Prepared, action: ActionRequest, facts: Facts) -> Non
     else:
         prepared.layer = protocol.LAYERKIND_NONE
     size = configuration["sessiondir max size"]
-    prepared.session_mib = size if facts.uid != 0 and isinstance(size, int) else 0
+    unlimited = facts.flow == protocol.FLOW_ROOT
+    prepared.session_mib = size if isinstance(size, int) and not unlimited else 0
 
 
 def choose_spaces(prepared: Prepared, action: ActionRequest, facts: Facts) -> tuple[int, int]:
@@ -276,7 +280,10 @@ def check_hostname(name: str) -> str:
         for part in parts
     )
     if not fit or len(name) > 63:
-        raise LaunchError(text=f"{name} is not a valid hostname")
+        raise LaunchError(
+            text=f"container creation failed: unable to add {name} to hostname file: {name} is not "
+            "a valid hostname"
+        )
     return name
 
 

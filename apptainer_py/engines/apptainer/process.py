@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 
+from apptainer_py.base import log
 from apptainer_py.engines.apptainer import environ
-from apptainer_py.engines.apptainer.message import pack
+from apptainer_py.engines.apptainer.message import LIBRARY_MISSING, pack
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -14,19 +15,57 @@ if TYPE_CHECKING:
     from apptainer_py.model.request import ActionRequest
     from apptainer_py.runtime.contexts import PrepareContext
 
-# Sources the image's own files the way Apptainer does (facts §5.6.7), in the image's own shell:
-# the environment starts almost empty, files in name order, PATH repaired before 90-environment and
-# after docker's, our values after 99-base, and what the host forwards last, where it is still free.
+# The image's own files are sourced as Apptainer does it (facts §5.6.7), in the image's own shell:
+# from an almost empty environment, in name order, PATH repaired before 90-environment and after
+# docker's, our values after 99-base, and what the host forwards last, where it is still free.
+#
+# `. file` in a function keeps the file's `set --` away from the command; `command eval` keeps the
+# shell alive where the file, or a value, is no shell language.  What only bash understands is
+# read again by /bin/bash where the image has one.  No external program and no file beside the
+# image's own is touched: through a fresh image server each costs milliseconds.
+# Arguments: this text, how many NAME=VALUE follow, these, then the command.
 _SOURCE = r"""
+unset PATH PS1 PS2 PS4 SHLVL OLDPWD TERM SHELL HOSTNAME HOSTTYPE MACHTYPE OSTYPE
+__pwd=$PWD
+__say() { printf '%s\n' "$1" >&2; }
 __fix_path() {
-    for __part in /usr/local/sbin /usr/local/bin /usr/sbin /usr/bin /sbin /bin; do
+    for __part in @DEFAULT_PATH@; do
         case ":${PATH-}:" in *":$__part:"*) ;; *) PATH="${PATH:+$PATH:}$__part" ;; esac
     done
     export PATH
-    unset __part
+}
+__bash() {
+    unset BASH_ENV __bash_only
+    exec /bin/bash --norc -c 'eval "$1"' apptainer-py "$@"
+}
+if [ -n "${BASH_VERSION-}" ]; then
+    declare() { builtin declare -g "$@"; }
+    typeset() { builtin declare -g "$@"; }
+    if [ -n "${__again-}" ]; then
+        for __part in $(compgen -e); do
+            case $__part in
+            HOME | PWD | APPTAINER_* | SINGULARITY_* | SCIF_*) ;;
+            *) unset "$__part" ;;
+            esac
+        done
+    fi
+elif [ -x /bin/bash ]; then
+    __bash_only() { __again=1; }
+    alias source=. '[[=__bash_only' declare=__bash_only typeset=__bash_only shopt=__bash_only
+    alias let=__bash_only function=__bash_only mapfile=__bash_only readarray=__bash_only
+fi
+__source() {
+    __done=
+    if command eval '. "$__file"; __done=1'; then :; fi
+    set +aefu
+}
+__set() {
+    command eval "$1=$2; export $1" ||
+        @WARN@__say "WARNING: Skipping environment variable $1: $2 is no shell word"
 }
 __inject() {
-:
+    __injected=1
+    [ -n "${PATH+x}" ] || __fix_path
 @INJECT@
 }
 if [ -d /.singularity.d/env ]; then
@@ -36,130 +75,167 @@ if [ -d /.singularity.d/env ]; then
         */90-environment.sh) [ -n "${PATH+x}" ] || __fix_path ;;
         */99-runtimevars.sh) continue ;;
         esac
-        . "$__file"
+        __source
+        if [ -z "$__done$__again" ]; then
+            if [ -z "${BASH_VERSION-}" ] && [ -x /bin/bash ]; then
+                @INFO@__say "INFO:    Reading $__file with /bin/bash"
+                __again=1
+            else
+                @WARN@__say "WARNING: Skipping the rest of $__file"
+            fi
+        fi
+        if [ -n "$__again" ] && [ -z "${BASH_VERSION-}" ]; then
+            unalias -a
+            export __again
+            __bash "$@"
+        fi
         case "$__file" in
         */10-docker2singularity.sh | */10-docker.sh) __fix_path ;;
-        */99-base.sh) __inject; __injected=1 ;;
+        */99-base.sh) __inject ;;
         esac
     done
-    [ -n "${__injected-}" ] || __inject
-else
-    if [ -f /environment ]; then . /environment; fi
-    [ -n "${PATH+x}" ] || __fix_path
-    __inject
+elif [ -f /environment ]; then
+    __file=/environment
+    __source
+    __fix_path
 fi
-[ -n "${PATH+x}" ] || __fix_path
-LD_LIBRARY_PATH="${LD_LIBRARY_PATH:-/.singularity.d/libs}"
-export LD_LIBRARY_PATH
+unalias -a
+unset __again __done
+[ -n "${__injected-}" ] || __inject
 @PATH@
-unset -f __fix_path __inject
-unset __file __injected
+[ "$PWD" = "$__pwd" ] || cd "$__pwd" || :
 """
-# Arguments: how many NAME=VALUE follow, these, then the command. An image's own value wins over
-# the host's, and one that it sets empty is removed.
+# An image's own value wins over the host's, and one that it sets empty is removed.  A shell that
+# minds what it is given, as bash minds locales, does so in silence.
 _FORWARD = r"""
-__left=$1
-shift
+__left=$2
+shift 2
 while [ "$__left" -gt 0 ]; do
     __name=${1%%=*}
     eval "__set=\${$__name+x} __value=\${$__name-}"
     if [ -z "$__set" ]; then export "$1"; elif [ -z "$__value" ]; then unset "$__name"; fi
     shift
     __left=$((__left - 1))
-done
-unset __left __name __set __value
+done 2>&-
 [ -n "${PS1:-}" ] || PS1="Apptainer> "
 export PS1
 if [ -z "${PROMPT_COMMAND:-}" ]; then
-    PROMPT_COMMAND="PS1=\"$PS1\"; unset PROMPT_COMMAND"
-    export PROMPT_COMMAND
+    PROMPT_COMMAND="PS1=\"${PS1}\"; unset PROMPT_COMMAND"
+else
+    PROMPT_COMMAND="$PROMPT_COMMAND; PROMPT_COMMAND=\"\${PROMPT_COMMAND%%; PROMPT_COMMAND=*}\""
+    PROMPT_COMMAND="$PROMPT_COMMAND; PS1=\"${PS1}\""
 fi
+export PROMPT_COMMAND
 export APPTAINER_ENVIRONMENT="${APPTAINER_ENVIRONMENT:-/.singularity.d/env/91-environment.sh}"
 export SINGULARITY_ENVIRONMENT="$APPTAINER_ENVIRONMENT"
-__say() { printf '%s\n' "$1" >&2; }
 """
 _EXEC = r"""
+__found=
 case "$1" in
 */*)
-    [ -e "$1" ] || { __say "FATAL:   stat $1: no such file or directory"; exit 255; }
-    [ -x "$1" ] && [ ! -d "$1" ] || { __say "FATAL:   permission denied: $1"; exit 255; } ;;
+    case "$1" in
+    /*) __found=$1 ;;
+    *) __found=$PWD/${1#./} ;;
+    esac
+    [ -e "$__found" ] || {
+        __say "FATAL:   stat $__found: no such file or directory"
+        exit 255
+    }
+    [ ! -d "$__found" ] || { __say "FATAL:   is a directory"; exit 255; }
+    [ -x "$__found" ] || { __say "FATAL:   permission denied"; exit 255; } ;;
 *)
-    __found=
-    __ifs=$IFS
     IFS=:
-    for __dir in $PATH; do
-        if [ -f "${__dir:-.}/$1" ] && [ -x "${__dir:-.}/$1" ]; then __found=1; break; fi
+    set -f
+    for __part in $PATH; do
+        __part=${__part:-.}/$1
+        if [ -x "$__part" ] && [ ! -d "$__part" ]; then __found=$__part; break; fi
     done
-    IFS=$__ifs
+    unset IFS
     [ -n "$__found" ] || {
         __say "FATAL:   \"$1\": executable file not found in \$PATH"
         exit 255
-    }
-    unset __found __ifs __dir ;;
+    } ;;
 esac
-unset -f __say
-exec "$@"
+shift
+__become "$__found" "$@"
 """
 _SHELL = r"""
-unset -f __say
 if [ -n "${SINGULARITY_SHELL:-}" ] && [ -x "${SINGULARITY_SHELL:-}" ]; then
-    exec "$SINGULARITY_SHELL" "$@"
+    __become "$SINGULARITY_SHELL" "$@"
 elif [ -x /bin/bash ]; then
     export SHELL=/bin/bash
-    exec /bin/bash --norc "$@"
+    __become /bin/bash --norc "$@"
 fi
 export SHELL=/bin/sh
-exec /bin/sh "$@"
+__become /bin/sh "$@"
 """
 _RUN = r"""
 if [ -n "${SINGULARITY_APPNAME:-}" ]; then
-    [ ! -x "/scif/apps/$SINGULARITY_APPNAME/scif/runscript" ] ||
-        exec "/scif/apps/$SINGULARITY_APPNAME/scif/runscript" "$@"
+    if [ -x "/scif/apps/$SINGULARITY_APPNAME/scif/runscript" ]; then
+        __become "/scif/apps/$SINGULARITY_APPNAME/scif/runscript" "$@"
+    fi
     __say "ERROR:   no runscript for contained app: $SINGULARITY_APPNAME"
     exit 1
 fi
-if [ -x /.singularity.d/runscript ]; then exec /.singularity.d/runscript "$@"; fi
-if [ -x /apptainer ]; then exec /apptainer "$@"; fi
-if [ -x /singularity ]; then exec /singularity "$@"; fi
+if [ -x /.singularity.d/runscript ]; then __become /.singularity.d/runscript "$@"; fi
+if [ -x /apptainer ]; then __become /apptainer "$@"; fi
+if [ -x /singularity ]; then __become /singularity "$@"; fi
 @INFO@__say "INFO:    No runscript found in container, executing /bin/sh"
-exec /bin/sh "$@"
+__become /bin/sh "$@"
 """
 _TEST = r"""
 if [ -n "${SINGULARITY_APPNAME:-}" ]; then
-    [ ! -x "/scif/apps/$SINGULARITY_APPNAME/scif/test" ] ||
-        exec "/scif/apps/$SINGULARITY_APPNAME/scif/test" "$@"
+    if [ -x "/scif/apps/$SINGULARITY_APPNAME/scif/test" ]; then
+        __become "/scif/apps/$SINGULARITY_APPNAME/scif/test" "$@"
+    fi
     __say "ERROR:   No tests for contained app: $SINGULARITY_APPNAME"
     exit 1
 fi
-if [ -x /.singularity.d/test ]; then exec /.singularity.d/test "$@"; fi
+if [ -x /.singularity.d/test ]; then __become /.singularity.d/test "$@"; fi
 @INFO@__say "INFO:    No test script found in container, exiting"
 exit 0
 """
-_ACTIONS = {"exec": _EXEC, "shell": _SHELL, "run": _RUN, "test": _TEST}
-_APP_CHECK = r"""
-if [ -n "${SINGULARITY_APPNAME:-}" ] && [ ! -d "/scif/apps/$SINGULARITY_APPNAME/scif" ]; then
-    __say "FATAL:   Could not locate the container application: $SINGULARITY_APPNAME"
-    exit 1
+# A failed exec ends every one of these shells, and only the trap still speaks.
+_BECOME = r"""
+if [ -n "${BASH_VERSION-}" ]; then
+    shopt -s execfail
+    [ -z "${SHLVL-}" ] || SHLVL=$((SHLVL + 1))
 fi
-if [ -n "${SCIF_APPENV:-}" ]; then
-    PATH="$SCIF_APPBIN:$PATH"
-    LD_LIBRARY_PATH="$SCIF_APPLIB:$LD_LIBRARY_PATH"
-    if [ -f "$SCIF_APPENV" ]; then . "$SCIF_APPENV"; fi
-fi
+__become() {
+    __found=$1
+    trap '__say "FATAL:   exec $__found failed: @FAILED@"; exit 255' EXIT
+    exec "$@"
+    exit 255
+}
 """
+_ACTIONS = {"exec": _EXEC, "shell": _SHELL, "run": _RUN, "test": _TEST}
+_NOTHING = ": || "
 
 
 def script(action: ActionRequest, environment: Environment) -> str:
     """Return the text that the image's shell runs."""
-    source = _SOURCE.replace(
-        "@INJECT@", environ.injection(environment, evaluate=not action.no_eval)
-    ).replace("@PATH@", environ.path_lines(environment))
-    body = _ACTIONS[action.command].replace("@INFO@", "" if action.message_level >= 1 else ": || ")
-    return source + _FORWARD + (_APP_CHECK if action.app else "") + body
+    body = _FORWARD + _BECOME + _ACTIONS[action.command]
+    level = action.message_level
+    text = (
+        (_SOURCE + body)
+        .replace("@INFO@", "" if level >= log.INFO else _NOTHING)
+        .replace("@WARN@", "" if level >= log.WARN else _NOTHING)
+        .replace("@FAILED@", LIBRARY_MISSING)
+        .replace("@DEFAULT_PATH@", environ.DEFAULT_PATH.replace(":", " "))
+    )
+    # The caller's own text comes last: nothing in it is a mark of ours any more.
+    before, _, rest = text.partition("@INJECT@")
+    between, _, after = rest.partition("@PATH@")
+    values = environ.injection(environment, evaluate=not action.no_eval)
+    paths = environ.path_lines(environment, evaluate=not action.no_eval)
+    return "".join((before, values, between, paths, after))
 
 
-def _command(action: ActionRequest) -> list[str]:
-    return list(action.arguments)
+def _command(action: ActionRequest) -> tuple[str, ...]:
+    if action.command == "shell" and action.arguments:
+        log.warning("Parameters to shell command are ignored")
+        return ()
+    return action.arguments
 
 
 def _entries(values: dict[str, str]) -> list[bytes]:
@@ -175,6 +251,10 @@ def _directories(action: ActionRequest, context: PrepareContext, prepared: Prepa
     return [path for path in (context.cwd, home, "/") if path]
 
 
+def _has_console(prepared: Prepared) -> bool:
+    return any(name == "dev/console" for _, name, _, _ in prepared.staged)
+
+
 def spec(
     action: ActionRequest,
     context: PrepareContext,
@@ -184,22 +264,31 @@ def spec(
 ) -> bytes:
     """Return the message for stage 2: all it needs to start the payload."""
     own = environ.own_variables(action, prepared.image.path, prepared.user.home, binds)
-    forwarded = environment.forwarded
-    shell_safe = {name: value for name, value in forwarded.items() if environ.is_name(name)}
+    early = {name: own.pop(name) for name in environ.EARLY if name in own}
+    late = {name: value for name, value in environment.forwarded.items() if environ.is_name(name)}
+    late.update(own)
+    early.update(
+        (name, value) for name, value in environment.forwarded.items() if name in environ.OF_BASH
+    )
     path = environment.path_edits.get("PATH", environ.DEFAULT_PATH)
-    plain = {**forwarded, **own, **environment.injected, "PATH": path}
+    plain = {**environment.forwarded, **own, **early, **environment.injected, "PATH": path}
     plain.setdefault("LD_LIBRARY_PATH", "/.singularity.d/libs")
+    evaluate = not action.no_eval
     return pack(
         {
             b"action": [action.command.encode()],
             b"arguments": [os.fsencode(word) for word in _command(action)],
             b"script": [os.fsencode(script(action, environment))],
-            b"environment": _entries(own),
-            b"forwarded": _entries(shell_safe),
+            b"values": [os.fsencode(environ.injection(environment, evaluate=evaluate))],
+            b"paths": [os.fsencode(environ.path_lines(environment, evaluate=evaluate))],
+            b"app": [action.app.encode()] if action.app else [],
+            b"environment": _entries(early),
+            b"forwarded": _entries(late),
             b"plain": _entries(plain),
             b"cwd": [os.fsencode(path) for path in _directories(action, context, prepared)],
             b"cwd_required": [b"yes"] if action.cwd else [],
             b"umask": [b"%d" % (0o022 if action.no_umask else context.facts.umask)],
+            b"console": [b"yes"] if _has_console(prepared) else [],
             b"level": [b"%d" % action.message_level],
         }
     )

@@ -8,13 +8,19 @@ import stat
 
 from apptainer_py.base import log
 from apptainer_py.base.errors import LaunchError
-from apptainer_py.engines.apptainer.message import unpack
+from apptainer_py.engines.apptainer.message import LIBRARY_MISSING, unpack
+from apptainer_py.engines.apptainer.shellenv import NotSimple, environment
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from apptainer_py.runtime.contexts import StartContext
 
 _SHELL = b"/bin/sh"
+_RUNSCRIPT = b"/.singularity.d/runscript"
+_FOLDER = "/.singularity.d/env"
+_FILE_BYTES = 1 << 16
+# The actions whose program stage 2 finds as the script does; the others are the script's.
+_DIRECT = (b"exec", b"run")
 
 
 class BadDirectory(LaunchError):
@@ -38,28 +44,132 @@ def start(context: StartContext) -> None:
     message = unpack(context.message)
     log.set_level(int(message[b"level"][0]))
     _enter_directory(message[b"cwd"], required=bool(message[b"cwd_required"]))
+    if message[b"console"]:
+        _take_console()
     os.umask(int(message[b"umask"][0]))
     directory = os.fsencode(os.getcwd())
-    arguments = message[b"arguments"]
+    evaluated = _evaluate(message, directory)
+    if evaluated is not None:
+        _start_directly(context, message, evaluated)
     if _is_program(_SHELL):
         forwarded = message[b"forwarded"]
-        words = [_SHELL, b"-c", message[b"script"][0], b"apptainer-py", b"%d" % len(forwarded)]
-        environment = [*message[b"environment"], b"PWD=" + directory]
-        problem = context.execve(_SHELL, [*words, *forwarded, *arguments], environment)
-        raise NotStarted(text=f"cannot run {_SHELL.decode()}: {_reason(problem)}")
+        words = [_SHELL, b"-c", b'eval "$1"', b"apptainer-py", message[b"script"][0]]
+        words += [b"%d" % len(forwarded), *forwarded, *message[b"arguments"]]
+        problem = context.execve(_SHELL, words, [*message[b"environment"], b"PWD=" + directory])
+        if message[b"action"][0] != b"exec":
+            raise NotStarted(text=_explain(_SHELL, problem))
     _start_without_shell(context, message, directory)
 
 
+def _evaluate(message: dict[bytes, list[bytes]], directory: bytes) -> list[bytes] | None:
+    """Return the payload's environment, where it can be had without the image's shell.
+
+    None leaves it to that shell: a language that only it understands, or an action of its own.
+    """
+    if message[b"action"][0] not in _DIRECT or message[b"app"] or not _is_program(_SHELL):
+        return None
+    entries = [*message[b"environment"], b"PWD=" + directory]
+    try:
+        variables = environment(
+            _environment_files(),
+            os.fsdecode(message[b"values"][0]),
+            os.fsdecode(message[b"paths"][0]),
+            _pairs(entries),
+            _pairs(message[b"forwarded"]),
+            _file_test,
+        )
+    except (NotSimple, OSError):
+        return None
+    return [os.fsencode(f"{name}={value}") for name, value in variables.items()]
+
+
+def _pairs(entries: list[bytes]) -> dict[str, str]:
+    parts = [os.fsdecode(entry).partition("=") for entry in entries]
+    return {name: value for name, _, value in parts}
+
+
+def _environment_files() -> list[tuple[str, str]]:
+    try:
+        names = [name for name in os.listdir(_FOLDER) if name.endswith(".sh") and name[0] != "."]
+        paths = [f"{_FOLDER}/{name}" for name in names]
+    except FileNotFoundError:
+        paths = ["/environment"]
+    return [(path, text) for path in paths if (text := _read_text(path)) is not None]
+
+
+def _read_text(path: str) -> str | None:
+    """Return a small regular file's text; None where the shell would not source it."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return None
+        data = os.read(fd, _FILE_BYTES + 1)
+    finally:
+        os.close(fd)
+    if len(data) > _FILE_BYTES or b"\0" in data:
+        raise NotSimple
+    return os.fsdecode(data)
+
+
+def _file_test(kind: str, path: str) -> bool:
+    if kind in "rx":
+        return os.access(path, os.R_OK if kind == "r" else os.X_OK)
+    try:
+        facts = os.lstat(path) if kind in "hL" else os.stat(path)
+    except OSError:
+        return False
+    if kind == "s":
+        return facts.st_size > 0
+    formats = {"d": stat.S_IFDIR, "f": stat.S_IFREG, "h": stat.S_IFLNK, "L": stat.S_IFLNK}
+    return kind == "e" or stat.S_IFMT(facts.st_mode) == formats[kind]
+
+
+def _start_directly(
+    context: StartContext, message: dict[bytes, list[bytes]], entries: list[bytes]
+) -> None:
+    """Execute the command, or the runscript; comes back only where the shell has to say more."""
+    arguments = message[b"arguments"]
+    if message[b"action"][0] == b"run":
+        if not _is_program(_RUNSCRIPT):
+            return
+        arguments = [_RUNSCRIPT, *arguments]
+    path = next((entry[5:] for entry in entries if entry.startswith(b"PATH=")), b"")
+    program = _find(arguments[0], path)
+    problem = context.execve(program, arguments, entries)
+    if problem.errno == errno.ENOEXEC:
+        problem = context.execve(_SHELL, [_SHELL, program, *arguments[1:]], entries)
+    raise NotStarted(text=_explain(program, problem))
+
+
 def _enter_directory(candidates: list[bytes], *, required: bool) -> None:
-    for path in candidates:
+    for path, instead in zip(candidates, [*candidates[1:], b"/"], strict=True):
         try:
             os.chdir(path)
+            return
         except OSError as error:
+            facts = {"path": os.fsdecode(path), "reason": _reason(error)}
             if required:
-                raise BadDirectory(path=os.fsdecode(path), reason=_reason(error)) from None
-            continue
-        return
+                raise BadDirectory(**facts) from None
+            log.warning(
+                "Error changing the container working directory. Using "
+                f"'{os.fsdecode(instead)}' instead: chdir {facts['path']}: {facts['reason']}"
+            )
     os.chdir("/")
+
+
+def _take_console() -> None:
+    """Make the terminal /dev/console, the only name that it has in the container's own /dev."""
+    terminals = [fd for fd in range(3) if os.isatty(fd)]
+    try:
+        console = os.open("/dev/console", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError:
+        return
+    for fd in terminals:
+        os.dup2(console, fd)
+    os.close(console)
 
 
 def _reason(error: OSError) -> str:
@@ -76,11 +186,16 @@ def _is_program(path: bytes) -> bool:
 
 def _find(name: bytes, path: bytes) -> bytes:
     if b"/" in name:
+        program = os.path.join(os.fsencode(os.getcwd()), name.removeprefix(b"./"))
         try:
-            os.stat(name)
+            mode = os.stat(program).st_mode
         except OSError as error:
-            raise NotStarted(text=f"stat {os.fsdecode(name)}: {_reason(error)}") from None
-        return name
+            raise NotStarted(text=f"stat {os.fsdecode(program)}: {_reason(error)}") from None
+        if stat.S_ISDIR(mode):
+            raise NotStarted(text="is a directory")
+        if not os.access(program, os.X_OK):
+            raise NotStarted(text="permission denied")
+        return program
     for directory in path.split(b":"):
         candidate = os.path.join(directory or b".", name)
         if _is_program(candidate):
@@ -94,7 +209,7 @@ def _start_without_shell(
     action = message[b"action"][0]
     arguments = message[b"arguments"]
     if action != b"exec":
-        arguments = [b"/.singularity.d/runscript", *arguments]
+        arguments = [_RUNSCRIPT, *arguments]
         if action != b"run" or not _is_program(arguments[0]):
             raise NotStarted(text="/bin/sh does not exist in container")
     environment = [*message[b"plain"], b"PWD=" + directory]
@@ -107,7 +222,7 @@ def _start_without_shell(
 def _explain(program: bytes, problem: OSError) -> str:
     name = os.fsdecode(program)
     if problem.errno == errno.ENOENT and os.path.exists(program):
-        return f"{name}: its interpreter does not exist in the container"
+        return f"exec {name} failed: {LIBRARY_MISSING}"
     if problem.errno == errno.ENOEXEC:
         return f"{name}: exec format error: a script needs a #! line, a program this architecture"
     return f"{name}: {_reason(problem)}"

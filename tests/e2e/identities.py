@@ -1,0 +1,121 @@
+"""Who each process of a launch is: the identity table of docs/architecture.md, as tests read it."""
+
+from __future__ import annotations
+
+import os
+import pwd
+from pathlib import Path
+
+FLOWS = {"setuid": [], "userns": ["-u"], "root": []}
+NAMESPACES = ("user", "mnt", "pid", "ipc", "uts", "net", "cgroup", "time")
+PAYLOAD_BIRTH = "EXEC_PAYLOAD"
+
+# `dropped` is keeper from the payload's execve on, START the host helpers. No process but the
+# payload after its execve is dumpable; no set is inheritable or ambient. Words: mixed is (user, 0,
+# 0, user); all is what the caller's bounding set, or root, permits; own the caller's bounding set;
+# admin is CAP_SYS_ADMIN. Namespaces: those of the host, of the container, or the host's but for the
+# user namespace (inner).
+TABLE = """
+flow    process       ids    effective  permitted  bounding  no_new_privs  namespaces
+setuid  KEEPER        mixed  none       all        all       no            host
+setuid  dropped       user   none       none       none      yes           host
+setuid  MASTER        user   none       none       none      yes           host
+setuid  RPC           user   admin      admin      admin     no            container
+setuid  READER        user   none       none       admin     yes           container
+setuid  IMAGE_SERVER  user   none       none       none      yes           host
+setuid  SHIM          user   none       none       none      yes           container
+setuid  STAGE2        user   none       none       none      yes           container
+setuid  payload       user   none       none       none      yes           container
+userns  KEEPER        user   none       none       own       no            host
+userns  dropped       user   none       none       none      yes           inner
+userns  MASTER        user   none       none       own       yes           host
+userns  HOST_HELPER   user   none       none       own       no            host
+userns  RPC           user   admin      admin      admin     no            container
+userns  METHODS       user   admin      admin      admin     no            container
+userns  READER        user   none       none       admin     yes           container
+userns  IMAGE_SERVER  user   none       none       none      yes           inner
+userns  SHIM          user   none       none       none      yes           container
+userns  STAGE2        user   none       none       none      yes           container
+userns  payload       user   none       none       none      yes           container
+root    KEEPER        user   none       all        all       no            host
+root    dropped       user   none       all        all       no            host
+root    MASTER        user   all        all        all       no            host
+root    HOST_HELPER   user   all        all        all       no            host
+root    RPC           user   admin      admin      admin     no            container
+root    METHODS       user   admin      admin      admin     no            container
+root    IMAGE_SERVER  user   none       none       none      yes           host
+root    SHIM          user   all        all        all       no            container
+root    STAGE2        user   all        all        all       no            container
+root    payload       user   all        all        all       no            container
+"""
+
+
+def table(flow: str) -> dict[str, dict[str, str]]:
+    """Return the rows of a flow by process."""
+    head, *rows = (line.split() for line in TABLE.strip().splitlines())
+    dicts = [dict(zip(head, row, strict=True)) for row in rows]
+    return {row["process"]: row for row in dicts if row["flow"] == flow}
+
+
+def own_capabilities() -> int:
+    """Return what root may do here: some machines have no CAP_SYS_RESOURCE."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapBnd:"):
+            return int(line.split()[1], 16)
+    raise AssertionError("no CapBnd")
+
+
+def host_namespaces() -> list[int]:
+    """Return the inode numbers of this process's namespaces, in the order of the trace."""
+    return [os.stat(f"/proc/self/ns/{name}").st_ino for name in NAMESPACES]
+
+
+def expected(row: dict[str, str], who: pwd.struct_passwd, differing: set[str]) -> dict[str, object]:
+    """Return a row in the words of the trace; `differing` are the container's own namespaces."""
+    sets = {"none": 0, "all": own_capabilities(), "own": own_capabilities(), "admin": 1 << 21}
+    user, group = who.pw_uid, who.pw_gid
+    spaces = {"host": set(), "inner": {"user"}, "container": set(differing)}[row["namespaces"]]
+    if row["flow"] == "userns" and row["namespaces"] == "container":
+        spaces |= {"user"}
+    return {
+        "uid": [user, 0, 0, user] if row["ids"] == "mixed" else [user] * 4,
+        "gid": [group] * 4,
+        "caps": [sets[row["effective"]], sets[row["permitted"]], 0, sets[row["bounding"]], 0],
+        "no_new_privs": int(row["no_new_privs"] == "yes"),
+        "securebits": 0,
+        "dumpable": 0,
+        "differ": spaces,
+    }
+
+
+def traced(event: dict[str, object]) -> dict[str, object]:
+    """Return the identity in a line of the trace."""
+    pairs = zip(NAMESPACES, event["namespaces"], host_namespaces(), strict=True)
+    names = ("uid", "gid", "caps", "no_new_privs", "securebits", "dumpable")
+    found = {name: event[name] for name in names}
+    return {**found, "differ": {name for name, here, host in pairs if here != host}}
+
+
+def seen(pid: int, *, dumpable: int = 0) -> dict[str, object]:
+    """Return the identity of a running process as /proc shows it to root.
+
+    A process that is not dumpable shows as root's there, so `dumpable` cannot be told for root's.
+    """
+    facts: dict[str, list[str]] = {}
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        facts[name] = value.split()
+    uid = [int(word) for word in facts["Uid"]]
+    if uid[1] != 0:
+        dumpable = int(os.stat(f"/proc/{pid}/environ").st_uid != 0)
+    numbers = [os.stat(f"/proc/{pid}/ns/{name}").st_ino for name in NAMESPACES]
+    pairs = zip(NAMESPACES, numbers, host_namespaces(), strict=True)
+    return {
+        "uid": uid,
+        "gid": [int(word) for word in facts["Gid"]],
+        "caps": [int(facts[f"Cap{name}"][0], 16) for name in ("Eff", "Prm", "Inh", "Bnd", "Amb")],
+        "no_new_privs": int(facts["NoNewPrivs"][0]),
+        "securebits": 0,
+        "dumpable": dumpable,
+        "differ": {name for name, here, host in pairs if here != host},
+    }

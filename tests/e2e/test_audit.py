@@ -1,0 +1,295 @@
+"""The administrator's record of each launch: complete, one line, not to be forged or split."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import images, own_install
+from tests.own_install import Installation
+
+HOSTILE = [
+    "new\nline",
+    "carriage\rreturn",
+    'quote"s, {"uid":0}',
+    "back\\slash\\",
+    "tab\tbell\x07escape\x1b[2J",
+    "delete\x7f",
+    "bidi \u202eevil\u202c \u2066x\u2069",
+    "line\u2028separator\u2029next\u0085line",
+    "not utf-8 \udcff\udcfe",
+    '"}\n{"program":"apptainer-py","uid":0,"decision":"allowed"}',
+    "%s%n%x",
+    "<13>forged: priority",
+    "long " + "x" * 240,
+]
+
+
+@pytest.fixture(scope="module")
+def installed(require_root) -> Installation:
+    return own_install.installation()
+
+
+@pytest.fixture
+def own(installed) -> Iterator[Installation]:
+    yield installed
+    installed.restore()
+
+
+@pytest.fixture(scope="module")
+def sif(installed) -> Path:
+    return images.own_sif(images.shared_folder())
+
+
+@pytest.fixture
+def sink(own) -> Iterator[Path]:
+    path = own.place / "audit.log"
+    own.configure(f"audit log = {path}")
+    yield path
+    if path.is_dir() and not path.is_symlink():
+        path.rmdir()
+    else:
+        path.unlink(missing_ok=True)
+
+
+def records(sink: Path) -> list[dict[str, Any]]:
+    """Return the records; each must be one line of plain ASCII and valid JSON."""
+    content = sink.read_bytes()
+    assert content.endswith(b"\n")
+    lines = content[:-1].split(b"\n")
+    for line in lines:
+        assert all(0x20 <= byte < 0x7F for byte in line), line
+        assert len(line) < 4096
+    return [json.loads(line) for line in lines]
+
+
+def test_one_record_for_each_launch(own, sif, sink):
+    for number in range(3):
+        assert own.run("exec", sif, "sh", "-c", f"exit {number}").returncode == number
+    found = records(sink)
+    assert len(found) == 3
+    for record in found:
+        assert record["program"] == "apptainer-py"
+        assert (record["uid"], record["gid"]) == (own.user.pw_uid, own.user.pw_gid)
+        assert record["decision"] == "allowed"
+        assert record["image"] == str(sif)
+        assert record["payload_caps"] == 0
+    assert len({record["pid"] for record in found}) == 3
+    facts = sink.stat()
+    assert (facts.st_uid, facts.st_gid, facts.st_mode & 0o777) == (0, 0, 0o600)
+
+
+def test_record_is_there_before_the_payload(own, sif, sink):
+    """Whoever kills the launch is on record already."""
+    go = own.start("exec", sif, "sh", "-c", "echo ready; exec sleep 100")
+    with go:
+        own_install.read_until(go.stdout.fileno(), b"ready")
+        assert len(records(sink)) == 1
+        go.kill()
+
+
+def test_other_flows_write_none(own, sif, sink):
+    assert own.run("exec", "-u", sif, "true").returncode == 0
+    assert own.run("exec", sif, "true", root=True).returncode == 0
+    assert not sink.exists()
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_name_forges_nothing(own, sif, sink, name):
+    place = Path(tempfile.mkdtemp(dir=own.place))
+    place.chmod(0o755)
+    image = place / name.replace("/", "_")
+    try:
+        os.link(sif, image)
+    except OSError:
+        image.write_bytes(sif.read_bytes())
+        image.chmod(0o644)
+    try:
+        done = own.run("exec", image, "true")
+        assert done.returncode == 0, done.stderr
+    finally:
+        image.unlink()
+        place.rmdir()
+    found = records(sink)
+    assert len(found) == 1
+    assert found[0]["uid"] == own.user.pw_uid
+    # Bytes, each escaped by itself: what was typed can be had back.
+    shown = found[0]["image"].encode("latin-1")
+    assert os.fsencode(image).startswith(shown)
+    assert len(shown) > 40
+
+
+def test_a_path_of_four_thousand_bytes(own, sif, sink):
+    """As long as a path may be, of bytes that each need six: cut, but whole as a record."""
+    top = Path(tempfile.mkdtemp(dir=own.place))
+    top.chmod(0o755)
+    here = os.open(top, os.O_RDONLY)
+    parts = ["\x01" * 250] * 14
+    opened = [here]
+    for part in parts:
+        os.mkdir(part, 0o755, dir_fd=opened[-1])
+        opened.append(os.open(part, os.O_RDONLY, dir_fd=opened[-1]))
+    fd = os.open("i.sif", os.O_WRONLY | os.O_CREAT, 0o644, dir_fd=opened[-1])
+    with open(fd, "wb") as file:
+        file.write(sif.read_bytes())
+    image = "/".join([str(top), *parts, "i.sif"])
+    done = own.run("exec", image, "true")
+    for number in range(len(parts), 0, -1):
+        if number == len(parts):
+            os.unlink("i.sif", dir_fd=opened[number])
+        os.rmdir(parts[number - 1], dir_fd=opened[number - 1])
+    for fd in opened:
+        os.close(fd)
+    top.rmdir()
+    found = records(sink)
+    assert len(found) == 1, done.stderr
+    assert found[0]["decision"] == "allowed"
+
+
+def test_refused_callers_are_recorded(own, sif, sink):
+    own.configure(f"audit log = {sink}\nallow setuid users = daemon")
+    assert own.run("exec", sif, "true").returncode == 0  # in the other flow
+    found = records(sink)
+    assert len(found) == 1
+    assert found[0]["decision"] != "allowed"
+    assert found[0]["uid"] == own.user.pw_uid
+    assert "allow setuid users" in found[0]["decision"]
+
+
+def test_refused_images_are_recorded(own, sif, sink):
+    own.configure(f"audit log = {sink}\nlimit container owners = daemon")
+    assert own.run("exec", sif, "true").returncode == 255
+    found = records(sink)
+    assert len(found) == 1
+    assert found[0]["decision"] != "allowed"
+    assert found[0]["image"] == str(sif)
+
+
+@pytest.mark.parametrize("kind", ["owner", "group-writable", "link", "directory", "fifo", "gone"])
+def test_sink_that_is_not_to_be_trusted(own, sif, sink, kind):
+    """No record, no launch."""
+    victim = own.place / "victim"
+    victim.write_text("")
+    if kind == "owner":
+        sink.touch()
+        os.chown(sink, own.user.pw_uid, 0)
+    elif kind == "group-writable":
+        sink.touch()
+        sink.chmod(0o620)
+    elif kind == "link":
+        sink.symlink_to(victim)
+    elif kind == "directory":
+        sink.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(sink)
+    else:
+        own.configure("audit log = /nonexistent/audit.log")
+    done = own.run("exec", sif, "true", timeout_s=20)
+    assert done.returncode == 255
+    assert "audit record cannot be written" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert victim.read_text() == ""
+    victim.unlink()
+    assert own.run("exec", "-u", sif, "true").returncode == 0
+
+
+def test_full_sink(own, sif, sink):
+    own.configure("audit log = /dev/full")
+    assert own.run("exec", sif, "true").returncode == 255
+    script = (
+        'mount -t tmpfs -o size=4k,mode=755 tmpfs "$1"; head -c 4096 /dev/zero > "$1/audit.log"; '
+        'shift; exec setpriv --reuid "$0" --regid "$0" --clear-groups "$@"'
+    )
+    point = own.place / "small"
+    point.mkdir()
+    own.configure(f"audit log = {point}/audit.log")
+    argv = ["unshare", "--mount", "--propagation", "private", "sh", "-euc", script,
+            str(own.user.pw_uid), point, own.program, "exec", sif, "true"]  # fmt: skip
+    done = subprocess.run(
+        argv, capture_output=True, text=True, check=False, cwd="/", env=own.environment()
+    )
+    point.rmdir()
+    assert done.returncode == 255
+    assert "audit record cannot be written" in done.stderr
+
+
+def test_file_is_appended_to(own, sif, sink):
+    sink.write_text('{"before":1}\n')
+    sink.chmod(0o600)
+    assert own.run("exec", sif, "true").returncode == 0
+    assert records(sink)[0] == {"before": 1}
+    assert len(records(sink)) == 2
+
+
+def with_dev_log(own: Installation, sif: Path, serve: str) -> tuple[int, list[bytes], str]:
+    """Launch with a /dev/log of our own, in a mount namespace of its own; return what it got."""
+    place = Path(tempfile.mkdtemp(dir=own.place))
+    place.chmod(0o755)
+    log = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    log.bind(str(place / "log"))
+    (place / "log").chmod(0o666)
+    log.setblocking(False)
+    if serve == "full":
+        log.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        filler = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        filler.setblocking(False)
+        try:
+            while True:
+                filler.sendto(b"x", str(place / "log"))
+        except BlockingIOError:
+            filler.close()
+    # A new tmpfs over /dev with what a launch needs of it.
+    script = (
+        'mkdir "$1/dev"; mount --rbind /dev "$1/dev"; mount -t tmpfs -o mode=755 tmpfs /dev; '
+        "for n in null zero full random urandom tty fuse loop-control; do : > /dev/$n; "
+        'mount --bind "$1/dev/$n" /dev/$n; done; ln -s "$1/log" /dev/log; shift; '
+        'exec setpriv --reuid "$0" --regid "$0" --clear-groups "$@"'
+    )
+    argv = ["unshare", "--mount", "--propagation", "private", "sh", "-euc", script,
+            str(own.user.pw_uid), place, own.program, "exec", sif, "true"]  # fmt: skip
+    done = subprocess.run(
+        argv, capture_output=True, text=True, check=False, cwd="/", env=own.environment(),
+        timeout=20,
+    )  # fmt: skip
+    got = []
+    try:
+        while True:
+            got.append(log.recv(65536))
+    except BlockingIOError:
+        log.close()
+    (place / "log").unlink()
+    (place / "dev").rmdir()
+    place.rmdir()
+    return done.returncode, got, done.stderr
+
+
+def test_syslog(own, sif):
+    own.configure("audit log = syslog")
+    status, got, err = with_dev_log(own, sif, "ready")
+    assert status == 0, err
+    assert len(got) == 1
+    head, _, record = got[0].partition(b": ")
+    assert head == b"<85>apptainer-py"
+    assert json.loads(record)["uid"] == own.user.pw_uid
+    assert b"\n" not in got[0]
+
+
+def test_syslog_that_takes_nothing_stops_nobody(own, sif):
+    own.configure("audit log = syslog")
+    status, got, err = with_dev_log(own, sif, "full")
+    assert status == 0, err
+    assert all(message == b"x" for message in got)
+
+
+def test_no_record_where_none_is_wanted(own, sif):
+    own.configure("audit log = none")
+    status, got, err = with_dev_log(own, sif, "ready")
+    assert (status, got) == (0, []), err

@@ -1,0 +1,198 @@
+"""What reaches the payload's environment, whatever image and caller have put there."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests import images
+from tests.e2e.three_flows import FLOWS, run
+from tests.parity.place import with_shell
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+LATER = "90-environment.sh"
+
+
+@pytest.fixture(scope="module")
+def trees(readable_tmp: Path) -> dict[str, Path]:
+    """Images whose /bin/sh is busybox, dash, dash beside bash, and bash."""
+    folder = readable_tmp / "environment"
+    described = images.described_tree(folder)
+    found = {"busybox": described}
+    for shell in ("dash", "bash"):
+        found[shell] = folder / shell
+        with_shell(described, found[shell], shell)
+    found["both"] = folder / "both"
+    with_shell(found["bash"], found["both"], "dash")
+    return found
+
+
+@pytest.fixture(params=["busybox", "dash", "both", "bash"])
+def tree(trees: dict[str, Path], request: pytest.FixtureRequest, tmp_path: Path,
+         readable_tmp: Path) -> Iterator[Path]:  # fmt: skip
+    target = readable_tmp / f"env-{tmp_path.name}"
+    shutil.copytree(trees[request.param], target, symlinks=True)
+    yield target
+    shutil.rmtree(target)
+
+
+@pytest.fixture
+def launch(product: SimpleNamespace, user: object) -> Run:
+    def launch(*words: str | Path, **how: object) -> subprocess.CompletedProcess[str]:
+        flow = str(how.pop("flow", "setuid"))
+        return run(product.program, flow, words, **how)  # type: ignore[arg-type]
+
+    return launch
+
+
+def put(tree: Path, name: str, text: str) -> None:
+    path = tree / ".singularity.d/env" / name
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def variables(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
+    assert done.returncode == 0, done.stderr
+    entries = [entry for entry in done.stdout.split("\0") if entry]
+    return dict(entry.split("=", 1) for entry in entries)
+
+
+def show(launch: Run, tree: Path, *options: str, **how: object) -> dict[str, str]:
+    words = ["exec", *options, tree, "cat", "/proc/self/environ"]
+    return variables(launch(*words, **how))
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["export B=\"it's `", "export B='", "if true; then", "${", "x=${y//a/b}; )", "((", "done"],
+)
+def test_a_file_that_no_shell_can_read_stops_nothing(launch: Run, tree: Path, line: str) -> None:
+    put(tree, "10-docker2singularity.sh", f"export A=before\n{line}\n")
+    put(tree, LATER, "export LATER=yes\n")
+    found = show(launch, tree)
+    assert found["LATER"] == "yes"
+    assert "/bin" in found["PATH"].split(":")
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["set -e", "set -u", "set -f", "set -a; INNER=1", "IFS=/", "cd /etc",
+     "set -- echo hijacked", "return 3", "alias cat=false", "unset HOME", "PATH=",
+     "trap 'echo trapped' EXIT", "cat() { echo function; }", "exec 3</dev/null", "unset -f __say"],
+)  # fmt: skip
+def test_what_a_file_does_to_its_shell_does_not_reach_the_command(
+    launch: Run, tree: Path, line: str
+) -> None:
+    put(tree, "50-odd.sh", f"{line}\n")
+    put(tree, LATER, "export LATER=yes\n")
+    done = launch("exec", tree, "/bin/sh", "-c", "pwd; echo $LATER", cwd="/tmp")
+    assert done.stdout == "/tmp\nyes\n", done.stderr
+
+
+def test_nothing_of_our_own_leaks(launch: Run, tree: Path) -> None:
+    put(tree, "50-all.sh", "set -a\n")
+    found = show(launch, tree, env={"APPTAINERENV_X": "1", "HOSTS": "own"})
+    assert [name for name in found if name.startswith("__") or "FUNC" in name] == []
+    assert (found["X"], found["HOSTS"]) == ("1", "own")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[[ a == a* ]] && export B=match\n", "match"),
+        ("words=(one two)\nexport B=${words[1]}\n", "two"),
+        ("export A=xyx\nexport B=${A//x/-}\n", "-y-"),
+        ("declare -x B=declared\n", "declared"),
+        ("function f { export B=called; }\nf\n", "called"),
+        ("source /.singularity.d/more\n", "sourced"),
+    ],
+)
+def test_bash_reads_what_only_bash_can(
+    launch: Run, trees: dict[str, Path], readable_tmp: Path, text: str, expected: str
+) -> None:
+    for name in ("both", "bash"):
+        target = readable_tmp / "bashisms"
+        shutil.copytree(trees[name], target, symlinks=True)
+        (target / ".singularity.d/more").write_text("export B=sourced\n")
+        put(target, "20-once.sh", 'export ONCE="$ONCE+"\n')
+        put(target, "30-bash.sh", text)
+        found = show(launch, target)
+        shutil.rmtree(target)
+        assert (found.get("B"), found["ONCE"]) == (expected, "+"), name
+
+
+VALUES = {
+    "PLAIN": "a b",
+    "QUOTES": 'it\'s "both"',
+    "NEWLINE": "one\ntwo\n",
+    "BACKSLASH": "a\\b\\\\c",
+    "LAST": "ends with \\",
+    "GLOB": "*?[a]",
+    "MARK": "@INJECT@ @PATH@ @INFO@",
+    "UNICODE": "Zoë",
+}
+
+
+def test_values_are_kept_byte_by_byte(launch: Run, tree: Path) -> None:
+    hostile = {"TICK": "`", "DOLLAR": "$(", "BRACE": "${X", "SEMI": "; exit 9"}
+    found = show(launch, tree, env={**VALUES, **hostile})
+    assert {name: found[name] for name in (*VALUES, *hostile)} == {**VALUES, **hostile}
+    injected = {f"APPTAINERENV_{name}": value for name, value in {**VALUES, **hostile}.items()}
+    found = show(launch, tree, "--no-eval", env=injected)
+    assert {name: found[name] for name in (*VALUES, *hostile)} == {**VALUES, **hostile}
+
+
+def test_injected_values_are_evaluated_inside_and_bad_ones_left_out(
+    launch: Run, tree: Path
+) -> None:
+    env = {"APPTAINERENV_A": "$(cat /etc/test-release)", "APPTAINERENV_B": "$HOME/x",
+           "APPTAINERENV_BAD": "`", "APPTAINERENV_C": "fine", "APPTAINERENV_D": "$(exit 3)",
+           "APPTAINERENV_LAST": "ends with \\"}  # fmt: skip
+    done = launch("exec", tree, "cat", "/proc/self/environ", env=env)
+    found = variables(done)
+    assert found["A"] == "a small tree"
+    assert found["B"] == f"{images.ordinary_user().pw_dir}/x"
+    assert (found["C"], found["D"], found["LAST"]) == ("fine", "", "ends with \\")
+    assert "BAD" not in found
+    assert "WARNING: Skipping environment variable BAD" in done.stderr
+
+
+def test_many_and_long_values_arrive(launch: Run, trees: dict[str, Path]) -> None:
+    many = {f"V{number}": "x" * 1000 for number in range(500)}
+    found = show(launch, trees["dash"], env=many)
+    assert all(found[name] == value for name, value in many.items())
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_every_flow_has_the_same_environment(
+    launch: Run, trees: dict[str, Path], flow: str
+) -> None:
+    found = show(launch, trees["dash"], flow=flow, env={"FOO": "host", "APPTAINERENV_X": "$FOO"})
+    assert (found["FOO"], found["X"]) == ("bar", "bar")
+    assert found["PATH"] == "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    assert found["HOME"] == ("/root" if flow == "root" else images.ordinary_user().pw_dir)
+
+
+def test_an_exit_in_a_file_is_the_status(launch: Run, tree: Path) -> None:
+    put(tree, "20-exit.sh", "exit 5\n")
+    assert launch("exec", tree, "echo", "no").returncode == 5
+
+
+def test_env_file(launch: Run, trees: dict[str, Path], user_tmp: Path) -> None:
+    path = user_tmp / "env"
+    path.write_text("# words\nexport A='one two'\nB=$A/x\nC=\n\nD=`echo out`\n")
+    found = show(launch, trees["dash"], "--env-file", str(path), "--env", "C=cli")
+    assert [found[name] for name in "ABCD"] == ["one two", "one two/x", "cli", "out"]
+    path.write_text("A='\n")
+    done = launch("exec", "--env-file", path, trees["dash"], "true")
+    assert done.returncode == 255
+    assert done.stderr.startswith("FATAL:   while setting environment: while processing")
+    for odd in ("/nonexistent", "/dev/zero", "/tmp"):
+        done = launch("exec", "--env-file", odd, trees["dash"], "true")
+        assert done.returncode == 255, odd
+        assert "Traceback" not in done.stderr

@@ -1,0 +1,44 @@
+"""Runs the product in each of its flows: as the ordinary user, as that user with -u, as root."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tests import images
+
+FLOWS = ("setuid", "userns", "root")
+
+
+def run(
+    program: str | Path,
+    flow: str,
+    words: Sequence[str | Path],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: str | Path | None = None,
+    stdin: str = "",
+) -> subprocess.CompletedProcess[str]:
+    """Return what a command line did; `-u` is put behind the command in the userns flow."""
+    line = [str(word) for word in words]
+    if flow == "userns":
+        line.insert(1, "-u")
+    user = images.ordinary_user()
+    home = "/root" if flow == "root" else user.pw_dir
+    ids: dict[str, object] = {}
+    if flow != "root":
+        groups = os.getgrouplist(user.pw_name, user.pw_gid)
+        ids = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": groups}
+    return subprocess.run(  # type: ignore[call-overload,no-any-return]
+        [str(program), *line],
+        env={"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": home, **(env or {})},
+        cwd=cwd or "/",
+        input=stdin,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        **ids,
+    )

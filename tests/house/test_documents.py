@@ -1,0 +1,62 @@
+"""Documents that can be compared with what they are about."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+
+import pytest
+
+FOLDERS = "e2e|fuzz|house|parity|security|starter|typing|unit"
+TEST_NAME = re.compile(rf"`(?:tests/)?((?:{FOLDERS})/[\w/]+\.py)(?:::(\w+))?`")
+TREE_PATH = re.compile(r"`((?:docs|starter|apptainer_py|tests|tools|benchmarks|etc)/[\w./-]*)`")
+LONGEST = {"README.md": 120, "docs/architecture.md": 250}
+
+
+@pytest.fixture(scope="module")
+def documents(tracked_files):
+    found = {path: path.read_text() for path in tracked_files if path.suffix == ".md"}
+    assert len(found) >= 7
+    return found
+
+
+def test_every_test_that_is_named_exists(documents, repository):
+    named = {match for text in documents.values() for match in TEST_NAME.findall(text)}
+    assert len(named) > 10
+    wrong = []
+    for file, name in sorted(named):
+        path = repository / "tests" / file
+        if not path.exists() or (name and f"def {name}(" not in path.read_text()):
+            wrong.append(f"{file}::{name}")
+    assert not wrong
+
+
+def test_every_path_that_is_named_exists(documents, repository):
+    wrong = [
+        f"{document.name}: {path}"
+        for document, text in documents.items()
+        for path in TREE_PATH.findall(text)
+        if not (repository / path).exists()
+    ]
+    assert not wrong
+
+
+def test_the_page_of_directives_is_that_of_the_table(repository, tmp_path):
+    made = tmp_path / "configuration.md"
+    argv = ["/usr/bin/python3", "-B", repository / "tools/configuration_page.py", made]
+    subprocess.run(argv, check=True)
+    assert made.read_text() == (repository / "docs/configuration.md").read_text()
+
+
+@pytest.mark.parametrize("name", LONGEST)
+def test_length(name, repository):
+    assert len((repository / name).read_text().splitlines()) <= LONGEST[name]
+
+
+def test_operations_are_all_documented(repository):
+    table = (repository / "starter/protocol.def").read_text()
+    names = re.findall(r"^OP\((\w+),", table, re.MULTILINE)
+    assert len(names) > 10
+    for page in ("docs/architecture.md", "docs/security.md"):
+        text = (repository / page).read_text()
+        assert not [name for name in names if not re.search(rf"\b{name}\b", text)], page

@@ -1,0 +1,447 @@
+"""The command lines that both programs run, and every difference that is meant, with its reason.
+
+`{name}` in a line stands for a path of place.py.  A line runs in the setuid flow and again with
+`-u`, unless `flows` says otherwise.  `differs` names what may differ (status, stdout, said,
+mounts) and why; a test fails where such a difference is gone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+SETUID, USERNS = "setuid", "userns"
+BOTH = (SETUID, USERNS)
+ODD = "a name that no shell can hold does not pass through the image's own shell"
+NO_PID = "--no-pid does what its help says"
+SCRATCH = "a scratch directory without a slash lies below the root"
+BETTER = "the lines before the mistake count, and a warning names what is left out"
+LAYER = "the kernel's overlay, where the real one starts fuse-overlayfs"
+LEVEL = "bash counts SHLVL wherever it is the image's /bin/sh"
+HELP = "the help texts are our own"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One command line; `form` says how its output is read."""
+
+    line: str
+    form: str = "text"
+    env: dict[str, str] = field(default_factory=dict)
+    stdin: str = ""
+    cwd: str = "{work}"
+    umask: int = 0o022
+    flows: tuple[str, ...] = BOTH
+    differs: dict[str, str] = field(default_factory=dict)
+
+
+def environment(line: str, **options: object) -> Case:
+    return Case(line, form="env", **options)  # type: ignore[arg-type]
+
+
+def mounted(options: str, image: str = "{sif}", **more: object) -> Case:
+    line = f"exec {options} {image} cat /proc/self/mountinfo"
+    return Case(line, form="mounts", **more)  # type: ignore[arg-type]
+
+
+IMAGES = [
+    *(
+        Case(f"exec {{{name}}} cat /etc/test-release")
+        for name in ("sif", "zstd", "squash", "sandbox", "plain")
+    ),
+    *(Case(f"run {{{name}}} a 'b c'") for name in ("sif", "zstd", "squash", "sandbox")),
+    *(Case(f"test {{{name}}}") for name in ("zstd", "squash", "sandbox")),
+    Case("run --app foo {sif} x"),
+    Case("exec --app foo {sif} sh -c 'echo $APPV $SCIF_APPNAME $SCIF_APPROOT $PATH'"),
+    Case("test --app foo {sif}"),
+    environment("exec --app foo {zstd} env"),
+    Case("run --app foo {zstd} x"),
+    Case("run --app missing {zstd}"),
+    Case("run --app missing {sif}"),
+    Case("test --app missing {sif}"),
+    Case("shell {sif} -c 'echo $0 $SHELL $1' name arg"),
+    Case("shell {bash} -c 'echo $0 $SHELL $1' name arg"),
+    Case("shell --shell /bin/cat {sif}", stdin="through cat\n"),
+    Case("shell --shell /nonexistent {sif}", stdin="echo fallen back\n"),
+    Case("shell {sif}", stdin="echo piped; exit 5\n"),
+    Case("run {plain} -c 'echo no runscript; exit 4'"),
+    Case(
+        "test {plain}",
+        differs={
+            "status": "no test is no failure",
+            "said": "the real one runs a script that is not there",
+        },
+    ),
+    Case("exec {sif} cat", stdin="through stdin\n"),
+    Case("exec {sif} sh -c 'echo out; echo err >&2'"),
+]
+
+STATUS = [
+    *(Case(f"exec {{sif}} sh -c 'exit {status}'") for status in (0, 1, 2, 126, 127, 134, 255)),
+    *(Case(f"exec {{sif}} sh -c 'kill -{signal} $$'") for signal in (1, 2, 9, 15)),
+    *(Case(f"exec -p {{sif}} sh -c 'kill -{signal} $$'") for signal in (9, 15)),
+    Case("exec -p {sif} sh -c 'exit 7'"),
+    Case("exec -p --no-init {sif} sh -c 'echo $$; exit 7'"),
+    Case("exec {sif} nonexistent"),
+    Case("exec {sif} /nonexistent"),
+    Case("exec {sif} ./nonexistent"),
+    Case("exec {sif} /bin/nonexistent/x"),
+    Case("exec {sif} /etc/passwd"),
+    Case("exec {sif} /etc"),
+    Case("exec {sif} etc", cwd="/"),
+    Case("exec {linked} noexec"),
+    Case("exec {linked} noshebang"),
+    Case("exec {linked} nointerpreter"),
+    Case("exec {sif}"),
+    Case("exec"),
+    Case("exec /nonexistent.sif true"),
+    Case("exec /etc/passwd true"),
+    Case("exec foo://bar true"),
+    Case("exec --badopt {sif} true", differs={"stdout": HELP}),
+    Case("exec {sif} sh -c 'echo $0'"),
+    Case("-s exec {sif} nonexistent"),
+    Case("-q exec {sif} nonexistent"),
+    Case("-q exec --no-mount nonsense {sif} true"),
+    Case("-s exec --no-mount nonsense {sif} true"),
+    Case("-v exec {sif} true"),
+]
+
+ENVIRONMENT = [
+    *(
+        environment(f"exec {{{name}}} env")
+        for name in ("sif", "zstd", "squash", "sandbox", "plain", "busy", "dash")
+    ),
+    environment("exec {bash} env", differs={"stdout": LEVEL}),
+    environment("exec {bash} env", env={"SHLVL": "3"}),
+    *(
+        environment(
+            line,
+            differs=differs,
+            env={
+                "FROM_HOST": "host",
+                "FROM_IMAGE": "host",
+                "EMPTIED": "host",
+                "UNEXPORTED": "host",
+                "MULTI_H": "a\nb",
+                "PREFIXED": "h",
+                "QUOTE": 'it\'s "quoted" `x` $(y) \\n',
+                "lower": "l",
+                "_U": "u",
+                "BAD-NAME": "1",
+                "9X": "2",
+                "dot.name": "3",
+                "BASH_FUNC_f%%": "() { :; }",
+                "LD_LIBRARY_PATH": "/host",
+                "UID": "7",
+                "GID": "8",
+                "SHLVL": "4",
+                "PS1": "host> ",
+                "LC_ALL": "xx_YY.UTF-8",
+                "EMPTY": "",
+                "TERM": "dumb",
+                "http_proxy": "http://p",
+                "NO_PROXY": "n",
+                "IFS": "x",
+                "APPTAINER_FOO": "no",
+                "SINGULARITY_FOO": "no",
+                "PROMPT_COMMAND": "echo prompt",
+            },
+        )
+        for line, differs in (
+            *(
+                (f"exec {{{name}}} env", {"stdout": ODD})
+                for name in ("sif", "busy", "dash", "bash", "plain")
+            ),
+            ("exec -e {dash} env", {}),
+            ("exec -C {bash} env", {"stdout": LEVEL}),
+        )
+    ),
+    *(
+        environment(
+            f"exec {options} {{{name}}} env",
+            differs={"stdout": LEVEL} if options == "-e" and name == "bash" else {},
+            env={
+                "APPTAINERENV_A": "$(echo evaluated)",
+                "APPTAINERENV_B": "$HOME/x",
+                "APPTAINERENV_C": "`echo tick`",
+                "APPTAINERENV_D": 'say "hi" \\$A',
+                "APPTAINERENV_E": "two\nlines",
+                "APPTAINERENV_EMPTY": "",
+                "SINGULARITYENV_F": "old",
+                "APPTAINERENV_FROM_IMAGE": "injected",
+                "APPTAINERENV_G": "it's",
+                "APPTAINERENV_UID": "9",
+                "SINGULARITYENV_A": "other",
+                "A": "host",
+                "APPTAINERENV_HOME": "/h",
+                "APPTAINERENV_LD_LIBRARY_PATH": "/ll",
+                "SHLVL": "2",
+            },
+        )
+        for options in ("", "--no-eval", "-e")
+        for name in ("sif", "dash", "bash", "busy")
+    ),
+    *(
+        Case("exec {dash} sh -c 'echo $PATH'", env=env)
+        for env in (
+            {"APPTAINERENV_PATH": "/p:$PATH:/bin"},
+            {"APPTAINERENV_PREPEND_PATH": "/pre"},
+            {"APPTAINERENV_APPEND_PATH": "/post"},
+            {"SINGULARITYENV_APPEND_PATH": "/old"},
+            {"APPTAINERENV_PREPEND_PATH": "/pre", "APPTAINERENV_APPEND_PATH": "/post"},
+            {"APPTAINERENV_PATH": "/bin", "APPTAINERENV_PREPEND_PATH": "/pre"},
+            {"APPTAINERENV_PATH": ""},
+        )
+    ),
+    environment("exec --env X=1,Y=two --env Z=$(id) {sif} env"),
+    environment("exec --env 'X=a b' --env FROM_IMAGE=cli {dash} env"),
+    environment("exec --env HOME=/x {sif} env"),
+    environment("exec --env PATH=/bin --env LD_LIBRARY_PATH=/q {sif} env"),
+    environment("exec --env X=cli {sif} env", env={"APPTAINERENV_X": "env", "X": "host"}),
+    environment("exec --env-file {env} {sif} env"),
+    environment("exec --env-file {env} --env EF1=cli {sif} env"),
+    environment("exec --env-file {env},{env2} {sif} env"),
+    environment("exec {sif} env", env={"APPTAINER_ENV_FILE": "{env}"}),
+    Case("exec --env-file /nonexistent {sif} true"),
+    Case("exec --env foo {sif} true", differs={"stdout": HELP}),
+    environment("exec -B {data} -B {other}:/mnt:ro {sif} env"),
+    environment("run {dash} ; env"),
+    Case("exec {broken} sh -c 'echo ran $PATH'", differs={"said": BETTER}),
+    Case("exec {sif} sh -c 'echo $X'", env={"APPTAINERENV_X": "`"}, differs={"said": BETTER}),
+]
+
+FILES = [
+    *(
+        Case(f"exec {{{image}}} cat /etc/{name}")
+        for image in ("sif", "plain")
+        for name in ("passwd", "group", "hosts", "resolv.conf")
+    ),
+    Case("exec {sif} sh -c 'ls -l /etc/passwd /etc/group | cut -c1-10'"),
+    Case("exec {sif} id"),
+    Case("exec -H {other}:/h {sif} cat /etc/passwd"),
+    Case("exec {sif} readlink /proc/self/cwd"),
+    Case("exec {sif} sh -c 'cd; pwd; echo $HOME'"),
+    *(
+        Case(
+            "exec {sif} sh -c 'umask; touch $HOME/.u; stat -c %a $HOME/.u; rm $HOME/.u'",
+            umask=umask,
+        )
+        for umask in (0o022, 0o077, 0o002)
+    ),
+    Case("exec --no-umask {sif} sh -c umask", umask=0o077),
+    Case("exec {sif} sh -c 'ulimit -s; ulimit -n; ulimit -c; ulimit -u'"),
+]
+
+DIRECTORY = [
+    *(
+        Case("exec {sif} sh -c pwd", cwd=cwd)
+        for cwd in (
+            "/",
+            "/etc",
+            "/usr",
+            "/tmp",
+            "{home}",
+            "{data}",
+            "{work}/link",
+            "/proc",
+            "/mnt",
+            "/usr/share/doc",
+            "/srv",
+        )
+    ),
+    Case("exec {sif} sh -c pwd", cwd="/opt"),
+    *(
+        Case(f"exec {option} {{sif}} sh -c 'pwd; echo $PWD'")
+        for option in (
+            "--pwd /etc",
+            "--cwd /tmp",
+            "-c",
+            "-C",
+            "--no-home",
+            "-c --no-home",
+            "--no-mount cwd",
+            "--no-mount tmp",
+            "-H {other}:/h",
+            "-c -H {other}:/h",
+            "--pwd /nonexistent",
+            "--cwd relative",
+        )
+    ),
+    Case("exec --no-mount tmp {sif} sh -c pwd", cwd="/tmp"),
+    Case("exec {sif} sh -c pwd", env={"APPTAINER_PWD": "/etc"}),
+]
+
+BINDS = [
+    *(
+        Case(f"exec {options} {{sif}} sh -c '{command}'")
+        for options, command in (
+            ("-B {data}", "cat {data}/file; touch {data}/new && rm {data}/new && echo rw"),
+            ("-B {data}:/mnt", "cat /mnt/file"),
+            ("-B {data}:/mnt:ro", "cat /mnt/file; touch /mnt/new"),
+            ("-B {data}:/mnt:rw", "touch /mnt/new && rm /mnt/new"),
+            ("-B {data}:/new/deep/target", "cat /new/deep/target/file; ls -ld /new | cut -c1-10"),
+            ("-B {data}/file:/mnt/f", "cat /mnt/f"),
+            ("-B {data}/file:/etc/test-release", "cat /etc/test-release"),
+            ("-B {data}/file:/etc/passwd", "cat /etc/passwd"),
+            ("-B {data}:/mnt,{other}:/opt", "cat /mnt/file /opt/file"),
+            ("-B {data}:/mnt -B {other}:/mnt/inner", "cat /mnt/file /mnt/inner/file"),
+            ("-B {other}:/mnt/inner -B {data}:/mnt", "cat /mnt/file /mnt/inner/file"),
+            ("-B {data}:/mnt -B {other}:/mnt", "cat /mnt/file"),
+            ("-B ../data:/mnt", "cat /mnt/file"),
+            ("-B link:/mnt", "cat /mnt/file"),
+            ("-B ./link/file:/mnt/x", "cat /mnt/x"),
+            ("-B {data}:relative", "true"),
+            ("-B {data}:/tmp", "cat /tmp/file"),
+            ("-B {data}:", "cat {data}/file"),
+            ("-B /nonexistent", "true"),
+            ("-B /nonexistent:/mnt", "true"),
+            ("-B {data}:/a:b:c", "true"),
+            ("-B {data}:/mnt:badopt", "true"),
+            ("-B {data}:/mnt:ro,rw", "touch /mnt/new && rm /mnt/new"),
+            ("-B :{data}", "cat {data}/file"),
+            ("-B ''", "true"),
+            ("-B {data}/:/mnt/", "cat /mnt/file"),
+            ("-B {data}::ro", "touch {data}/new"),
+            ("-B {data}:/mnt:", "cat /mnt/file"),
+            ("-B {data}:/bin/../mnt", "cat /mnt/file"),
+            ("-B '{place}/a\\:b\\,c:/mnt/x'", "cat /mnt/x"),
+            ("-B {data}:/etc/test-release", "true"),
+            ("-B {data}/file:/opt", "true"),
+            ("-B {data}:/tmp/{user}-target", "true"),
+            ("-B /etc/shadow", "cat /etc/shadow"),
+            ("-B /root/x:/mnt", "true"),
+            ("--mount type=bind,source={data},destination=/mnt", "cat /mnt/file"),
+            ("--mount type=bind,src={data},dst=/mnt,ro", "touch /mnt/x"),
+            ("--mount type=bind,src={data},target=/mnt,readonly", "touch /mnt/x"),
+            ("--mount type=tmpfs,dst=/mnt", "true"),
+            ("--mount type=bind,src={data}", "true"),
+            ("--mount type=bind,src={data},dst=/mnt,bad=1", "true"),
+            ("--mount src={data},dst=/mnt", "cat /mnt/file"),
+            ("--mount 'type=bind,\"source={place}/a:b,c\",dst=/mnt/x'", "cat /mnt/x"),
+        )
+    ),
+    Case(
+        "exec -B {data}:/etc {sif} cat /etc/file",
+        differs={
+            "said": "system binds come before the user's, and find their targets",
+        },
+    ),
+    Case("exec -B {data}:/ {sif} true", differs={"said": "we say what is not mounted"}),
+    Case("exec {sif} cat /mnt/file", env={"APPTAINER_BIND": "{data}:/mnt"}),
+    Case("exec {sif} cat /mnt/file", env={"SINGULARITY_BINDPATH": "{data}:/mnt"}),
+    Case(
+        "exec -B {other}:/opt {sif} cat /mnt/file /opt/file",
+        env={"APPTAINER_BINDPATH": "{data}:/mnt"},
+    ),
+    Case("exec {sif} cat /mnt/file", env={"APPTAINER_MOUNT": "type=bind,src={data},dst=/mnt"}),
+    Case("exec -B {data}:/alias {linked} cat /opt/real/file"),
+    Case("exec -B {data}:/alias/new {linked} cat /opt/real/new/file"),
+    Case("exec -B {data}:/var/run/new {linked} cat /run/new/file"),
+    Case("exec -w -B {data}:/opt/missing {linked} true"),
+    Case("exec -w -B {data}:/opt/real {linked} cat /opt/real/file"),
+]
+
+FLAGS = [
+    Case("exec -w {linked} sh -c 'echo w >/opt/w && cat /opt/w && rm /opt/w'"),
+    Case("exec -w {sif} true"),
+    Case("exec -w {squash} true"),
+    Case("exec -w {plain} true"),
+    Case("exec {linked} sh -c 'echo w >/opt/w'"),
+    Case("exec {sif} sh -c 'echo w >/opt/w'"),
+    Case("exec --writable-tmpfs {sif} sh -c 'echo w >/opt/w && cat /opt/w'"),
+    Case("exec --writable-tmpfs {linked} sh -c 'echo w >/opt/w && cat /opt/w'"),
+    Case("exec --writable-tmpfs {sif} sh -c 'rm /etc/test-release && ls /etc/test-release'"),
+    Case("exec -p {sif} sh -c '[ $$ -lt 100 ] && echo low'"),
+    Case("exec -p {sif} cat /proc/1/comm"),
+    Case(
+        "exec --no-pid -p {sif} cat /proc/2/comm",
+        differs={
+            "status": NO_PID,
+            "stdout": NO_PID,
+        },
+    ),
+    Case("exec --hostname box {sif} sh -c 'uname -n; cat /etc/hostname; cat /etc/hosts'"),
+    Case("exec --hostname bad_name! {sif} true"),
+    Case("exec --uts {sif} uname -n"),
+    Case("exec -c {sif} sh -c 'ls -A /tmp /var/tmp $HOME; ls /dev'"),
+    Case("exec -C {sif} sh -c 'ls -A /tmp /var/tmp $HOME; ls -l /dev | cut -c1-10; ls /dev'"),
+    Case("exec -C {sif} sh -c 'for n in stdin stdout fd ptmx core; do readlink /dev/$n; done'"),
+    Case("exec --compat {sif} sh -c 'umask; pwd; echo x >/x && cat /x'"),
+    Case("exec -c {sif} sh -c 'echo x >/dev/null; head -c 2 /dev/zero | wc -c'"),
+    Case("exec -c {sif} stat -c %a /dev/shm"),
+    Case("exec -S other {sif} touch /other/b", differs={"status": SCRATCH, "said": SCRATCH}),
+    Case("exec -S /scr {sif} sh -c 'touch /scr/a && ls -ld /scr | cut -c1-10'"),
+    Case("exec -c -W {away} {sif} sh -c 'cd; touch /tmp/t /var/tmp/v h && rm /tmp/t /var/tmp/v h'"),
+    Case("exec -W {away} -S /scr {sif} sh -c 'touch /scr/s && rm /scr/s; stat -c %a /scr'"),
+    Case("exec -c -W /nonexistent/x {sif} true"),
+    Case("exec --no-home {sif} ls {home}"),
+    Case("exec -H {other} {sif} sh -c 'echo $HOME; cat $HOME/file'"),
+    Case("exec -H {other}:/h {sif} sh -c 'echo $HOME; cat /h/file'"),
+    Case("exec -c -H {other}:/h {sif} sh -c 'echo $HOME; cat /h/file'"),
+    Case("exec -H /nonexistent:/h {sif} true", differs={"said": "we say what is not mounted"}),
+    Case("exec -H {other}:relative {sif} true"),
+    Case("exec -H a:b:c {sif} true"),
+    *(
+        Case(
+            f"exec --no-mount {key} {{sif}} ls -d /proc/self /sys/kernel {{home}}",
+            differs={"said": "nothing of ours needs the container's /proc"},
+        )
+        for key in ("proc", "proc,sys")
+    ),
+    *(
+        Case(f"exec --no-mount {key} {{sif}} ls -d /proc/self /sys/kernel /dev/full {{home}}")
+        for key in (
+            "sys",
+            "dev",
+            "home",
+            "tmp",
+            "hostfs",
+            "bind-paths",
+            "nonsense",
+            "/etc/localtime",
+            "devpts",
+        )
+    ),
+    Case("exec --add-caps CAP_NET_RAW {sif} sh -c 'grep Cap /proc/self/status'"),
+    Case("exec --add-caps CAP_FOO {sif} true"),
+    Case("exec --drop-caps CAP_NET_RAW {sif} sh -c 'grep Cap /proc/self/status'"),
+    Case("exec {sif} sh -c 'grep -e Cap -e NoNewPrivs -e Groups /proc/self/status'"),
+    Case("exec --keep-privs {sif} true"),
+    Case("exec --no-privs {sif} sh -c 'grep Cap /proc/self/status'"),
+    Case("exec --allow-setuid {sif} true"),
+    Case("exec -i {sif} true"),
+    Case("exec {sif} true", env={"APPTAINER_CONTAIN": "1", "APPTAINER_HOSTNAME": "envbox"}),
+    Case("exec {sif} sh -c 'uname -n'", env={"APPTAINER_HOSTNAME": "envbox"}),
+    Case("exec {sif} sh -c 'uname -n'", env={"SINGULARITY_HOSTNAME": "oldbox"}),
+    Case("exec {sif} cat /proc/self/uid_map", flows=(SETUID,)),
+    Case("exec {sif} cat /proc/self/uid_map", flows=(USERNS,)),
+]
+
+MOUNTS = [
+    *(mounted("", f"{{{name}}}") for name in ("sif", "zstd", "squash", "sandbox", "plain")),
+    *(mounted(options) for options in (
+        "-c", "-C", "-p", "-i", "--no-home", "-H {other}", "-H {other}:/h", "-c -H {other}:/h",
+        "-B {data}", "-B {data}:/mnt:ro", "-B {data}:/new/deep", "-B {data}/file:/mnt/f",
+        "-S /scr", "-c -W {away}", "-c -W {away} -S /scr", "--hostname box",
+        "--no-mount sys", "--no-mount dev", "--no-mount home", "--no-mount tmp",
+        "--no-mount cwd", "--no-mount bind-paths", "--no-mount /etc/hosts", "--no-mount devpts",
+        "-c --no-mount devpts", "-c --no-mount dev", "-c --no-mount tmp,home",
+        "-c -B /dev/full", "-B /dev/full:/mnt/full",
+    )),
+    mounted("--writable-tmpfs", differs={"stdout": LAYER}),
+    mounted("--compat", differs={"stdout": LAYER}),
+    mounted("-w", "{linked}"),
+    mounted("--underlay -B {data}:/new/deep", differs={"said": "a warning has a prefix"}),
+    mounted("", cwd="{data}/inner"),
+    mounted("", cwd="/usr/share/doc"),
+    mounted("", cwd="/srv"),
+]  # fmt: skip
+
+# The environment does not depend on the flow: the images alone are asked in both.
+ENVIRONMENT = [
+    replace(case, flows=BOTH if case.line.endswith("} env") and not case.env else (SETUID,))
+    for case in ENVIRONMENT
+]
+GROUPS = {
+    "images": IMAGES, "status": STATUS, "environment": ENVIRONMENT, "files": FILES,
+    "directory": DIRECTORY, "binds": BINDS, "flags": FLAGS, "mounts": MOUNTS,
+}  # fmt: skip

@@ -1,0 +1,191 @@
+"""I-1: no CPython, and no script, in a process that holds or can regain privilege."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import images
+from tests.security import forge, replay
+
+RUNS = {
+    "sif": ["exec", "{sif}", "true"],
+    "sandbox": ["exec", "{tree}", "true"],
+    "pid namespace": ["exec", "-p", "{sif}", "true"],
+    "contained": ["exec", "-C", "--hostname", "h", "{sif}", "true"],
+    "writable tmpfs": ["exec", "--writable-tmpfs", "{sif}", "true"],
+    "bind": ["exec", "-B", "/var", "{sif}", "true"],
+    "run": ["run", "{sif}"],
+    "traced": ["--trace", "/dev/null", "exec", "{sif}", "true"],
+    "user namespace": ["exec", "-u", "{sif}", "true"],
+    "missing command": ["exec", "{sif}", "absent"],
+    "failing command": ["exec", "{sif}", "false"],
+    "missing image": ["exec", "/absent.sif", "true"],
+    "bad image": ["exec", "/etc/passwd", "true"],
+    "bad option": ["exec", "--absent", "{sif}", "true"],
+    "refused option": ["exec", "--keep-privs", "{sif}", "true"],
+    "no container": ["inspect", "{sif}"],
+}
+# Only these start the setuid starter; the rest goes to an interpreter, or to the plain starter.
+UNPRIVILEGED = ("user namespace", "no container", "bad option")
+
+
+@pytest.fixture
+def watch(user):
+    """Runs a program as the user under strace, which leaves set-user-id bits alive, and replays."""
+
+    def run(program: str, words: list[str], folder: Path) -> replay.Findings:
+        log = folder / "calls"
+        argv = ["-f", "-y", "-s", "4096", "--decode-pids=pidns", "-e", f"trace={replay.CALLS}"]
+        argv += ["-e", "signal=none", "-q", "-u", user.pw_name, "-o", str(log), program, *words]
+        env = {"PATH": "/usr/bin:/bin", "HOME": user.pw_dir}
+        done = forge.finish(forge.start("/usr/bin/strace", argv, env=env))
+        assert "strace:" not in done.err, done.err
+        text = "\n".join(
+            line for line in log.read_text(errors="replace").splitlines() if "+++" not in line
+        )
+        ids = ((user.pw_uid,) * 4, (user.pw_gid,) * 4)
+        return replay.Replay(text, replay.Who(*ids)).findings
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def names(demo_sif) -> dict[str, str]:
+    return {"sif": str(demo_sif), "tree": str(images.small_tree(images.shared_folder()))}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_no_interpreter_with_privilege(watch, product, names, tmp_path, name):
+    words = [word.format(**names) for word in RUNS[name]]
+    found = watch(product.program, words, tmp_path)
+    assert found.violations == []
+    # A log in which nothing privileged, or no Python, was seen would prove nothing.
+    assert found.interpreters > 0
+    assert (found.privileged == 0) == (name in UNPRIVILEGED)
+
+
+@pytest.fixture
+def elsewhere(require_root, user) -> Iterator[Path]:
+    """A directory that root and the ordinary user can reach, and nobody else."""
+    made = Path(tempfile.mkdtemp(prefix="apptainer-py-test-", dir="/opt"))
+    os.chown(made, 0, user.pw_gid)
+    made.chmod(0o750)
+    yield made
+    shutil.rmtree(made)
+
+
+SPOILED = """\
+    if (!dlopen(APY_LIBPYTHON, RTLD_LAZY | RTLD_GLOBAL))
+        _exit(255);
+"""
+DROP = "    if (privs_drop(&target) < 0)\n"
+
+
+def test_the_checker_fails_a_starter_that_loads_python_before_the_drop(
+    watch, repository, elsewhere, names, tmp_path
+):
+    ignored = shutil.ignore_patterns("build", ".git", "generated", "__pycache__", "*.so", "tests")
+    copy = tmp_path / "copy"
+    shutil.copytree(repository, copy, ignore=ignored)
+    stage = copy / "starter/stage.c"
+    text = stage.read_text()
+    at = text.index(DROP, text.index("void stage_run("))
+    stage.write_text(text[:at] + SPOILED + text[at:])
+    prefix = elsewhere / "prefix"
+    argv = [copy / "install", "--prefix", prefix, "--sysconfdir", elsewhere / "etc"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    words = ["exec", names["sif"], "true"]
+    found = watch(str(prefix / "bin/apptainer-py"), words, tmp_path)
+    assert len(found.violations) >= 2  # master and stage 2
+    assert all("libpython" in line for line in found.violations)
+
+
+# ---- the replay itself ----
+
+USER = replay.Who((1000,) * 4, (1000,) * 4)
+
+
+def findings(text: str, who: replay.Who = USER) -> replay.Findings:
+    return replay.Replay(text, who).findings
+
+
+MAP = "mmap(NULL, 4096, PROT_READ|PROT_EXEC, MAP_PRIVATE, 3</usr/lib/libpython3.11.so.1.0>, 0)"
+
+
+@pytest.mark.parametrize(
+    ("steps", "bad"),
+    [
+        ([], False),
+        (['execve("{suid}", ["x"], []) = 0'], True),
+        (['execve("{suid}", ["x"], []) = 0', "setresuid(1000, 1000, 1000) = 0"], False),
+        (['execve("{suid}", ["x"], []) = 0', "setresuid(1000, 1000, 0) = 0"], True),
+        (['execve("{suid}", ["x"], []) = 0', "setresuid(-1, 1000, -1) = 0"], True),
+        (['execve("{suid}", ["x"], []) = 0', "setresuid(1000, 1000, 1000) = -1 EPERM (x)"], True),
+        (
+            [
+                'execve("{suid}", ["x"], []) = 0',
+                "prctl(PR_SET_KEEPCAPS, 1) = 0",
+                "setresuid(1000, 1000, 1000) = 0",
+            ],
+            True,
+        ),
+        (
+            [
+                'execve("{suid}", ["x"], []) = 0',
+                "prctl(PR_SET_KEEPCAPS, 1) = 0",
+                "setresuid(1000, 1000, 1000) = 0",
+                "capset({{version=3, pid=0}}, {{effective=0, permitted=0, inheritable=0}}) = 0",
+            ],
+            False,
+        ),
+        (["prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) = 0", 'execve("{suid}", ["x"], []) = 0'], False),
+    ],
+)
+def test_the_replay_follows_ids_and_capabilities(tmp_path, steps, bad):
+    program = tmp_path / "program"
+    program.write_bytes(b"\x7fELF")
+    program.chmod(0o4755)
+    lines = [f"10 {step.format(suid=program)}" for step in [*steps, MAP + " = 0x7f0000000000"]]
+    assert bool(findings("\n".join(lines)).violations) == bad
+
+
+def test_the_replay_gives_a_child_what_its_parent_had_at_the_fork(tmp_path):
+    program = tmp_path / "program"
+    program.write_bytes(b"\x7fELF")
+    program.chmod(0o4755)
+    log = f"""\
+10 execve("{program}", ["x"], []) = 0
+10 clone(child_stack=NULL, flags=CLONE_NEWPID|SIGCHLD <unfinished ...>
+11 {MAP} = 0x7f0000000000
+10 <... clone resumed>) = 11
+10 setresuid(1000, 1000, 1000) = 0
+10 clone(child_stack=NULL, flags=SIGCHLD) = 2 /* 12 in strace's PID NS */
+12 {MAP} = 0x7f0000000000
+"""
+    found = findings(log)
+    assert [line.split(":")[0] for line in found.violations] == ["11"]
+    assert found.processes == 3
+
+
+def test_the_replay_sees_scripts_and_pythons(tmp_path):
+    script = tmp_path / "script"
+    script.write_text("#!/bin/sh\n")
+    root = replay.Who((0,) * 4, (0,) * 4, permitted=True)
+    for path in (script, "/usr/bin/python3"):
+        log = f'10 execve("{path}", ["x"], []) = 0'
+        assert findings(log, root).violations
+        assert not findings(log).violations
+    assert not findings('10 execve("/bin/true", ["x"], []) = 0', root).violations
+
+
+def test_a_log_with_a_process_from_nowhere_is_no_proof():
+    with pytest.raises(ValueError, match="without a parent"):
+        findings("10 setuid(1000) = 0\n99 setuid(1000) = 0")
