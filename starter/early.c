@@ -61,7 +61,7 @@ const char *early_word(const struct launch *l, uint32_t which, char *out, size_t
     }
 }
 
-/* The image's path for the audit record: as the kernel knows it, if the caller can open it at all. */
+/* The image's path for the audit record: as the kernel knows it, if the caller can open it. */
 void early_image(const struct launch *l, char *out, size_t size) {
     char word[LIMIT_PATH_BYTES], link[32] = "/proc/self/fd/";
     if (!early_word(l, l->request.image_arg, word, sizeof(word)))

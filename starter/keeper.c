@@ -238,7 +238,7 @@ static void begin_early(struct keeper *k) {
     /* On record before anything is done that takes privilege. */
     char image[LIMIT_PATH_BYTES] = "";
     early_image(l, image, sizeof(image));
-    if (audit_launch(l, &l->plan, image, "allowed") < 0)
+    if (audit_launch(l, &l->plan, image, "begun") < 0)
         return; /* the same happens, and is told, when stage 1 asks */
     k->recorded = true;
     l->early_fuse = l->plan.fuse_count > 0 && !policy_limits_images(l) &&

@@ -399,8 +399,9 @@ static int overlay_read_only(const struct rpc *r) {
 }
 
 /* A memory layer over that.  The kernel's work directory has mode 0, so this one alone is made with
- * DAC_OVERRIDE.  It must lie over the other overlay and not over the image: there, an entry that the
- * user owns in the upper layers would open a directory of the image that the user may not enter. */
+ * DAC_OVERRIDE.  It must lie over the other overlay and not over the image: there, an entry that
+ * the user owns in the upper layers would open a directory of the image that is closed to the
+ * user. */
 static int overlay_writable(const struct rpc *r) {
     int below = overlay_read_only(r);
     if (below < 0 || attach(below, r->places[PLACE_MERGED]) < 0)

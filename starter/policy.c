@@ -40,7 +40,7 @@ int policy_caller(const struct launch *l, const char **why) {
     return -1;
 }
 
-/* In the setuid flow stage 2 runs Python with the payload's identity, and that must hold nothing. */
+/* In the setuid flow stage 2 runs Python with the payload's identity: that must hold nothing. */
 static uint64_t most_capabilities(const struct launch *l) {
     switch (l->flow) {
     case FLOW_ROOT:

@@ -58,7 +58,8 @@ NO_RETURN static void server_main(const struct launch *l, int image_fd, int fuse
 /* Nothing else may stay open here: an end of a pipe in these hands would never show its end. */
 static int keep_only(const struct launch *l, int *image, int *answer, int *go) {
     enum { FIRST = SERVER_IMAGE_FD, COUNT = 5, APART = 64 };
-    const int wanted[COUNT] = {*image, l->fuse_fds[0], l->probe_pipe[1], l->serve_pipe[0], trace_fd};
+    const int wanted[COUNT] = {*image, l->fuse_fds[0], l->probe_pipe[1], l->serve_pipe[0],
+                               trace_fd};
     int copies[COUNT];
     for (int i = 0; i < COUNT; i++)
         copies[i] = wanted[i] < 0 ? -1 : fcntl(wanted[i], F_DUPFD_CLOEXEC, APART);

@@ -88,7 +88,6 @@ int main(int argc, char *argv[]) {
     read_config(l);
     if (l->trace_file >= 0 && trace_start(l, l->trace_file) < 0)
         fail("cannot start the trace", errno);
-    trace_launch(l);
     check_caller(l);
     trace_process();
     keeper_main(l);

@@ -129,7 +129,6 @@ void trace_set_role(enum role role);
 void trace_process(void);
 void trace_hook(uint32_t hook, uint64_t start_ns, int failed);
 void trace_operation(uint32_t op, uint64_t start_ns, int code, int error, const char *text);
-void trace_launch(const struct launch *l);
 uint64_t trace_now(void);
 void step_begin(enum step step);
 void step_end(enum step step);

@@ -81,9 +81,7 @@ static struct {
 } early[4];
 static size_t early_count;
 
-void trace_launch(const struct launch *l) {
-    if (trace_fd < 0)
-        return;
+static void trace_launch(const struct launch *l) {
     struct trace_event event = {.kind = TRACE_LAUNCH, .number = l->flow,
                                 .start_ns = early_count ? early[0].at_ns : trace_now(),
                                 .code = (int)l->reason};
@@ -276,13 +274,14 @@ int trace_start(struct launch *l, int file_fd) {
     int size = 4 << 20;
     (void)setsockopt(pair[1], SOL_SOCKET, SO_SNDBUF, &size, sizeof(size));
     step_begin(STEP_FORK_TRACER);
+    trace_fd = pair[1];
+    trace_launch(l); /* into the channel before there is a reader, so that it is the first line */
     pid_t pid = fork();
     if (pid < 0)
         return -1;
     if (pid == 0) {
         struct target_identity target;
         trace_set_role(ROLE_TRACER);
-        trace_fd = pair[1];
         step_begin(STEP_DROP_TRACER);
         stage_target(l, ROLE_TRACER, &target);
         /* SAFE: from here on only the caller's own rights, and the caller's own file. */
@@ -301,6 +300,5 @@ int trace_start(struct launch *l, int file_fd) {
     }
     step_end(STEP_FORK_TRACER);
     close(pair[0]);
-    trace_fd = pair[1];
     return 0;
 }

@@ -2,8 +2,10 @@
 #ifndef APY_WIRE_CLIENT_H
 #define APY_WIRE_CLIENT_H
 
+#include <link.h>
 #include <linux/openat2.h>
 #include <stdint.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <sys/types.h>
@@ -24,6 +26,26 @@ static const struct stage_info *wire_stage(void) {
 static int wire_openat2(int directory, const char *path, uint64_t flags, uint64_t resolve) {
     struct open_how how = {.flags = flags | 02000000 /* O_CLOEXEC */, .resolve = resolve};
     return (int)syscall(SYS_openat2, directory, path, &how, sizeof(how));
+}
+
+/* One loaded object's read-only segments: the page cache has them when they are wanted again. */
+static int release_segments(struct dl_phdr_info *object, size_t size, void *unused) {
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE) - 1;
+    (void)size;
+    (void)unused;
+    for (int i = 0; i < object->dlpi_phnum; i++) {
+        const ElfW(Phdr) *segment = &object->dlpi_phdr[i];
+        uintptr_t start = (object->dlpi_addr + segment->p_vaddr) & ~page;
+        uintptr_t end = (object->dlpi_addr + segment->p_vaddr + segment->p_memsz + page) & ~page;
+        if (segment->p_type == PT_LOAD && !(segment->p_flags & PF_W))
+            (void)madvise((void *)start, end - start, MADV_DONTNEED);
+    }
+    return 0;
+}
+
+/* Before a sleep that may last for days. */
+static void wire_release_code(void) {
+    (void)dl_iterate_phdr(release_segments, NULL);
 }
 
 static uint64_t wire_bounding(void) {

@@ -86,6 +86,7 @@ cdef extern from "wire_client.h" nogil:
     ssize_t wire_receive(int fd, void *frame, size_t size, int *passed)
     int wire_openat2(int directory, const char *path, uint64_t flags, uint64_t resolve)
     uint64_t wire_bounding()
+    void wire_release_code()
 
 
 cdef const stage_info *_info() except NULL:
@@ -319,3 +320,9 @@ def openat2(int directory, bytes path, uint64_t flags, uint64_t resolve):
 def bounding_set():
     """Return this process's capability bounding set as a bit mask."""
     return wire_bounding()
+
+
+def release_code():
+    """Give the pages of program code back to the page cache, before a long sleep."""
+    with nogil:
+        wire_release_code()

@@ -200,6 +200,7 @@ class MonitorContext:
 
     def wait(self) -> int:
         """Return the payload's wait status (waitpid(2)); 255 << 8 if the starter is gone."""
+        _starter.release_code()
         while True:
             event = _starter.receive_event(self._keeper_fd)
             if event is None:

@@ -156,6 +156,13 @@ void stage_target(const struct launch *l, enum role role, struct target_identity
     (void)target;
 }
 
+pid_t container_pid;
+
+bool policy_on_fuse(int fd) {
+    (void)fd;
+    return dice(4) == 0;
+}
+
 const char *early_word(const struct launch *l, uint32_t which, char *out, size_t size) {
     (void)l;
     (void)which;

@@ -107,10 +107,31 @@ static void test_words_that_do_not_end(void) {
     close(launch.request_fd);
 }
 
+static void test_the_name_of_the_image(void) {
+    static const char good[] = "exec\0/etc/../etc/passwd", bad[] = "exec\0/no/such/file";
+    char path[64];
+    request_of(good, sizeof(good), 2);
+    launch.request.image_arg = 1;
+    path[0] = '\0';
+    early_image(&launch, path, sizeof(path));
+    CHECK(strcmp(path, "/etc/passwd") == 0); /* as the kernel knows it */
+    path[0] = '\0';
+    early_image(&launch, path, 5);
+    CHECK(strlen(path) < 5);
+    close(launch.request_fd);
+    request_of(bad, sizeof(bad), 2);
+    launch.request.image_arg = 1;
+    path[0] = '\0';
+    early_image(&launch, path, sizeof(path));
+    CHECK(strlen(path) < sizeof(path));
+    close(launch.request_fd);
+}
+
 int main(void) {
     test_a_forecast_is_cut_down();
     test_who_gets_no_early_container();
     test_words();
     test_words_that_do_not_end();
+    test_the_name_of_the_image();
     return 0;
 }

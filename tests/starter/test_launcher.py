@@ -25,7 +25,7 @@ FLAGS = """
 """.split()
 SETUID, USERNS, ROOT = 1, 2, 3
 NONE, ASKED, NO_BIT, NOSUID, NNP, INSIDE, BOUNDING, NOROOT = range(8)
-HEADER = struct.Struct("=8s2I64s3Ii8I")
+HEADER = struct.Struct("=8s2I64s3Ii8I4I")
 SEALS = 0x1 | 0x2 | 0x4 | 0x8
 ORDINARY = 65534
 
@@ -84,7 +84,8 @@ class Request:
         self.magic, self.version, self.size, build_id = fields[:4]
         self.build_id = build_id.rstrip(b"\0")
         self.flow, self.reason, self.flags, self.trace_fd = fields[4:8]
-        argc, envc, argv_at, env_at, cwd_at, engine_at, file_at, self.total = fields[8:]
+        argc, envc, argv_at, env_at, cwd_at, engine_at, file_at, self.total = fields[8:16]
+        self.forecast, self.forecast_spaces, self.forecast_flags, self.image_arg = fields[16:]
         assert argv_at == HEADER.size == self.size
         assert self.total == len(self.body)
         self.argv = self._strings(argv_at, env_at, argc)
@@ -197,7 +198,7 @@ def test_an_ordinary_user_takes_the_setuid_flow(installed: Installation) -> None
 def test_the_request_has_its_form(installed: Installation) -> None:
     request = installed.run("exec", "image.sif", "true")
     assert request.magic == b"APYREQ1\0"
-    assert request.version == 1
+    assert request.version == 2
     assert request.build_id == b"test build"
     assert request.seals & SEALS == SEALS
     assert (request.flags, request.trace_fd) == (0, -1)

@@ -17,7 +17,7 @@ FLAGS = """
 CONFIG = ("config.c", "config_open.c", "config_value.c")
 # Each test includes the file that it looks into, and is linked with those which that one needs.
 TESTS = {
-    "test_early": CONFIG,
+    "test_early": ("report.c", *CONFIG),
     "test_report": (),
     "test_request": ("report.c",),
     "test_wire": (),

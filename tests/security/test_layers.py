@@ -1,0 +1,137 @@
+"""What lies over an image opens nothing that the user could not open, and limits cannot be served."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import images, own_install
+from tests.own_install import Installation
+
+SECRET = "for the eyes of one"
+BUSYBOX = "/bin/busybox"
+
+
+@pytest.fixture(scope="module")
+def own(require_root) -> Iterator[Installation]:
+    made = own_install.installation()
+    made.configure()
+    yield made
+    made.restore()
+
+
+@pytest.fixture
+def tree(own) -> Iterator[Path]:
+    """A directory that everybody may use as a sandbox, with one in it that is closed to others."""
+    place = Path(tempfile.mkdtemp(prefix="apptainer-py-layers-", dir="/var/tmp"))
+    place.chmod(0o755)
+    for name in ("b", "bin", "etc", "closed", "closed/deep", "play"):
+        (place / name).mkdir()
+    (place / "closed/letter").write_text(SECRET)
+    (place / "closed/deep/letter").write_text(SECRET)
+    (place / "closed/letter").chmod(0o644)
+    shutil.copy(BUSYBOX, place / "b/busybox")
+    (place / "closed").chmod(0o700)
+    os.chown(place / "play", own.user.pw_uid, own.user.pw_gid)
+    yield place
+    shutil.rmtree(place)
+
+
+LAYERS = [(), ("--writable-tmpfs",), ("--underlay",)]
+
+
+@pytest.mark.parametrize("flow", [(), ("-u",)], ids=["setuid", "userns"])
+@pytest.mark.parametrize("layer", LAYERS, ids=["overlay", "writable", "underlay"])
+@pytest.mark.parametrize("target", ["/closed/x", "/closed/deep/x"])
+@pytest.mark.parametrize("letter", ["/closed/letter", "/closed/deep/letter"])
+def test_a_target_in_a_closed_directory_does_not_open_it(own, tree, flow, layer, target, letter):
+    words = [*flow, *layer, "--no-mount", "tmp,cwd,home", "-B", f"{tree}/play:{target}"]
+    done = own.run("exec", *words, tree, "/b/busybox", "cat", letter)
+    assert SECRET not in done.stdout
+    assert done.returncode != 0
+
+
+def test_the_same_directory_is_open_to_its_owner(own, tree):
+    os.chown(tree / "closed", own.user.pw_uid, own.user.pw_gid)
+    done = own.run(
+        "exec", "--no-mount", "tmp,cwd,home", tree, "/b/busybox", "cat", "/closed/letter"
+    )
+    assert done.stdout == SECRET
+
+
+def test_a_writable_layer_takes_writes_and_loses_them(own, tree):
+    script = "echo new > /fresh && cat /fresh"
+    done = own.run("exec", "--writable-tmpfs", tree, "/b/busybox", "sh", "-c", script)
+    assert done.stdout == "new\n", done.stderr
+    assert not (tree / "fresh").exists()
+
+
+@pytest.fixture
+def served(own, tree, open_fuse) -> Iterator[Path]:
+    """An image in a file system that the user serves, in which everything seems to be root's."""
+    inner = images.bare_squashfs(images.shared_folder())
+    outer, mount = tree / "outer.sqfs", tree / "play/mnt"
+    packed = tree / "packed"
+    packed.mkdir()
+    shutil.copy(inner, packed / "inner.sqfs")
+    command = ["mksquashfs", packed, outer, "-quiet", "-no-progress", "-all-root"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    mount.mkdir()
+    os.chown(mount, own.user.pw_uid, own.user.pw_gid)
+    how = own.identity()
+    subprocess.run(["squashfuse", outer, mount], check=True, **how)
+    yield mount / "inner.sqfs"
+    subprocess.run(["fusermount3", "-u", "-z", mount], check=True, **how)
+
+
+@pytest.mark.parametrize("limit", ["owners = root", "groups = root"])
+def test_a_limit_is_not_met_by_what_the_user_serves(own, served, limit):
+    own.configure(f"limit container {limit}")
+    done = own.run("exec", served, "/bin/true")
+    assert done.returncode == 255
+    assert done.stderr.count("FATAL") == 1
+    own.configure()
+
+
+def test_a_limit_on_file_sizes_cuts_no_record(own):
+    sink = own.place / "cut.log"
+    own.configure(f"audit log = {sink}")
+    sif = images.own_sif(images.shared_folder())
+    assert own.run("exec", sif, "/bin/true").returncode == 0
+    with sink.open("ab") as log:
+        log.write(b'{"padding":"' + b"x" * (2 << 20) + b'"}\n')
+    size = sink.stat().st_size
+    how = own.identity()
+    limits = (size + 60, size + 60)
+    how["preexec_fn"] = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    done = subprocess.run(
+        [own.program, "exec", sif, "/bin/true"], capture_output=True, text=True, check=False, **how
+    )
+    assert done.returncode == 255
+    assert sink.stat().st_size == size
+    assert own.run("exec", sif, "/bin/true").returncode == 0
+    assert json.loads(sink.read_bytes().splitlines()[-1])["program"] == "apptainer-py"
+    sink.unlink()
+    own.configure()
+
+
+def test_capability_json_gives_nothing_in_the_setuid_flow(own):
+    table = own.sysconfdir / "capability.json"
+    table.write_text(json.dumps({"users": {own.user.pw_name: ["CAP_NET_RAW"]}}))
+    sif = images.own_sif(images.shared_folder())
+    show = 'while read key value; do [ "$key" != CapPrm: ] || echo $value; done < /proc/self/status'
+    granted = own.run("exec", "--add-caps", "CAP_NET_RAW", sif, "/bin/true")
+    other = own.run("exec", "--add-caps", "CAP_CHOWN", sif, "sh", "-c", show)
+    table.unlink()
+    assert granted.returncode == 255
+    assert "not supported yet" in granted.stderr
+    assert other.stdout == "0000000000000000\n"
+    assert "not authorized to add capability: CAP_CHOWN" in other.stderr
