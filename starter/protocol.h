@@ -144,6 +144,7 @@ struct trace_event {
 
 /* What the C side hands to the stage host; the Cython module reads it there. */
 struct stage_info {
+    char build_id[64];    /* the starter's; stays the first field for ever */
     uint32_t stage;       /* enum stage */
     uint32_t flow;        /* enum flow */
     uint32_t reason;      /* enum reason */

@@ -204,6 +204,7 @@ static const struct {
 static struct stage_info describe(const struct launch *l, enum stage stage) {
     bool master = stage == STAGE_MASTER;
     struct stage_info info = {
+        .build_id = APY_BUILD_ID,
         .stage = stage, .flow = l->flow, .reason = l->reason, .uid = l->uid, .gid = l->gid,
         .umask = l->inherited.umask, .request_fd = l->request_fd, .config_fd = l->config_fd,
         .keeper_fd = master ? l->keeper_socket[1] : -1, .rpc_fd = master ? l->rpc_socket[1] : -1,

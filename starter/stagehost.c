@@ -77,7 +77,26 @@ static int place_starter_module(void) {
                   : -1;
 }
 
+/* Parts of one installation, and the libpython that they were built for. */
+static int check_parts(const struct stage_info *info) {
+    if (strncmp(info->build_id, APY_BUILD_ID, sizeof(info->build_id)) != 0) {
+        fputs("FATAL:   starter and stagehost.so are of different builds; install apptainer-py "
+              "again (./install)\n", stderr);
+        return -1;
+    }
+    if (Py_Version >> 16 != PY_VERSION_HEX >> 16) {
+        fprintf(stderr, "FATAL:   %s is Python %lu.%lu, and apptainer-py was built for %d.%d; "
+                "reinstall libpython%d.%d, or install apptainer-py again (./install)\n",
+                APY_LIBPYTHON, Py_Version >> 24, Py_Version >> 16 & 0xff, PY_MAJOR_VERSION,
+                PY_MINOR_VERSION, PY_MAJOR_VERSION, PY_MINOR_VERSION);
+        return -1;
+    }
+    return 0;
+}
+
 int stagehost_run(const struct stage_info *info) {
+    if (check_parts(info) < 0)
+        return 255;
     stage = info;
     /* Before the interpreter exists: its first import is already one of these. */
     PyImport_FrozenModules = frozen_modules;

@@ -34,9 +34,10 @@ applied but can be got around, **refuses** ends the launches that need it with "
 ENDING = """
 Of our own, not in Apptainer's file: `allow setuid users`, `allow setuid groups` and `audit log`.
 
-The audit record is one line of JSON for each launch: time, process, user, group, decision,
-namespaces, the payload's capabilities and the image. What a user chose is escaped and bounded, so
-a record can be neither forged nor split. With a path, the file is made with mode 0600 and must be
+The audit record is one line of JSON for each launch, written before anything is done (`begun`), and
+one more where the launch is refused later: time, process, user, group, decision, namespaces, the
+payload's capabilities and the image. What a user chose is escaped and bounded, so a record can be
+neither forged nor split. With a path, the file is made with mode 0600 and must be
 root's; with `syslog`, the record goes to `authpriv.notice`.
 """
 SHOWN = {"LIST": "a list of {0}", "UINT": "{0} to {1}", "STRING": "any text"}

@@ -33,6 +33,7 @@ RUNSCRIPT = """\
 echo "Hello from the demo image"
 exec "$@"
 """
+FLOWS = {"SETUID": "setuid", "USERNS": "user-namespace", "ROOT": "root"}
 LABELS = {"Author": "apptainer-py", "Demo": "yes", "org.label-schema.schema-version": "1.0"}
 ENVIRONMENT = {
     "01-base.sh": "#!/bin/sh\n# Settings of the base system\n",
@@ -153,7 +154,7 @@ def as_user(user: pwd.struct_passwd, argv: list[str]) -> subprocess.CompletedPro
 def flow_of(trace: Path) -> str:
     """Return the flow that the first line of a trace names."""
     with trace.open(encoding="utf-8") as lines:
-        return str(json.loads(lines.readline())["flow"])
+        return FLOWS[json.loads(lines.readline())["flow"]]
 
 
 def show(prefix: str) -> int:

@@ -234,8 +234,10 @@ def test_no_process_before_the_payload_can_be_got_at(product, hold_at, as_user, 
 
     for step in STEPS:
         hold_at(step, options, check)
+    # The image server of the other flow, forked in the new namespace, may be met before its drop.
     wanted = {("inside", "with"), ("inside", "without"), ("outside", "without")}
-    assert seen == wanted | (set() if "-u" in options else {("outside", "with")})
+    more = {("outside", "with")}
+    assert wanted <= seen <= wanted | more if "-u" in options else seen == wanted | more
 
 
 def test_the_probe_sees_what_is_allowed(as_user, user):

@@ -1,4 +1,4 @@
-"""What lies over an image opens nothing that the user could not open, and limits cannot be served."""
+"""What lies over an image opens nothing that its user could not open; a limit cannot be served."""
 
 from __future__ import annotations
 

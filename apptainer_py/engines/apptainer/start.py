@@ -138,7 +138,7 @@ def _start_directly(
         arguments = [_RUNSCRIPT, *arguments]
     path = next((entry[5:] for entry in entries if entry.startswith(b"PATH=")), b"")
     program = _find(arguments[0], path)
-    problem = context.execve(program, arguments, entries)
+    problem = context.execve(program, [program, *arguments[1:]], entries)
     if problem.errno == errno.ENOEXEC:
         problem = context.execve(_SHELL, [_SHELL, program, *arguments[1:]], entries)
     raise NotStarted(text=_explain(program, problem))
@@ -215,7 +215,7 @@ def _start_without_shell(
     environment = [*message[b"plain"], b"PWD=" + directory]
     path = next(entry[5:] for entry in environment if entry.startswith(b"PATH="))
     program = _find(arguments[0], path)
-    problem = context.execve(program, arguments, environment)
+    problem = context.execve(program, [program, *arguments[1:]], environment)
     raise NotStarted(text=_explain(program, problem))
 
 
