@@ -11,7 +11,7 @@
 #include "starter.h"
 
 enum { MOST_SEGMENTS = 32, MOST_LIBRARIES = 8, NAME_BYTES = 256, STRINGS_BYTES = 4096,
-       READ_MOST = 4 << 20, READ_BYTES = 128 << 10 };
+       READ_MOST = 256 << 10, READ_BYTES = 128 << 10 };
 
 #if defined(__x86_64__)
 #define TRIPLET "x86_64-linux-gnu"

@@ -20,7 +20,7 @@ from tests.own_install import Installation, files
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 CANARY = "canary that nobody else may read"
-SHORT, LONG = 20, 1000
+SHORT, LONG = 20, 200
 FLOWS = {"setuid": (), "userns": ("-u",)}
 _libc = ctypes.CDLL(None, use_errno=True)
 
