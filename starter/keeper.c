@@ -348,8 +348,12 @@ static int op_serve_image(struct keeper *k, const union keeper_request *request,
         q->num[4] || q->num[5] || q->length[0] || q->length[1])
         return ERR_MALFORMED;
     int mode = fcntl(image_fd, F_GETFL);
-    if (mode < 0 || mode & O_PATH || (mode & O_ACCMODE) == O_WRONLY || fstat(image_fd, &st) < 0 ||
-        !S_ISREG(st.st_mode) || q->num[1] >= (uint64_t)st.st_size)
+    if (fstat(image_fd, &st) < 0) {
+        a->error = errno; /* a FUSE mount that is for its owner alone answers no other identity */
+        return ERR_SOURCE;
+    }
+    if (mode < 0 || mode & O_PATH || (mode & O_ACCMODE) == O_WRONLY || !S_ISREG(st.st_mode) ||
+        q->num[1] >= (uint64_t)st.st_size)
         return ERR_KIND;
     int code = l->flow == FLOW_SETUID ? policy_image(l, image_fd) : ERR_OK;
     if (code != ERR_OK)
