@@ -97,15 +97,17 @@ bool policy_limits_images(const struct launch *l) {
            config_list_count(&l->config, CONFIG_LIMIT_CONTAINER_PATHS) > 0;
 }
 
-/* The line of a mount in mountinfo names, last, the options of its file system. */
+/* The options of the file system are the last field; the fields before it hold texts that whoever
+ * mounted it has chosen, and that may look like options. */
 static bool line_says_root(const char *line, size_t length) {
-    const char *options = memmem(line, length, " - ", 3);
+    static const char wanted[] = ",user_id=0";
+    const char *options = memrchr(line, ' ', length);
     if (!options)
         return false;
     size_t left = length - (size_t)(options - line);
-    const char *id = memmem(options, left, "user_id=", 8);
-    return id && (size_t)(id - options) + 10 <= left && id[8] == '0' &&
-           (id[9] == ',' || id[9] == '\n');
+    const char *id = memmem(options, left, wanted, sizeof(wanted) - 1);
+    size_t after = id ? (size_t)(id - options) + sizeof(wanted) - 1 : left;
+    return after < left && (options[after] == ',' || options[after] == '\n');
 }
 
 static bool mounted_by_root(uint64_t mount_id) {

@@ -74,8 +74,9 @@ def test_a_writable_layer_takes_writes_and_loses_them(own, tree):
     assert not (tree / "fresh").exists()
 
 
-@pytest.fixture
-def served(own, tree, open_fuse) -> Iterator[Path]:
+# A name of the mount that looks like an option of root's, for whoever reads the table carelessly.
+@pytest.fixture(params=["plain", "user_id=0\\,x", "x\\,user_id=0\\,x"])
+def served(request, own, tree, open_fuse) -> Iterator[Path]:
     """An image in a file system that the user serves, in which everything seems to be root's."""
     inner = images.bare_squashfs(images.shared_folder())
     outer, mount = tree / "outer.sqfs", tree / "play/mnt"
@@ -87,7 +88,8 @@ def served(own, tree, open_fuse) -> Iterator[Path]:
     mount.mkdir()
     os.chown(mount, own.user.pw_uid, own.user.pw_gid)
     how = own.identity()
-    subprocess.run(["squashfuse", outer, mount], check=True, **how)
+    named = ["-o", f"fsname={request.param}"]
+    subprocess.run(["squashfuse", *named, outer, mount], check=True, **how)
     yield mount / "inner.sqfs"
     subprocess.run(["fusermount3", "-u", "-z", mount], check=True, **how)
 
@@ -99,6 +101,21 @@ def test_a_limit_is_not_met_by_what_the_user_serves(own, served, limit):
     assert done.returncode == 255
     assert done.stderr.count("FATAL") == 1
     own.configure()
+
+
+def test_a_limit_is_met_by_what_root_serves(own, tree):
+    folder, outer, mount = tree / "packed", tree / "outer.sqfs", tree / "mnt"
+    folder.mkdir()
+    shutil.copy(images.bare_squashfs(images.shared_folder()), folder / "inner.sqfs")
+    command = ["mksquashfs", folder, outer, "-quiet", "-no-progress", "-all-root"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    mount.mkdir()
+    subprocess.run(["squashfuse", "-o", "allow_other", outer, mount], check=True)
+    own.configure("limit container owners = root\nallow setuid-mount squashfs = no")
+    done = own.run("exec", mount / "inner.sqfs", "/bin/true")
+    subprocess.run(["fusermount3", "-u", "-z", mount], check=True)
+    own.configure()
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_limit_on_file_sizes_cuts_no_record(own):
