@@ -159,7 +159,7 @@ struct stage_info {
     int32_t trigger_fd;   /* host helper ↔ master, or -1 */
     int32_t helper_fds[2];/* master: post_start_host, cleanup_host, or -1 */
     int32_t trace_fd;     /* tracer's socket, or -1 */
-    int32_t payload_error;/* reserved, 0 */
+    uint32_t forecast;    /* enum forecast_kind of the request */
     uint64_t permitted;   /* capabilities that root may hand out */
     /* Verifies the identity for a hook against the table; ends the process on a difference. */
     void (*enter_hook)(uint32_t hook);

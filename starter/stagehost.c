@@ -5,6 +5,7 @@
 #include "generated/build.h"
 
 #include "frozen.h"
+#include "request.h"
 #include "stagehost.h"
 
 PyMODINIT_FUNC PyInit__starter(void);
@@ -62,6 +63,9 @@ static PyStatus initialize(void) {
     config.pathconfig_warnings = 0;
     config.install_signal_handlers = 0;
     config.use_hash_seed = 0;
+    /* The core imports what is built in and frozen; runtime/interpreter.py adds the rest if it is
+     * wanted (PEP 587, multi-phase initialisation). */
+    config._init_main = 0;
     status = set_paths(&config);
     if (!PyStatus_Exception(status))
         status = Py_InitializeFromConfig(&config);
@@ -75,6 +79,17 @@ static int place_starter_module(void) {
     return module ? PyDict_SetItemString(PyImport_GetModuleDict(), "apptainer_py.kernel._starter",
                                          module)
                   : -1;
+}
+
+/* The other stages are rare, and find their modules one by one. */
+static int begin_bundles(const struct stage_info *info) {
+    if (info->stage == STAGE_START)
+        return bundle_run(&bundles[BUNDLE_START]);
+    if (info->stage != STAGE_MASTER)
+        return 0;
+    if (bundle_run(&bundles[BUNDLE_MASTER]) < 0)
+        return -1;
+    return info->forecast & FORECAST_FUSE ? bundle_run(&bundles[BUNDLE_IMAGE]) : 0;
 }
 
 /* Parts of one installation, and the libpython that they were built for. */
@@ -111,7 +126,7 @@ int stagehost_run(const struct stage_info *info) {
     /* A stage lives for milliseconds, or sleeps: collecting would cost more than it frees. */
     PyGC_Disable();
     PyObject *module = NULL;
-    if (place_starter_module() == 0)
+    if (place_starter_module() == 0 && begin_bundles(info) == 0)
         module = PyImport_ImportModule("apptainer_py.cli.stage");
     PyObject *result = module ? PyObject_CallMethod(module, "main", NULL) : NULL;
     if (!result) {

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import errno
 import os
-import struct
 
 from apptainer_py.base.errors import ImageError
 from apptainer_py.base.record import Record
-from apptainer_py.image import squashfs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -187,6 +185,8 @@ def kind_of(head: bytes) -> tuple[str, int] | None:
         return None
     if _SIF_MAGIC in head:
         return "sif", 0
+    from apptainer_py.image import squashfs  # not on the way of a sandbox
+
     start = 0 if head.startswith(squashfs.MAGIC) else _after_launcher(head)
     if head.startswith(squashfs.MAGIC, start):
         squashfs.parse_superblock(head[start:], image="")
@@ -209,8 +209,10 @@ def is_ext3(head: bytes) -> bool:
     """Return whether a superblock follows 1024 bytes in, with no feature that ext3 lacks."""
     if len(head) < 1024 + 104:
         return False
-    (magic,) = struct.unpack_from("<H", head, 1024 + 56)
-    compat, incompat, ro_compat = struct.unpack_from("<III", head, 1024 + 92)
+    magic = int.from_bytes(head[1024 + 56 : 1024 + 58], "little")
+    compat, incompat, ro_compat = (
+        int.from_bytes(head[at : at + 4], "little") for at in (1024 + 92, 1024 + 96, 1024 + 100)
+    )
     return bool(
         magic == _EXT3_MAGIC
         and compat & _EXT3_HAS_JOURNAL

@@ -11,6 +11,14 @@ from libc.string cimport memcpy, strlen
 from posix.types cimport mode_t
 
 
+cdef extern from "Python.h":
+    ctypedef struct PyStatus:
+        pass
+    int Py_IsInitialized()
+    int PyStatus_Exception(PyStatus status)
+    PyStatus _Py_InitializeMain()
+
+
 cdef extern from "protocol.h":
     enum:
         LIMIT_FRAME_BYTES
@@ -94,6 +102,24 @@ cdef const stage_info *_info() except NULL:
     if info == NULL:
         raise RuntimeError("this is not a stage of the starter")
     return info
+
+
+def is_complete():
+    """Return whether this interpreter has more than its core: file imports, streams, `open`."""
+    return bool(Py_IsInitialized())
+
+
+def complete_interpreter():
+    """Do the second part of the interpreter's start.
+
+    Raises:
+        ImportError: it failed.
+    """
+    if Py_IsInitialized():
+        return
+    cdef PyStatus status = _Py_InitializeMain()
+    if PyStatus_Exception(status):
+        raise ImportError("the interpreter could not be completed")
 
 
 def in_stage():

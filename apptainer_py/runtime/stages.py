@@ -11,9 +11,11 @@ import sys
 
 from apptainer_py.base import log
 from apptainer_py.base.errors import ApptainerError, LaunchError
+from apptainer_py.base.files import read_at_most, write_all
 from apptainer_py.kernel import _starter
 from apptainer_py.model import protocol
 from apptainer_py.runtime import engine as engines
+from apptainer_py.runtime import interpreter
 from apptainer_py.runtime.contexts import (
     CleanupContext,
     CleanupHostContext,
@@ -95,6 +97,7 @@ def run(info: StageInfo, parse: Parse, load_builtin: LoadBuiltin) -> int:
     the engine of a name, which registers itself.
     """
     stage = info["stage"]
+    interpreter.begin()
     log.stage = _STAGE_NAMES[stage]
     facts = Facts(info)
     _read_config(facts, info)
@@ -206,8 +209,7 @@ class Master:
     def start_stage2(self, context: PrepareContext) -> None:
         """Give stage 2 its message, in a file of its own: it may be longer than a frame."""
         fd = os.memfd_create("message", os.MFD_CLOEXEC)
-        with open(fd, "wb", closefd=False) as message:
-            message.write(context.message)
+        write_all(os.dup(fd), context.message)
         _starter.send_bytes(self.info["start_fd"], b"message", fd)
         os.close(fd)
 
@@ -316,9 +318,10 @@ class _Sealed:
 
 def seal() -> None:
     """Make sure that nothing more is loaded from a file system that is about to be replaced."""
-    sys.path.clear()
-    sys.path_hooks.clear()
-    sys.path_importer_cache.clear()
+    if _starter.is_complete():
+        sys.path.clear()
+        sys.path_hooks.clear()
+        sys.path_importer_cache.clear()
     # A stage's `os` would fetch what it lacks from a file (starter/stage_os.py).
     vars(os).pop("__getattr__", None)
     sys.meta_path[:] = [_Sealed()]
@@ -331,9 +334,8 @@ def _run_start(info: StageInfo, facts: Facts, load_builtin: LoadBuiltin) -> int:
     _, fd = _starter.receive_bytes(info["start_fd"], 16)
     if fd < 0:
         return 255
-    with open(fd, "rb") as message:
-        message.seek(0)
-        context = StartContext(message.read())
+    os.lseek(fd, 0, 0)
+    context = StartContext(read_at_most(fd, os.fstat(fd).st_size))
     if not _starter.wait_for_go():
         return 255
     try:

@@ -13,6 +13,7 @@ import stat
 
 from apptainer_py.base import log
 from apptainer_py.base.errors import LaunchError
+from apptainer_py.base.files import read_at_most, write_all
 from apptainer_py.engines.apptainer import accounts
 from apptainer_py.kernel import _starter
 from apptainer_py.model import protocol
@@ -108,8 +109,7 @@ class Creation:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
             fd = os.open(name, flags, 0o600, dir_fd=self.session)
-            with open(fd, "wb") as file:
-                file.write(content)
+            write_all(fd, content)
             os.chmod(name, mode, dir_fd=self.session)
         except OSError as error:
             raise self.session_full(error) from None
@@ -132,8 +132,7 @@ class Creation:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
             return None
-        with open(fd, "rb") as file:
-            content = file.read(accounts.FILE_BYTES + 1)
+        content = read_at_most(fd, accounts.FILE_BYTES + 1)
         return content if len(content) <= accounts.FILE_BYTES else None
 
     def stage_accounts(self) -> None:

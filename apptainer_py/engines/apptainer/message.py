@@ -2,50 +2,53 @@
 
 from __future__ import annotations
 
-import struct
-
 # What a program that exists and cannot be executed lacks; both stages say it.
 LIBRARY_MISSING = "a shared library is likely missing in the image"
-_COUNT = struct.Struct("<I")
 
 
 def pack(lists: dict[bytes, list[bytes]]) -> bytes:
-    """Return the lists as one byte string: counts and lengths are 32-bit little-endian."""
-    parts = [_COUNT.pack(len(lists))]
+    """Return the lists as one byte string: how many, then name, count and items of each.
+
+    Raises:
+        ValueError: a name or item has a NUL in it, which ends each of them.
+    """
+    parts = [b"%d" % len(lists)]
     for name, items in lists.items():
-        parts += [_COUNT.pack(len(name)), name, _COUNT.pack(len(items))]
-        for item in items:
-            parts += [_COUNT.pack(len(item)), item]
-    return b"".join(parts)
+        parts += [name, b"%d" % len(items), *items]
+    parts.append(b"")
+    data = b"\0".join(parts)
+    if data.count(b"\0") != len(parts) - 1:
+        raise ValueError("an item of a message has a NUL in it")
+    return data
 
 
 def unpack(data: bytes) -> dict[bytes, list[bytes]]:
     """Return what `pack` was given.
 
     Raises:
-        ValueError: the data is cut short, or has more than it says.
+        ValueError: the data is cut short, malformed, or has more than it says.
     """
+    parts = data.split(b"\0")
     at = 0
 
     def number() -> int:
         nonlocal at
-        if at + 4 > len(data):
+        at += 1
+        if at >= len(parts):
             raise ValueError("a message is cut short")
-        at += 4
-        return int(_COUNT.unpack_from(data, at - 4)[0])
-
-    def text() -> bytes:
-        nonlocal at
-        size = number()
-        if at + size > len(data):
-            raise ValueError("a message is cut short")
-        at += size
-        return data[at - size : at]
+        if not parts[at - 1].isdigit():
+            raise ValueError("a message is malformed")
+        return int(parts[at - 1])
 
     lists = {}
     for _ in range(number()):
-        name = text()
-        lists[name] = [text() for _ in range(number())]
-    if at != len(data):
+        name = parts[at]
+        at += 1
+        count = number()
+        lists[name] = parts[at : at + count]
+        at += count
+        if at >= len(parts):
+            raise ValueError("a message is cut short")
+    if parts[at:] != [b""]:
         raise ValueError("a message is too long")
     return lists

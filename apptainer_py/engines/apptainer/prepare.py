@@ -8,7 +8,6 @@ from apptainer_py.base import build, log
 from apptainer_py.base.errors import ApptainerError, LaunchError
 from apptainer_py.engines.apptainer import capabilities, environ, mounts, policy, process
 from apptainer_py.image.detect import CannotOpen, open_image
-from apptainer_py.image.sif import NoRootFileSystem, SifError, layout
 from apptainer_py.model import protocol
 from apptainer_py.model.plan import ContainerPlan
 
@@ -189,6 +188,8 @@ def choose_root(prepared: Prepared, action: ActionRequest, facts: Facts) -> None
 
 def choose_partition(prepared: Prepared) -> None:
     """Take the primary system partition of a SIF file."""
+    from apptainer_py.image.sif import NoRootFileSystem, SifError, layout
+
     image = prepared.image
     try:
         partition = layout(image.fd).primary

@@ -8,7 +8,12 @@ from hypothesis import strategies as some
 
 from apptainer_py.engines.apptainer.message import pack, unpack
 
-LISTS = some.dictionaries(some.binary(max_size=20), some.lists(some.binary(max_size=50)))
+
+def _text(size: int) -> some.SearchStrategy[bytes]:
+    return some.binary(max_size=size).map(lambda data: data.replace(b"\0", b""))
+
+
+LISTS = some.dictionaries(_text(20), some.lists(_text(50)))
 
 
 @given(LISTS)
@@ -32,3 +37,9 @@ def test_a_message_is_neither_cut_nor_continued() -> None:
             unpack(data[:size])
     with pytest.raises(ValueError, match="too long"):
         unpack(data + b"\0")
+
+
+@pytest.mark.parametrize("lists", [{b"a\0": []}, {b"a": [b"\0"]}])
+def test_a_nul_is_refused(lists: dict[bytes, list[bytes]]) -> None:
+    with pytest.raises(ValueError, match="NUL"):
+        pack(lists)

@@ -1,0 +1,83 @@
+/* Runs the modules that a stage begins with, in one go: the import system, which is Python itself,
+ * would take as long to find each as the module takes to run. */
+#include <Python.h>
+
+#include <marshal.h>
+#include <string.h>
+
+#include "frozen.h"
+
+/* What an import looks at in a module that is there already. */
+static PyObject *make_spec(PyObject *name) {
+    PyObject *system = PyImport_AddModule("_frozen_importlib"); /* there already; borrowed */
+    return system ? PyObject_CallMethod(system, "ModuleSpec", "OO", name, Py_None) : NULL;
+}
+
+/* Modules that are no packages share one spec: imports only ask it whether it is initialising. */
+static int set_facts(PyObject *namespace, PyObject *name, int is_package, PyObject *shared) {
+    if (PyDict_SetItemString(namespace, "__builtins__", PyEval_GetBuiltins()) < 0)
+        return -1;
+    if (!is_package)
+        return PyDict_SetItemString(namespace, "__spec__", shared);
+    PyObject *spec = make_spec(name), *path = PyList_New(0);
+    int set = spec && path && PyDict_SetItemString(namespace, "__spec__", spec) == 0 &&
+              PyObject_SetAttrString(spec, "submodule_search_locations", path) == 0 &&
+              PyDict_SetItemString(namespace, "__path__", path) == 0;
+    Py_XDECREF(path);
+    Py_XDECREF(spec);
+    return set ? PyDict_SetItemString(namespace, "__package__", name) : -1;
+}
+
+/* `import a.b` leaves b in a. */
+static int set_in_package(const char *name, PyObject *module) {
+    const char *dot = strrchr(name, '.');
+    if (!dot)
+        return 0;
+    PyObject *above = PyUnicode_FromStringAndSize(name, dot - name);
+    PyObject *package = above ? PyImport_GetModule(above) : NULL;
+    int set = package ? PyObject_SetAttrString(package, dot + 1, module) : -1;
+    Py_XDECREF(package);
+    Py_XDECREF(above);
+    return set;
+}
+
+static int run_row(PyObject *row, PyObject *spec) {
+    PyObject *name, *code;
+    int is_package;
+    if (!PyArg_ParseTuple(row, "UpO", &name, &is_package, &code))
+        return -1;
+    const char *text = PyUnicode_AsUTF8(name);
+    PyObject *module = text ? PyImport_AddModuleObject(name) : NULL; /* borrowed */
+    PyObject *namespace = module ? PyModule_GetDict(module) : NULL;
+    if (!namespace || set_facts(namespace, name, is_package, spec) < 0)
+        return -1;
+    PyObject *result = PyEval_EvalCode(code, namespace, namespace);
+    Py_XDECREF(result);
+    return result ? set_in_package(text, module) : -1;
+}
+
+/* The standard library's own part of `os`, which CPython brings frozen; all look for `os`. */
+static int run_paths(void) {
+    static const char *const names[] = {"stat", "genericpath", "posixpath"};
+    if (!PyImport_AddModule("os"))
+        return -1;
+    for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++)
+        if (PyImport_ImportFrozenModule(names[i]) <= 0)
+            return -1;
+    return 0;
+}
+
+int bundle_run(const struct bundle *bundle) {
+    if (run_paths() < 0)
+        return -1;
+    PyObject *rows = PyMarshal_ReadObjectFromString(bundle->data, bundle->size);
+    PyObject *name = rows ? PyUnicode_FromString("bundle") : NULL;
+    PyObject *spec = name ? make_spec(name) : NULL;
+    int result = spec ? 0 : -1;
+    for (Py_ssize_t i = 0; result == 0 && i < PyTuple_GET_SIZE(rows); i++)
+        result = run_row(PyTuple_GET_ITEM(rows, i), spec);
+    Py_XDECREF(spec);
+    Py_XDECREF(name);
+    Py_XDECREF(rows);
+    return result;
+}
