@@ -2,7 +2,8 @@
 
     /usr/bin/python3 setup.py build_product --prefix P --sysconfdir S --output DIR
 
-leaves in DIR: starter, apptainer-py, stagehost.so, main.py and package/apptainer_py, byte-compiled.
+leaves in DIR: starter, apptainer-py, stagehost.so, unpack.so, main.py and package/apptainer_py,
+byte-compiled.
 Nothing is installed here (./install does that); metadata and tool settings are in pyproject.toml.
 """
 
@@ -23,7 +24,7 @@ from setuptools import Command, find_packages, setup
 SOURCE = Path(__file__).resolve().parent
 PYTHON = "/usr/bin/python3"
 GCC = "/usr/bin/gcc"
-STARTER_INDEPENDENT = ("launcher", "stagehost", "fuzz", "test")
+STARTER_INDEPENDENT = ("launcher", "stagehost", "unpack", "fuzz", "test")
 PARALLEL = 2
 
 WARNINGS = """
@@ -245,6 +246,13 @@ class Compiler:
         target = str(self.output / "stagehost.so")
         run([GCC, *self.hardening, "-shared", *LINK, *objects, *self.libpython, "-o", target])
 
+    def server_object(self, files: list[Path]) -> None:
+        """Build the object that the image server loads: it needs libc only, and finds the rest."""
+        flags = [*self.strict, "-fPIC", "-ftls-model=initial-exec"]
+        objects = self._objects(files, "unpack", flags)
+        target = str(self.output / "unpack.so")
+        run([GCC, *self.hardening, "-shared", *LINK, *objects, "-o", target])
+
     def cython_module(self, source: Path) -> None:
         """Build the extension module beside its source; the C that Cython writes is not kept."""
         written = self.objects / f"{source.stem}.c"
@@ -362,6 +370,7 @@ class BuildProduct(Command):
             compiler.program("starter-steps", own, "-DAPY_TEST_STEPS")
         compiler.program("apptainer-py", sorted(folder.glob("launcher*.c")))
         compiler.stage_host(sorted(folder.glob("stagehost*.c")))
+        compiler.server_object(sorted(folder.glob("unpack*.c")))
 
     def _copy_modules(self, tree: Path) -> None:
         for module in (tree / "apptainer_py").rglob("*.so"):

@@ -11,7 +11,7 @@
 #include "starter.h"
 
 enum { MOST_SEGMENTS = 32, MOST_LIBRARIES = 8, NAME_BYTES = 256, STRINGS_BYTES = 4096,
-       READ_MOST = 256 << 10, READ_BYTES = 128 << 10 };
+       READ_MOST = 2 << 20, BLOCK_BYTES = 128 << 10 };
 
 #if defined(__x86_64__)
 #define TRIPLET "x86_64-linux-gnu"
@@ -53,12 +53,12 @@ static int open_in_any(int root, const char *const *directories, size_t count, c
     return -1;
 }
 
-/* In order and in whole blocks: a loader's own page faults have blocks unpacked over and over, and
- * POSIX_FADV_WILLNEED stops at the first readahead window of a FUSE file. */
-static void read_range(int fd, uint64_t offset, uint64_t size) {
-    static char block[READ_BYTES];
+/* In order and in the image's whole blocks, of which the image server keeps one: a page fault's
+ * window lies across two of them, and a part of one has it unpacked again for the rest. */
+static void read_blocks(int fd, uint64_t offset, uint64_t size) {
+    static char block[BLOCK_BYTES];
     uint64_t end = offset + (size > READ_MOST ? READ_MOST : size);
-    for (offset &= ~(uint64_t)(READ_BYTES - 1); offset < end; offset += READ_BYTES)
+    for (offset &= ~(uint64_t)(BLOCK_BYTES - 1); offset < end; offset += BLOCK_BYTES)
         if (pread(fd, block, sizeof(block), (off_t)offset) <= 0)
             return;
 }
@@ -106,19 +106,24 @@ static void prefetch_file(int fd, struct wanted *w) {
     Elf64_Ehdr head;
     Elf64_Phdr segments[MOST_SEGMENTS];
     struct stat st;
+    /* Else the kernel reads ahead of each read, across the blocks. */
     if (fstat(fd, &st) < 0 || !S_ISREG(st.st_mode) ||
-        pread(fd, &head, sizeof(head), 0) != (ssize_t)sizeof(head) ||
+        posix_fadvise(fd, 0, 0, POSIX_FADV_RANDOM) != 0)
+        return;
+    read_blocks(fd, 0, sizeof(head));
+    if (pread(fd, &head, sizeof(head), 0) != (ssize_t)sizeof(head) ||
         memcmp(head.e_ident, ELFMAG, SELFMAG) != 0 || head.e_ident[EI_CLASS] != ELFCLASS64 ||
         head.e_phentsize != sizeof(segments[0]) || head.e_phnum > MOST_SEGMENTS)
         return;
     size_t size = head.e_phnum * sizeof(segments[0]);
     if (pread(fd, segments, size, (off_t)head.e_phoff) != (ssize_t)size)
         return;
+    for (size_t i = 0; i < head.e_phnum; i++)
+        if (segments[i].p_type == PT_LOAD)
+            read_blocks(fd, segments[i].p_offset, segments[i].p_filesz);
     for (size_t i = 0; i < head.e_phnum; i++) {
         const Elf64_Phdr *s = &segments[i];
         char name[NAME_BYTES];
-        if (s->p_type == PT_LOAD)
-            read_range(fd, s->p_offset, s->p_filesz);
         if (s->p_type == PT_DYNAMIC)
             want_needed(fd, segments, head.e_phnum, s, w);
         if (s->p_type == PT_INTERP && s->p_filesz < sizeof(name) &&

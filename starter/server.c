@@ -9,6 +9,7 @@
 #include "starter.h"
 
 #define SERVER_PROGRAM APY_LIBEXECDIR "/bin/squashfuse_ll"
+#define SERVER_UNPACK APY_LIBEXECDIR "/bin/unpack.so"
 enum { SERVER_IMAGE_FD = 3, SERVER_FUSE_FD = 4 };
 
 /* Both descriptors at fixed numbers, everything else closed, no stream of the caller's. */
@@ -35,7 +36,9 @@ NO_RETURN static void serve(const struct launch *l, int image_fd, int fuse_fd, u
     static char program[] = "squashfuse_ll", single[] = "-s", foreground[] = "-f", o[] = "-o";
     static char image[] = "/proc/self/fd/3", target_fd[] = "/dev/fd/4";
     char *const argv[] = {program, single, foreground, o, options, image, target_fd, NULL};
-    char *const envp[] = {NULL};
+    /* Root's file, as the program is; a loader that cannot have it serves without. */
+    static char preload[] = "LD_PRELOAD=" SERVER_UNPACK;
+    char *const envp[] = {preload, NULL};
     execve(SERVER_PROGRAM, argv, envp);
     _exit(127);
 }

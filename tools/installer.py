@@ -257,6 +257,7 @@ def place_all(installation: Installation, built: Path, *, setuid: bool) -> None:
     installation.directory(f"{libexec}/session")
     # Not readable: so the image server stays non-dumpable although it runs as the user.
     installation.place(SQUASHFUSE, f"{libexec}/bin/squashfuse_ll", 0o711)
+    installation.place(built / "unpack.so", f"{libexec}/bin/unpack.so", 0o644)
     installation.place(built / "stagehost.so", f"{libexec}/stagehost.so", 0o644)
     installation.place(built / "main.py", f"{libexec}/main.py", 0o755)
     installation.place(built / "starter", f"{libexec}/starter", 0o755)

@@ -26,6 +26,7 @@ MODES = {
     "libexec/apptainer-py/manifest": 0o644,
     "libexec/apptainer-py/session": 0o755,
     "libexec/apptainer-py/bin/squashfuse_ll": 0o711,
+    "libexec/apptainer-py/bin/unpack.so": 0o644,
     "lib/apptainer-py/apptainer_py/__init__.py": 0o644,
 }
 PYC_UNCHECKED_HASH = 0b01

@@ -7,7 +7,8 @@ import subprocess
 
 import pytest
 
-LIBC_ONLY = ["starter", "starter-steps", "apptainer-py"]
+PROGRAMS = ["starter", "starter-steps", "apptainer-py"]
+LIBC_ONLY = [*PROGRAMS, "unpack.so"]
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,6 @@ def test_is_hardened_and_searches_no_path_of_its_own(dynamic, name):
     assert re.search(r"GNU_STACK.* RW +0x", text)
 
 
-@pytest.mark.parametrize("name", LIBC_ONLY)
+@pytest.mark.parametrize("name", PROGRAMS)
 def test_is_position_independent(dynamic, name):
     assert re.search(r"FLAGS_1.*\bPIE\b", dynamic(name))

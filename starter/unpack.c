@@ -1,0 +1,85 @@
+/* Loaded into the image server before all other libraries: its two usual ways to unpack a block,
+ * made cheaper.  Whatever cannot be had, or will not unpack, goes to the library that was meant. */
+#include <dlfcn.h>
+#include <malloc.h>
+#include <stddef.h>
+
+/* Of zlib.h, libdeflate.h and zstd.h, whose packages nothing else here needs. */
+enum { UNPACKED = 0, ZLIB_DATA_ERROR = -3 };
+typedef int zlib_function(unsigned char *, unsigned long *, const unsigned char *, unsigned long);
+typedef void *make_function(void);
+typedef int deflate_function(void *, const void *, size_t, void *, size_t, size_t *);
+typedef size_t zstd_function(void *, size_t, const void *, size_t);
+typedef size_t zstd_context_function(void *, void *, size_t, const void *, size_t);
+
+zlib_function uncompress;
+zstd_function ZSTD_decompress;
+
+#define DEFLATE_LIBRARY "libdeflate.so.0"
+enum { HEAP_SLACK_BYTES = 4 << 20 };
+
+/* What one thread unpacks with; made once, where the libraries make one for each block. */
+static _Thread_local struct {
+    int tried;
+    void *context;
+    deflate_function *unpack;
+} deflate;
+
+static _Thread_local struct {
+    int tried;
+    void *context;
+    zstd_context_function *unpack;
+} zstd;
+
+/* A read's buffers are as large as a block and freed at its end: left in the heap, they are not
+ * asked of the kernel, and cleared page by page, for every block. */
+__attribute__((constructor)) static void keep_heap(void) {
+    (void)mallopt(M_MMAP_THRESHOLD, HEAP_SLACK_BYTES);
+    (void)mallopt(M_TRIM_THRESHOLD, HEAP_SLACK_BYTES);
+}
+
+static void find_deflate(void) {
+    deflate.tried = 1;
+    void *library = dlopen(DEFLATE_LIBRARY, RTLD_NOW | RTLD_LOCAL);
+    if (library == NULL)
+        return;
+    make_function *make = (make_function *)dlsym(library, "libdeflate_alloc_decompressor");
+    deflate.unpack = (deflate_function *)dlsym(library, "libdeflate_zlib_decompress");
+    if (make != NULL && deflate.unpack != NULL)
+        deflate.context = make();
+}
+
+static void find_zstd(void) {
+    zstd.tried = 1;
+    make_function *make = (make_function *)dlsym(RTLD_NEXT, "ZSTD_createDCtx");
+    zstd.unpack = (zstd_context_function *)dlsym(RTLD_NEXT, "ZSTD_decompressDCtx");
+    if (make != NULL && zstd.unpack != NULL)
+        zstd.context = make();
+}
+
+/* Only a stream that libdeflate has unpacked, and found whole by its checksum, is answered here:
+ * all that is wrong with another one is for zlib to say. */
+int uncompress(unsigned char *target, unsigned long *target_bytes, const unsigned char *source,
+               unsigned long source_bytes) {
+    size_t got;
+    if (!deflate.tried)
+        find_deflate();
+    if (deflate.context != NULL && deflate.unpack(deflate.context, source, source_bytes, target,
+                                                  *target_bytes, &got) == UNPACKED) {
+        *target_bytes = got;
+        return UNPACKED;
+    }
+    zlib_function *next = (zlib_function *)dlsym(RTLD_NEXT, "uncompress");
+    return next == NULL ? ZLIB_DATA_ERROR : next(target, target_bytes, source, source_bytes);
+}
+
+/* The image server calls ZSTD_isError() on the answer, so an error must be one of zstd's own. */
+size_t ZSTD_decompress(void *target, size_t target_bytes, const void *source,
+                       size_t source_bytes) {
+    if (!zstd.tried)
+        find_zstd();
+    if (zstd.context != NULL)
+        return zstd.unpack(zstd.context, target, target_bytes, source, source_bytes);
+    zstd_function *next = (zstd_function *)dlsym(RTLD_NEXT, "ZSTD_decompress");
+    return next == NULL ? (size_t)-1 : next(target, target_bytes, source, source_bytes);
+}

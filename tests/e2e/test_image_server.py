@@ -1,0 +1,80 @@
+"""What the image server is made of: it, and no other process, has our object to unpack with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import images, own_install
+from tests.own_install import Household, descendants, household, read_until
+
+FLOWS = {"setuid": (), "userns": ("-u",)}
+ALONE = ("unpack.so", "libdeflate.so.0")
+# Our own writer's images are zstd.
+KINDS = {"gzip": (images.bare_squashfs, set(ALONE)), "zstd": (images.own_sif, {"unpack.so"})}
+
+
+@pytest.fixture(scope="module")
+def own(require_root) -> Iterator[own_install.Installation]:
+    made = own_install.installation()
+    made.restore()
+    yield made
+    made.restore()
+
+
+@pytest.fixture
+def home(own) -> Iterator[Household]:
+    with household() as found:
+        yield found
+
+
+@pytest.fixture(params=list(FLOWS))
+def flow(request) -> tuple[str, ...]:
+    return FLOWS[request.param]
+
+
+def loaded(pid: int) -> set[str]:
+    """Return the base names of the files that a process has mapped."""
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    paths = [line.split(maxsplit=5)[5] for line in lines if len(line.split(maxsplit=5)) == 6]
+    return {Path(path).name for path in paths}
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_it_alone_unpacks_with_our_object(own, home, flow, kind):
+    """Whatever the caller has asked the loader for."""
+    make, wanted = KINDS[kind]
+    image = make(images.shared_folder())
+    env = own.environment({"LD_PRELOAD": "/nonexistent.so", "LD_LIBRARY_PATH": "/nonexistent"})
+    words = ["exec", *flow, image, "sh", "-c", "echo ready; exec sleep 1000"]
+    process = home.adopt(own.start(*words, env=env))
+    assert process.stdout is not None
+    read_until(process.stdout.fileno(), b"ready\n")
+    found = {}
+    for pid in [process.pid, *descendants(process.pid)]:
+        name = Path(f"/proc/{pid}/comm").read_text().strip()
+        found.setdefault(name, set()).update(loaded(pid).intersection(ALONE))
+        if name == "squashfuse_ll":
+            environment = Path(f"/proc/{pid}/environ").read_bytes()
+            assert environment == f"LD_PRELOAD={own.libexec}/bin/unpack.so\0".encode()
+    assert found.pop("squashfuse_ll") == wanted
+    assert found
+    assert not any(found.values()), found
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\x7fELF broken"])
+def test_serves_without_the_object(own, flow, content):
+    """An image needs it no more than the loader does."""
+    sif = images.own_sif(images.shared_folder())
+    placed, aside = own.libexec / "bin/unpack.so", own.place / "unpack.so"
+    placed.rename(aside)
+    try:
+        if content is not None:
+            placed.write_bytes(content)
+        done = own.run("exec", *flow, sif, "sh", "-c", "echo served")
+    finally:
+        placed.unlink(missing_ok=True)
+        aside.rename(placed)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "served\n", "")
