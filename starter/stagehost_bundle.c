@@ -10,7 +10,10 @@
 /* What an import looks at in a module that is there already. */
 static PyObject *make_spec(PyObject *name) {
     PyObject *system = PyImport_AddModule("_frozen_importlib"); /* there already; borrowed */
-    return system ? PyObject_CallMethod(system, "ModuleSpec", "OO", name, Py_None) : NULL;
+    PyObject *spec = system ? PyObject_CallMethod(system, "ModuleSpec", "OO", name, Py_None) : NULL;
+    if (spec && PyObject_SetAttrString(spec, "_initializing", Py_False) < 0)
+        Py_CLEAR(spec);
+    return spec;
 }
 
 /* Modules that are no packages share one spec: imports only ask it whether it is initialising. */
