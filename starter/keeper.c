@@ -26,6 +26,8 @@ struct keeper {
     bool early_server;                 /* servers[0] runs, but stage 1 has not asked for it yet */
     bool in_userns;
     bool recorded;                     /* the plan as it stands is in the audit log */
+    bool closed;                       /* so is that nothing came of it */
+    char image[LIMIT_PATH_BYTES];      /* as the audit log shows it */
     int master_status, container_status;
     uint32_t uses[8];
 };
@@ -236,9 +238,8 @@ static void begin_early(struct keeper *k) {
     if (!early_plan(l, &l->plan))
         return;
     /* On record before anything is done that takes privilege. */
-    char image[LIMIT_PATH_BYTES] = "";
-    early_image(l, image, sizeof(image));
-    if (audit_launch(l, &l->plan, image, "begun") < 0)
+    early_image(l, k->image, sizeof(k->image));
+    if (audit_launch(l, &l->plan, k->image, "begun") < 0)
         return; /* the same happens, and is told, when stage 1 asks */
     k->recorded = true;
     l->early_fuse = l->plan.fuse_count > 0 && !policy_limits_images(l) &&
@@ -269,17 +270,19 @@ static int op_container(struct keeper *k, const union keeper_request *request, s
     struct launch *l = k->launch;
     const struct container_request *q = &request->container;
     (void)passed;
-    char image[sizeof(q->image) + 1] = "";
+    _Static_assert(sizeof(q->image) < sizeof(k->image), "with its NUL");
     if (size != sizeof(*q) || q->image_length > sizeof(q->image))
         return ERR_MALFORMED;
-    memcpy(image, q->image, q->image_length);
+    memset(k->image, 0, sizeof(k->image));
+    memcpy(k->image, q->image, q->image_length);
     int code = policy_plan(l, &q->plan);
     if (code == ERR_MALFORMED)
         return code;
     bool known = k->recorded && code == ERR_OK &&
                  memcmp(&l->plan, &q->plan, sizeof(l->plan)) == 0;
     const char *decision = code == ERR_OK ? "allowed" : "refused";
-    if (!known && audit_launch(l, &q->plan, image, decision) < 0) {
+    k->closed = code != ERR_OK;
+    if (!known && audit_launch(l, &q->plan, k->image, decision) < 0) {
         a->error = errno;
         report("FATAL:   ", "the audit record cannot be written; tell your administrator");
         return ERR_REFUSED;
@@ -337,29 +340,40 @@ static bool is_served(struct keeper *k, const struct stat *st, uint64_t offset, 
     return true;
 }
 
+/* The image as it is open.  A FUSE mount that is for its owner alone answers nobody who is not the
+ * caller in every id, and keeper is not: then a child that is looks at it, and tells. */
+static int judge_image(const struct launch *l, int image_fd, struct image_facts *found,
+                       int *error) {
+    memset(found, 0, sizeof(*found));
+    if (fstat(image_fd, &found->st) == 0)
+        return l->flow == FLOW_SETUID ? policy_image(l, image_fd) : ERR_OK;
+    *error = errno;
+    if (*error != EACCES || l->flow != FLOW_SETUID || server_look(l, image_fd, found) < 0)
+        return ERR_SOURCE;
+    *error = 0;
+    return found->code;
+}
+
 /* SERVE_IMAGE(device, offset) and the open image: judged again on that descriptor. */
 static int op_serve_image(struct keeper *k, const union keeper_request *request, size_t size,
                           int image_fd, struct op_reply *a) {
     struct launch *l = k->launch;
     const struct op_request *q = &request->plain;
-    struct stat st;
+    struct image_facts image;
     if (wire_check_request(q, size) < 0 || q->num[0] >= LIMIT_FUSE_DEVICES ||
         l->fuse_fds[q->num[0]] < 0 || image_fd < 0 || q->flags || q->num[2] || q->num[3] ||
         q->num[4] || q->num[5] || q->length[0] || q->length[1])
         return ERR_MALFORMED;
     int mode = fcntl(image_fd, F_GETFL);
-    if (fstat(image_fd, &st) < 0) {
-        a->error = errno; /* a FUSE mount that is for its owner alone answers no other identity */
-        return ERR_SOURCE;
-    }
-    if (mode < 0 || mode & O_PATH || (mode & O_ACCMODE) == O_WRONLY || !S_ISREG(st.st_mode) ||
-        q->num[1] >= (uint64_t)st.st_size)
+    if (mode < 0 || mode & O_PATH || (mode & O_ACCMODE) == O_WRONLY)
         return ERR_KIND;
-    int code = l->flow == FLOW_SETUID ? policy_image(l, image_fd) : ERR_OK;
+    int code = judge_image(l, image_fd, &image, &a->error);
     if (code != ERR_OK)
         return code;
+    if (!S_ISREG(image.st.st_mode) || q->num[1] >= (uint64_t)image.st.st_size)
+        return ERR_KIND;
     int *device = &l->fuse_fds[q->num[0]];
-    if (q->num[0] == 0 && k->early_server && is_served(k, &st, q->num[1], &code)) {
+    if (q->num[0] == 0 && k->early_server && is_served(k, &image.st, q->num[1], &code)) {
         close_fd(device);
         return code;
     }
@@ -423,6 +437,16 @@ static const struct row {
 #include "rows.h"
 };
 
+/* A launch of which nothing came is on record as such; while a container runs, and after it, there
+ * is no right left to write with. */
+static void record_failure(struct keeper *k) {
+    if (k->closed || k->phase == RUN)
+        return;
+    k->closed = true;
+    if (audit_launch(k->launch, &k->launch->plan, k->image, "failed") < 0)
+        report("WARNING: ", "the audit record cannot be written; tell your administrator");
+}
+
 NO_RETURN static void abandon(struct keeper *k, uint32_t op, int code) {
     trace_operation(op, trace_now(), code, 0, "the launch is abandoned");
     report("FATAL:   ", code == ERR_PHASE   ? "a request came outside its phase; the launch is "
@@ -434,6 +458,7 @@ NO_RETURN static void abandon(struct keeper *k, uint32_t op, int code) {
         (void)kill(k->container, SIGKILL);
     if (k->master_alive)
         (void)kill(k->master, SIGKILL);
+    record_failure(k);
     _exit(255);
 }
 
@@ -487,10 +512,23 @@ static void tell_master(struct keeper *k, enum event event, pid_t pid, int statu
         (void)send(k->launch->keeper_socket[0], &frame, sizeof(frame), MSG_NOSIGNAL | MSG_DONTWAIT);
 }
 
-static void child_stopped(struct keeper *k, pid_t pid) {
-    /* Our shell waits for us: it must see the job stopped. */
+/* Our shell waits for us: it must see the job stopped, and by which signal. */
+static void stop_by(int number) {
+    sigset_t one;
+    sigemptyset(&one);
+    sigaddset(&one, number);
+    (void)kill(getpid(), number);
+    sigprocmask(SIG_UNBLOCK, &one, NULL); /* it stops here, unless nobody could continue it */
+    sigprocmask(SIG_BLOCK, &one, NULL);
+}
+
+static void child_stopped(struct keeper *k, pid_t pid, int number) {
     if (pid == k->container && k->phase == RUN && getpgid(pid) == getpgrp())
-        (void)kill(getpid(), SIGSTOP);
+        stop_by(number);
+    /* It has a session of its own, so no job is being stopped: all that read the image would hang. */
+    for (size_t i = 0; i < LIMIT_FUSE_DEVICES; i++)
+        if (pid == k->servers[i])
+            (void)kill(pid, SIGCONT);
 }
 
 static void child_ended(struct keeper *k, pid_t pid, int status) {
@@ -528,7 +566,7 @@ static void reap(struct keeper *k) {
     pid_t pid;
     while ((pid = waitpid(-1, &status, WNOHANG | WUNTRACED)) > 0) {
         if (WIFSTOPPED(status))
-            child_stopped(k, pid);
+            child_stopped(k, pid, WSTOPSIG(status));
         else
             child_ended(k, pid, status);
     }
@@ -552,6 +590,7 @@ NO_RETURN static void give_up(struct keeper *k, int number) {
         (void)kill(k->container, SIGKILL);
     if (k->master_alive)
         (void)kill(k->master, number == SIGKILL ? number : SIGTERM);
+    record_failure(k);
     die_by(number);
 }
 
@@ -571,8 +610,9 @@ static void on_signal(struct keeper *k, const struct signalfd_siginfo *info) {
     if (!payload_has_it && k->container_alive)
         (void)kill(k->container, number);
     /* Behind a shim nobody sees the payload stop. */
-    if (number == SIGTSTP && k->launch->plan.flags & PLAN_SHIM)
-        (void)kill(getpid(), SIGSTOP);
+    bool stops = number == SIGTSTP || number == SIGTTIN || number == SIGTTOU;
+    if (stops && k->launch->plan.flags & PLAN_SHIM)
+        stop_by(number);
 }
 
 static void read_signals(struct keeper *k) {
@@ -599,6 +639,8 @@ static void turn(struct keeper *k) {
         char byte;
         ssize_t got = read(l->ready_pipe[0], &byte, 1);
         close_fd(&l->ready_pipe[0]);
+        if (k->early_server)
+            abandon(k, OP_SERVE_IMAGE, ERR_PHASE); /* an image is in use that nobody has judged */
         if (got == 1)
             k->phase = RUN; /* rpc has gone; drop_and_go() follows */
     }
@@ -652,8 +694,10 @@ static void wait_for_the_end(struct keeper *k) {
 }
 
 /* The payload's own status; or master's, where no payload ever ran or master was killed. */
-NO_RETURN static void end_as_payload(const struct keeper *k, bool ran) {
+NO_RETURN static void end_as_payload(struct keeper *k, bool ran) {
     int status = ran ? k->container_status : k->master_status;
+    if (!ran && (k->recorded || status != 0))
+        record_failure(k);
     step_begin(STEP_KEEPER_END);
     step_end(STEP_KEEPER_END);
     if (!ran && WIFSIGNALED(status)) {

@@ -450,7 +450,8 @@ int op_layer(struct rpc *r, const struct op_request *q, struct op_reply *a, int 
     if (no_fields_but(q, 0, 1, false, false) < 0 || q->num[0] > LAYER_UNDERLAY || r->root_fd < 0)
         return ERR_MALFORMED;
     enum layer_kind kind = (enum layer_kind)q->num[0];
-    if (kind == LAYER_OVERLAY_TMPFS && !(l->plan.flags & PLAN_WRITABLE_LAYER))
+    if ((kind == LAYER_OVERLAY_TMPFS && !(l->plan.flags & PLAN_WRITABLE_LAYER)) ||
+        !policy_layer(l, kind))
         return ERR_REFUSED;
     int tree = make_layer(r, kind);
     /* SAFE: trees that earlier operations made, attached to a directory of our own. */
@@ -490,7 +491,8 @@ static int open_bind_source(const struct rpc *r, const struct op_request *q) {
         return open_host_source(path, RESOLVE_NO_MAGICLINKS);
     case AREA_SESSION:
         return open2(r->session_fd, without_slash(path), O_PATH | O_NOFOLLOW,
-                     RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS);
+                     RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS |
+                         RESOLVE_NO_XDEV);
     case AREA_ROOT:
         return open2(r->root_fd, path, O_PATH, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS);
     default:
@@ -520,6 +522,9 @@ int op_bind(struct rpc *r, const struct op_request *q, struct op_reply *a, int *
     int source = open_bind_source(r, q), target = -1, tree = -1, code = ERR_OK;
     if (source < 0 || fstat(source, &st) < 0)
         code = answer(a, ERR_SOURCE, errno);
+    else if (q->num[0] == AREA_HOST &&
+             !policy_bind(r->launch, wire_string(q, 0), wire_string(q, 1), source))
+        code = ERR_REFUSED;
     else if (q->flags & BIND_SAME_INODE && (st.st_dev != q->num[1] || st.st_ino != q->num[2]))
         code = answer(a, ERR_CHANGED, 0);
     else if ((target = open_target(r, wire_string(q, 1))) < 0 || kinds_match(source, target) < 0)
@@ -565,6 +570,10 @@ int op_mount(struct rpc *r, const struct op_request *q, struct op_reply *a, int 
         row++;
     if (row == ARRAY_SIZE(kernel_filesystems))
         return ERR_MALFORMED;
+    if (!policy_kernel_mount(l, kernel_filesystems[row].kind, wire_string(q, 0)) ||
+        (l->flow == FLOW_SETUID && r->kernel_mounts & (uint32_t)1 << row))
+        return ERR_REFUSED; /* one of each: what it holds is not bounded by the caller's limits */
+    r->kernel_mounts |= (uint32_t)1 << row;
     int target = open_target(r, wire_string(q, 0));
     if (target < 0)
         return answer(a, ERR_TARGET, errno);

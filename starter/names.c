@@ -1,6 +1,8 @@
 /* User and group names of the configuration.  The lookup may load any library that nsswitch.conf
- * names, so it happens in a forked child that has dropped for ever; only a yes or no comes back. */
+ * names, so it happens in a forked child that has dropped for ever; a yes or no comes back, or the
+ * path of a directory, which the asker opens as the caller. */
 #include <errno.h>
+#include <fcntl.h>
 #include <grp.h>
 #include <pwd.h>
 #include <stdlib.h>
@@ -42,29 +44,61 @@ static bool any_match(const struct config *c, enum config_id key, bool group, co
     return false;
 }
 
-/* 1 yes, 0 no, -1 it could not be found out (which callers treat as no). */
-int names_match(const struct launch *l, enum config_id key, bool group, const gid_t *ids,
-                size_t count) {
+/* The child that asks; returns as fork(2) does. */
+static pid_t fork_asker(const struct launch *l) {
+    struct target_identity target;
     pid_t pid = fork();
-    if (pid < 0)
-        return -1;
-    if (pid == 0) {
-        struct target_identity target;
-        trace_fd = -1;
-        stage_target(l, ROLE_TRACER, &target);
-        /* The mounting process asks too, which has no right to trim its bounding set; without a
-         * way to gain anything the set is of no use. */
-        target.keep_bounding = true;
-        /* SAFE: name services run with nothing but the caller's rights, and answer one bit. */
-        if (privs_drop(&target) < 0)
-            _exit(2);
-        _exit(any_match(&l->config, key, group, ids, count) ? 1 : 0);
-    }
+    if (pid != 0)
+        return pid;
+    trace_fd = -1;
+    stage_target(l, ROLE_TRACER, &target);
+    /* The mounting process asks too, which has no right to trim its bounding set; without a
+     * way to gain anything the set is of no use. */
+    target.keep_bounding = true;
+    /* SAFE: name services run with nothing but the caller's rights, and answer with a few bytes. */
+    if (privs_drop(&target) < 0)
+        _exit(2);
+    return 0;
+}
+
+static int status_of(pid_t pid) {
     int status;
     while (waitpid(pid, &status, 0) < 0)
         if (errno != EINTR)
             return -1;
-    if (!WIFEXITED(status) || WEXITSTATUS(status) > 1)
+    return WIFEXITED(status) && WEXITSTATUS(status) <= 1 ? WEXITSTATUS(status) : -1;
+}
+
+/* 1 yes, 0 no, -1 it could not be found out (which callers treat as no). */
+int names_match(const struct launch *l, enum config_id key, bool group, const gid_t *ids,
+                size_t count) {
+    pid_t pid = fork_asker(l);
+    if (pid < 0)
         return -1;
-    return WEXITSTATUS(status);
+    if (pid == 0)
+        _exit(any_match(&l->config, key, group, ids, count) ? 1 : 0);
+    return status_of(pid);
+}
+
+/* The caller's home directory as the account has it, absolute; 0 or -1. */
+int names_home(const struct launch *l, char *out, size_t size) {
+    int ends[2];
+    if (pipe2(ends, O_CLOEXEC) < 0)
+        return -1;
+    pid_t pid = fork_asker(l);
+    if (pid == 0) {
+        const struct passwd *p = getpwuid(l->uid);
+        size_t length = p ? strlen(p->pw_dir) : 0;
+        bool fits = length > 0 && length < size && p->pw_dir[0] == '/' &&
+                    write(ends[1], p->pw_dir, length) == (ssize_t)length;
+        _exit(fits ? 1 : 0);
+    }
+    close(ends[1]);
+    bool found = pid > 0 && status_of(pid) == 1;
+    ssize_t got = found ? read(ends[0], out, size - 1) : -1;
+    close(ends[0]);
+    if (got <= 0)
+        return -1;
+    out[got] = '\0';
+    return 0;
 }

@@ -79,7 +79,8 @@ int policy_plan(const struct launch *l, const struct container_plan *plan) {
     if ((plan->spaces & SPACE_PID && !config_bool(c, CONFIG_ALLOW_PID_NS)) ||
         (plan->spaces & SPACE_IPC && !config_bool(c, CONFIG_ALLOW_IPC_NS)) ||
         (plan->spaces & SPACE_UTS && !config_bool(c, CONFIG_ALLOW_UTS_NS)) ||
-        plan->spaces & SPACE_CGROUP || plan->flags & PLAN_METHODS)
+        plan->spaces & SPACE_CGROUP || plan->flags & PLAN_METHODS ||
+        (plan->flags & PLAN_SLAVE && !config_bool(c, CONFIG_MOUNT_SLAVE)))
         return ERR_REFUSED;
     if (plan->flags & PLAN_WRITABLE_LAYER && config_enum(c, CONFIG_ENABLE_OVERLAY) == OVERLAY_NO)
         return ERR_REFUSED;

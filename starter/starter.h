@@ -7,6 +7,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
 #include <sys/types.h>
 
 #include "generated/build.h"
@@ -117,6 +118,12 @@ bool policy_limits_images(const struct launch *l);
 bool policy_on_fuse(int fd);
 MUST_USE int names_match(const struct launch *l, enum config_id key, bool group, const gid_t *ids,
                          size_t count);
+MUST_USE int names_home(const struct launch *l, char *out, size_t size);
+
+/* policy_mounts.c: decisions about single mounts, for rpc */
+bool policy_bind(const struct launch *l, const char *source, const char *target, int source_fd);
+bool policy_kernel_mount(const struct launch *l, enum kernel_fs kind, const char *target);
+bool policy_layer(const struct launch *l, enum layer_kind kind);
 
 #ifdef APY_TEST_STEPS
 void test_read_environment(void);
@@ -154,6 +161,7 @@ struct rpc {
     int places[PLACE_COUNT];           /* pinned before anybody else could replace them */
     int phase;
     uint32_t uses[32];
+    uint32_t kernel_mounts;            /* that were asked for: a bit for each row */
     uint64_t layer_caps;
 };
 int op_session(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
@@ -183,6 +191,12 @@ MUST_USE int probe_image(int fd, struct probe *found);
 void prefetch_program(int root_fd, const char *name);
 
 /* server.c */
+struct image_facts {
+    int code;                          /* enum err: what policy_image() says */
+    struct stat st;
+};
+/* As the caller in every id, where keeper may not look itself; 0 or -1. */
+MUST_USE int server_look(const struct launch *l, int image_fd, struct image_facts *found);
 MUST_USE pid_t server_start_early(struct launch *l);
 MUST_USE pid_t server_start(const struct launch *l, int image_fd, int fuse_fd, uint64_t offset);
 

@@ -163,6 +163,13 @@ bool policy_on_fuse(int fd) {
     return dice(4) == 0;
 }
 
+int names_home(const struct launch *l, char *out, size_t size) {
+    (void)l;
+    out[0] = '\0';
+    append_text(out, size, "/tmp");
+    return made_up_result();
+}
+
 const char *early_word(const struct launch *l, uint32_t which, char *out, size_t size) {
     (void)l;
     (void)which;
@@ -280,6 +287,7 @@ static void reset(void) {
     if (served.phase > PHASE_LAYER)
         served.final_fd = 3;
     launch.flow = (enum flow)(1 + dice(3));
+    launch.config.number[CONFIG_USER_BIND_CONTROL] = dice(2);
     launch.plan.flags = dice(128);
     launch.plan.spaces = dice(32);
     launch.rpc_socket[0] = sockets[0];

@@ -18,6 +18,7 @@ CONFIG = ("config.c", "config_open.c", "config_value.c")
 # Each test includes the file that it looks into, and is linked with those which that one needs.
 TESTS = {
     "test_early": ("report.c", *CONFIG),
+    "test_policy_mounts": ("report.c", *CONFIG),
     "test_report": (),
     "test_request": ("report.c",),
     "test_wire": (),
@@ -25,7 +26,7 @@ TESTS = {
 FUZZERS = {
     "fuzz_image": ("report.c",),
     "fuzz_request": ("report.c",),
-    "fuzz_rpc": ("report.c", "wire.c", *CONFIG),
+    "fuzz_rpc": ("report.c", "wire.c", "policy_mounts.c", *CONFIG),
 }
 # Iterations of about a second, and of a part of the minute that CI has for all of them.
 SHORT = {"fuzz_image": 100_000, "fuzz_request": 2_000_000, "fuzz_rpc": 50_000}

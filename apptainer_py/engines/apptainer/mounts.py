@@ -254,7 +254,8 @@ def _minimal_dev(p: _Plan) -> None:
     console = _console()
     if console:
         stage.append(("file", "dev/console", b"", 0o666))
-    if p.action.ipc:
+    ipc = p.action.ipc and bool(p.configuration["allow ipc ns"])
+    if ipc:
         stage.append(("directory", "dev/mqueue", "", 0o1777))
     p.session("dev", "/dev", DEV)
     for name in present:
@@ -262,7 +263,7 @@ def _minimal_dev(p: _Plan) -> None:
     p.kernel("tmpfs", "/dev/shm")
     if devpts:
         p.kernel("devpts", "/dev/pts", options=_tty_group())
-    if p.action.ipc:
+    if ipc:
         p.kernel("mqueue", "/dev/mqueue")
     if console:
         p.bind(console, "/dev/console", DEV, flags=protocol.BINDFLAG_DEVICES, create="file")
@@ -363,7 +364,7 @@ def _home(p: _Plan) -> None:
             log.warning(f"Not mounting home directory {user.home_source}: it does not exist")
             return
         p.bind(os.path.abspath(user.home_source), user.home, HOME, create="directory")
-    elif action.workdir:
+    elif action.workdir and p.configuration["user bind control"]:
         p.bind(_workdir(p, "home", 0o700), user.home, HOME, create="directory")
     else:
         p.staged.append(("directory", "home", "", 0o750))
@@ -372,6 +373,9 @@ def _home(p: _Plan) -> None:
 
 def _tmp(p: _Plan) -> None:
     if not p.wanted("tmp", "mount tmp"):
+        return
+    if p.action.contain and p.action.workdir and not p.configuration["user bind control"]:
+        log.warning("User bind control is disabled by system administrator")
         return
     for source, name, below in (("/tmp", "tmp", "tmp"), ("/var/tmp", "var_tmp", "var_tmp")):
         if not p.action.contain:
