@@ -1,0 +1,218 @@
+"""I-4: a stage 1 that ignores the administrator's file is stopped by the C side.
+
+A second installation is built whose master reads another file: it plans, and mounts, as if that
+one held. What it asks for is what a taken-over stage 1 could ask for, one directive at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import images, own_install
+from tests.own_install import Installation
+
+READS = '    if info["config_fd"] >= 0:\n'
+READS_ANOTHER = '''\
+    believed = os.path.join(os.path.dirname(build.SYSCONFDIR), "believed")
+    if info["stage"] == protocol.STAGE_MASTER and os.path.exists(believed):
+        values, lines, problems = _starter.parse_config_fd(os.open(believed, os.O_RDONLY))
+    elif info["config_fd"] >= 0:
+'''
+LOOK = ("sh", "-c", "ls -d $* 2>/dev/null; exit 0", "sh")
+
+
+@pytest.fixture(scope="module")
+def rogue(require_root: None) -> Iterator[Installation]:
+    """An installation whose master has a configuration of its own."""
+    tree = Path(tempfile.mkdtemp(prefix="apptainer-py-rogue-", dir="/var/tmp"))
+    place = Path(tempfile.mkdtemp(prefix="apptainer-py-rogue-", dir="/opt"))
+    place.chmod(0o755)
+    try:
+        left_out = shutil.ignore_patterns("build", ".git", "__pycache__", ".*_cache", "tests")
+        shutil.copytree(own_install.REPOSITORY, tree, ignore=left_out, dirs_exist_ok=True)
+        stages = tree / "apptainer_py/runtime/stages.py"
+        text = stages.read_text()
+        assert text.count(READS) == 1
+        text = text.replace(READS, READS_ANOTHER)
+        stages.write_text(text.replace("\nTYPE_CHECKING", _IMPORT, 1))
+        made = Installation(place)
+        argv = [tree / "install", "--prefix", made.prefix, "--sysconfdir", made.sysconfdir]
+        done = subprocess.run(argv, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        yield made
+    finally:
+        shutil.rmtree(tree)
+        shutil.rmtree(place)
+
+
+_IMPORT = "\nfrom apptainer_py.base import build\n\nTYPE_CHECKING"
+
+
+def configure(rogue: Installation, holds: str, believed: str) -> None:
+    rogue.configure(holds)
+    file = rogue.place / "believed"
+    file.write_text(believed + "\naudit log = none\n")
+    file.chmod(0o644)
+
+
+@pytest.fixture(scope="module")
+def sif(rogue: Installation) -> Path:
+    return images.own_sif(images.shared_folder())
+
+
+BELIEVED = "bind path = /etc/hosts"
+
+
+@pytest.mark.parametrize(
+    ("words", "seen"),
+    [
+        (("-B", "/etc:/given"), "/given/shadow"),
+        (("-B", "/etc:/etc"), "/etc/shadow"),
+        (("-B", "/tmp/../etc:/tmp"), "/tmp/shadow"),
+        (("-B", "/dev/shm:/given"), "/given"),
+        (("--mount", "type=bind,src=/etc,dst=/given"), "/given/shadow"),
+        (("-S", "/given", "-W", "{work}"), "/given/marked"),
+        (("-H", "/etc:{home}"), "{home}/shadow"),
+        (("-H", "{work}"), "{work}/marked"),
+        (("-c", "-W", "{work}"), "/tmp/marked"),
+    ],
+)
+def test_user_bind_control(rogue, sif, words, seen):
+    """The same words show the file where the administrator allows it, and do not where not."""
+    work = Path(tempfile.mkdtemp(dir=rogue.user.pw_dir))
+    os.chown(work, rogue.user.pw_uid, -1)
+    for name in ("", "tmp", "scratch/given"):
+        (work / name).mkdir(parents=True, exist_ok=True)
+        (work / name / "marked").touch()
+    facts = {"work": work, "home": rogue.user.pw_dir}
+    argv = ["exec", *(word.format(**facts) for word in words), sif, *LOOK, seen.format(**facts)]
+    try:
+        configure(rogue, "user bind control = yes", BELIEVED)
+        free = rogue.run(*argv, cwd="/")
+        configure(rogue, "user bind control = no", BELIEVED)
+        bound = rogue.run(*argv, cwd="/")
+    finally:
+        shutil.rmtree(work)
+    assert free.stdout.split() == [seen.format(**facts)], free.stderr
+    assert bound.stdout == "", bound.stderr
+    assert "Traceback" not in bound.stderr
+
+
+def test_the_directory_of_the_caller(rogue, sif):
+    place = Path(tempfile.mkdtemp(dir=rogue.place))
+    place.chmod(0o755)
+    (place / "seen").touch()
+    for value, seen in (("yes", f"{place}/seen\n"), ("no", "")):
+        configure(rogue, f"user bind control = {value}", BELIEVED)
+        assert rogue.run("exec", sif, *LOOK, place / "seen", cwd=place).stdout == seen
+
+
+def test_a_home_that_the_environment_names(rogue, sif):
+    """Somebody without an account has no home, whatever HOME says."""
+    configure(rogue, "user bind control = no", BELIEVED)
+    done = subprocess.run(
+        [rogue.program, "exec", sif, *LOOK, "/usr/lib", "/usr/share"],
+        env=rogue.environment({"HOME": "/usr"}), cwd="/", user=54321, group=54321,
+        extra_groups=[], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout == "", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("holds", "words", "seen"),
+    [
+        ("mount proc = no", (), "/proc/self"),
+        ("mount proc = no", ("-p",), "/proc/self"),
+        ("mount sys = no", (), "/sys/kernel"),
+        ("mount dev = no", (), "/dev/null"),
+        ("mount dev = minimal", (), "/dev/fuse"),
+        ("mount dev = no", ("-c",), "/dev/pts/ptmx"),
+        ("mount devpts = no", ("-c",), "/dev/pts/ptmx"),
+        ("mount home = no", (), "{home}/.profile"),
+        ("mount tmp = no", (), "{tmp}"),
+        ("config resolv_conf = no", (), "/etc/resolv.conf"),
+    ],
+)
+def test_what_is_mounted_by_default(rogue, sif, holds, words, seen):
+    """Binds among these could be had with -B where the user may bind at all: here not."""
+    marks = [Path(rogue.user.pw_dir) / ".profile"]
+    marks[0].touch()
+    with tempfile.NamedTemporaryFile(dir="/tmp") as file:
+        facts = {"home": rogue.user.pw_dir, "tmp": file.name}
+        look: tuple[str | Path, ...] = (*LOOK, seen.format(**facts))
+        if seen == "/etc/resolv.conf":
+            look = ("sh", "-c", f"cat {seen} 2>/dev/null; exit 0")
+        configure(rogue, "bind path = /etc/hosts", BELIEVED)
+        free = rogue.run("exec", *words, sif, *look, cwd="/")
+        configure(rogue, f"user bind control = no\n{holds}", BELIEVED)
+        bound = rogue.run("exec", *words, sif, *look, cwd="/")
+    assert free.stdout, free.stderr
+    assert bound.stdout == "", bound.stderr
+
+
+def test_paths_of_the_administrator(rogue, sif):
+    believed = "bind path = /etc:/given"
+    for holds, seen in (
+        (believed, "/given/shadow\n"),
+        ("bind path = /etc", ""),
+        ("bind path = /etc:/other", ""),
+        ("", ""),
+    ):
+        configure(rogue, f"user bind control = no\n{holds}", believed)
+        done = rogue.run("exec", sif, *LOOK, "/given/shadow", cwd="/")
+        assert (done.returncode, done.stdout) == (0, seen), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("holds", "believed", "words"),
+    [
+        ("allow pid ns = no", "", ("-p",)),
+        ("allow ipc ns = no", "", ("-i",)),
+        ("allow uts ns = no", "", ("--uts",)),
+        ("mount slave = no", "", ()),
+        ("enable overlay = no", "enable underlay = no", ()),
+        ("enable overlay = no", "", ("--writable-tmpfs",)),
+        ("enable underlay = no", "enable overlay = no", ()),
+        ("allow container sif = no", "", ()),
+        ("limit container owners = daemon", "", ()),
+        ("limit container groups = daemon", "", ()),
+        ("limit container paths = /nonexistent", "", ()),
+        ("allow setuid-mount squashfs = no", "allow setuid-mount squashfs = yes", ()),
+        ("sessiondir max size = 8", "sessiondir max size = 16", ()),
+    ],
+)
+def test_what_ends_the_launch(rogue, sif, holds, believed, words):
+    configure(rogue, believed, believed)
+    assert rogue.run("exec", *words, sif, "true").returncode == 0
+    configure(rogue, holds, believed)
+    done = rogue.run("exec", *words, sif, "true")
+    assert done.returncode == 255, done.stderr
+    assert "FATAL" in done.stderr
+
+
+def test_another_kind_of_image(rogue):
+    folder = images.shared_folder()
+    for kind, image in (
+        ("squashfs", images.bare_squashfs(folder)),
+        ("dir", images.described_tree(folder)),
+    ):
+        configure(rogue, f"allow container {kind} = yes", "")
+        assert rogue.run("exec", image, "true").returncode == 0
+        configure(rogue, f"allow container {kind} = no", "")
+        assert rogue.run("exec", image, "true").returncode == 255
+
+
+def test_the_plan_is_not_changed_where_nothing_is_forbidden(rogue, sif):
+    """With the same file on both sides this installation is like any other."""
+    configure(rogue, "", "")
+    done = rogue.run("exec", "-B", "/etc:/given", sif, *LOOK, "/given/shadow")
+    assert (done.returncode, done.stdout) == (0, "/given/shadow\n")
+    assert socket.gethostname() in rogue.run("exec", sif, "uname", "-n").stdout
