@@ -204,7 +204,7 @@ class Master:
             plan.groups,
             plan.caps,
         )
-        self._reply("container creation failed", refused)
+        self._reply("cannot make the container", refused)
 
     def start_stage2(self, context: PrepareContext) -> None:
         """Give stage 2 its message, in a file of its own: it may be longer than a frame."""

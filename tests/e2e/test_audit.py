@@ -172,6 +172,34 @@ def test_refused_images_are_recorded(own, sif, sink):
     assert {record["image"] for record in found} == {str(sif)}
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("-B", "/nonexistent:/given", "{sif}", "true"),
+        ("-H", "relative:also", "{sif}", "true"),
+        ("--writable", "{sif}", "true"),
+        ("/nonexistent.sif", "true"),
+    ],
+)
+def test_launches_of_which_nothing_came_are_recorded(own, sif, sink, words):
+    done = own.run("exec", *(word.format(sif=sif) for word in words))
+    assert done.returncode == 255
+    found = records(sink)
+    assert [record["decision"] for record in found] == ["begun", "failed"]
+    assert len({record["image"] for record in found}) == 1
+    assert len({record["pid"] for record in found}) == 1
+
+
+def test_a_launch_that_is_interrupted_is_recorded(own, sif, sink):
+    """Before the payload; once it runs, keeper has no right left to write with."""
+    with own.start("exec", sif, "sleep", "100") as process:
+        own_install.eventually(sink.exists, "it has begun")
+        process.terminate()
+        process.wait(timeout=10)
+    decisions = [record["decision"] for record in records(sink)]
+    assert decisions in (["begun"], ["begun", "failed"])
+
+
 @pytest.mark.parametrize("kind", ["owner", "group-writable", "link", "directory", "fifo", "gone"])
 def test_sink_that_is_not_to_be_trusted(own, sif, sink, kind):
     """No record, no launch."""

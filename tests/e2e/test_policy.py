@@ -940,6 +940,66 @@ def test_the_real_file_works_as_it_is(own, image):
     assert own.run("config", "check").returncode == 0
 
 
+# ---- an image that only its user can look at ----
+
+
+@pytest.fixture
+def user_mount(own, image, open_fuse) -> Iterator[Path]:
+    """Images on a FUSE mount of the user's own, without allow_other: root cannot look into it."""
+    tree = Path(tempfile.mkdtemp(dir=image.place))
+    shutil.copy(image.sif, tree / "image.sif")
+    shutil.copy(image.squashfs, tree / "image.sqfs")
+    shutil.copytree(image.sandbox, tree / "sandbox", symlinks=True)
+    outer = image.place / "outer.sqfs"
+    argv = ["mksquashfs", tree, outer, "-noappend", "-quiet", "-no-progress"]
+    subprocess.run(argv, check=True, capture_output=True)
+    outer.chmod(0o644)
+    point = Path(tempfile.mkdtemp(dir=own.user.pw_dir))
+    os.chown(point, own.user.pw_uid, own.user.pw_gid)
+    environment = own.environment()
+    subprocess.run(["squashfuse", outer, point], check=True, env=environment, **own.identity())
+    yield point
+    subprocess.run(["fusermount3", "-u", "-z", point], check=True)
+    point.rmdir()
+    outer.unlink()
+    shutil.rmtree(tree)
+
+
+@pytest.mark.parametrize("name", ["image.sif", "image.sqfs", "sandbox"])
+def test_image_on_a_mount_of_the_users_own(own, user_mount, name):
+    image = user_mount / name
+    own.configure("")
+    with pytest.raises(PermissionError):
+        as_set_user_id_root(own, image)
+    assert flow_of(own.run("exec", image, *IDENTITY)) == "setuid"
+    ran(own.run("exec", "-p", "--underlay", image, "true"))
+    kind = {"image.sif": "sif", "image.sqfs": "squashfs"}.get(name, "dir")
+    own.configure(f"allow container {kind} = no")
+    refused(own.run("exec", image, "true"), "disallows")
+    # Owner and path are what its server says, so no rule on them can let it pass.
+    for rule in (f"owners = root, {own.user.pw_uid}", "groups = root", "paths = /"):
+        own.configure(f"limit container {rule}")
+        refused(own.run("exec", image, "true"))
+        own.configure(f"limit container {rule}\nallow setuid-mount squashfs = no")
+        refused(own.run("exec", image, "true"))
+
+
+def as_set_user_id_root(own: Installation, path: Path) -> None:
+    """Look at a file with the ids of the starter, the caller's and root's mixed.
+
+    Raises:
+        PermissionError: it cannot be looked at.
+    """
+    script = (
+        "import os, sys; user = int(sys.argv[1]); os.setresuid(user, 0, 0)\n"
+        "try: os.stat(sys.argv[2])\n"
+        "except PermissionError: sys.exit(13)"
+    )
+    argv = ["/usr/bin/python3", "-c", script, str(own.user.pw_uid), path]
+    if subprocess.run(argv, check=False).returncode == 13:
+        raise PermissionError
+
+
 # ---- the table ----
 
 

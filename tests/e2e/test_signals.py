@@ -194,7 +194,7 @@ def test_stop_and_go_on_by_kill(own, sif, options, home):
     payload = payload_of(home, "sh")
     keeper = next(pid for pid, facts in home.alive().items() if facts[0] == terminal.process.pid)
     os.kill(keeper, signal.SIGTSTP)
-    terminal.expect(b"stopped 14")
+    terminal.expect(b"stopped 148")
     eventually(lambda: stopped(payload), "the payload is stopped")
     terminal.type(b"go\n")
     eventually(lambda: not stopped(payload), "the payload goes on")
@@ -227,6 +227,36 @@ def test_stop_and_go_on_by_keys(own, sif, options, home):
     terminal.type(b"exit\n")
     terminal.process.wait(timeout=10)
     terminal.close()
+
+
+def test_reading_in_the_background_stops_the_job(own, sif, options, home):
+    """As SIGTTIN does to any other command, and the shell is told so."""
+    script = 'set -m; "$@" & wait %1; echo "stopped $?"; fg >/dev/null; echo "end $?"'
+    command = ["sh", "-c", 'echo "got $(head -n 1)"; exit 4']
+    words = ["bash", "-c", script, "bash", own.program, "exec", *options, sif, *command]
+    terminal = Terminal(own, home, words)
+    terminal.expect(b"stopped 149")
+    terminal.type(b"word\n")
+    terminal.expect(b"got word")
+    terminal.expect(b"end 4")
+    assert status_of(terminal.process) == 0
+    terminal.close()
+
+
+def test_an_image_server_that_is_stopped_goes_on(own, sif, options, home):
+    """Whoever reads the image would hang, and could be ended by nothing but the server's end."""
+    command = "echo ready; read x; cat /bin/* >/dev/null; exit 3"
+    process = home.adopt(
+        own.start("exec", *options, sif, "sh", "-c", command, stdin=subprocess.PIPE)
+    )
+    read_until(process.stdout.fileno(), b"ready")
+    server = next(pid for pid, facts in home.alive().items() if facts[2] == "squashfuse_ll")
+    for _ in range(20):
+        os.kill(server, signal.SIGSTOP)
+    eventually(lambda: not stopped(server), "the server goes on")
+    process.stdin.write(b"\n")
+    process.stdin.flush()
+    assert status_of(process) == 3
 
 
 def test_payload_that_stops_itself_stops_the_job(own, sif, home):

@@ -64,7 +64,8 @@ def find_user(facts: Facts, action: ActionRequest, environment: Mapping[str, str
     if action.home:
         if not facts.configuration["user bind control"]:
             raise LaunchError(
-                text="not mounting user requested home: user bind control is disallowed"
+                text="container creation failed: not mounting user requested home: user bind "
+                "control is disallowed"
             )
         fields = action.home.split(":")
         if len(fields) > 2 or not fields[0]:
