@@ -71,6 +71,11 @@ def is_name(name: str) -> bool:
     return fit and name not in _OF_THE_SHELL
 
 
+def is_of_the_shell(name: str) -> bool:
+    """Return whether shells have a variable of that name for themselves."""
+    return name in _OF_THE_SHELL
+
+
 def collect(action: ActionRequest, environment: Mapping[str, str]) -> Environment:
     """Sort the caller's environment and the options into what is forwarded and what is injected."""
     result = Environment()

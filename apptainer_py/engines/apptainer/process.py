@@ -266,6 +266,11 @@ def spec(
     own = environ.own_variables(action, prepared.image.path, prepared.user.home, binds)
     early = {name: own.pop(name) for name in environ.EARLY if name in own}
     late = {name: value for name, value in environment.forwarded.items() if environ.is_name(name)}
+    odd = {
+        name: value
+        for name, value in environment.forwarded.items()
+        if not environ.is_name(name) and not environ.is_of_the_shell(name)
+    }
     late.update(own)
     early.update(
         (name, value) for name, value in environment.forwarded.items() if name in environ.OF_BASH
@@ -285,6 +290,7 @@ def spec(
             b"environment": _entries(early),
             b"forwarded": _entries(late),
             b"plain": _entries(plain),
+            b"odd": _entries(odd),
             b"cwd": [os.fsencode(path) for path in _directories(action, context, prepared)],
             b"cwd_required": [b"yes"] if action.cwd else [],
             b"umask": [b"%d" % (0o022 if action.no_umask else context.facts.umask)],

@@ -15,7 +15,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from apptainer_py.runtime.contexts import StartContext
 
-_SHELL = b"/bin/sh"
+_SHELL, _BASH = b"/bin/sh", b"/bin/bash"
 _RUNSCRIPT = b"/.singularity.d/runscript"
 _FOLDER = "/.singularity.d/env"
 _FILE_BYTES = 1 << 16
@@ -51,14 +51,21 @@ def start(context: StartContext) -> None:
     evaluated = _evaluate(message, directory)
     if evaluated is not None:
         _start_directly(context, message, evaluated)
-    if _is_program(_SHELL):
+    shell = _interpreter(message)
+    if shell:
         forwarded = message[b"forwarded"]
-        words = [_SHELL, b"-c", b'eval "$1"', b"apptainer-py", message[b"script"][0]]
+        words = [shell, b"-c", b'eval "$1"', b"apptainer-py", message[b"script"][0]]
         words += [b"%d" % len(forwarded), *forwarded, *message[b"arguments"]]
-        problem = context.execve(_SHELL, words, [*message[b"environment"], b"PWD=" + directory])
+        problem = context.execve(shell, words, [*message[b"environment"], b"PWD=" + directory])
         if message[b"action"][0] != b"exec":
-            raise NotStarted(text=_explain(_SHELL, problem))
+            raise NotStarted(text=_explain(shell, problem))
     _start_without_shell(context, message, directory)
+
+
+def _interpreter(message: dict[bytes, list[bytes]]) -> bytes:
+    """Return the image's shell that runs the script; empty where none is fit for this action."""
+    shells = (_SHELL, _BASH) if message[b"action"][0] in _DIRECT else (_SHELL,)
+    return next((shell for shell in shells if _is_program(shell)), b"")
 
 
 def _evaluate(message: dict[bytes, list[bytes]], directory: bytes) -> list[bytes] | None:
@@ -66,7 +73,7 @@ def _evaluate(message: dict[bytes, list[bytes]], directory: bytes) -> list[bytes
 
     None leaves it to that shell: a language that only it understands, or an action of its own.
     """
-    if message[b"action"][0] not in _DIRECT or message[b"app"] or not _is_program(_SHELL):
+    if message[b"action"][0] not in _DIRECT or message[b"app"]:
         return None
     entries = [*message[b"environment"], b"PWD=" + directory]
     try:
@@ -80,7 +87,8 @@ def _evaluate(message: dict[bytes, list[bytes]], directory: bytes) -> list[bytes
         )
     except (NotSimple, OSError):
         return None
-    return [os.fsencode(f"{name}={value}") for name, value in variables.items()]
+    # Last what no shell could hold, as bash's exported functions: no file of the image sees it.
+    return [os.fsencode(f"{name}={value}") for name, value in variables.items()] + message[b"odd"]
 
 
 def _pairs(entries: list[bytes]) -> dict[str, str]:
