@@ -284,6 +284,7 @@ static int op_container(struct keeper *k, const union keeper_request *request, s
     k->closed = code != ERR_OK;
     if (!known && audit_launch(l, &q->plan, k->image, decision) < 0) {
         a->error = errno;
+        k->closed = true;
         report("FATAL:   ", "the audit record cannot be written; tell your administrator");
         return ERR_REFUSED;
     }
@@ -525,7 +526,7 @@ static void stop_by(int number) {
 static void child_stopped(struct keeper *k, pid_t pid, int number) {
     if (pid == k->container && k->phase == RUN && getpgid(pid) == getpgrp())
         stop_by(number);
-    /* It has a session of its own, so no job is being stopped: all that read the image would hang. */
+    /* It has a session of its own, so this is no job's stop, and would hang all that read it. */
     for (size_t i = 0; i < LIMIT_FUSE_DEVICES; i++)
         if (pid == k->servers[i])
             (void)kill(pid, SIGCONT);

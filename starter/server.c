@@ -126,6 +126,8 @@ int server_look(const struct launch *l, int image_fd, struct image_facts *found)
     if (pid == 0) {
         struct target_identity target;
         trace_fd = -1;
+        for (size_t i = 0; i < LIMIT_FUSE_DEVICES; i++)
+            close(l->fuse_fds[i]); /* if it hangs, the mounts do not hang with it */
         stage_target(l, ROLE_IMAGE_SERVER, &target);
         /* SAFE: as in server_main(); looks at the descriptor that the caller has opened, and tells
          * what anybody's process with the caller's rights could find out. */

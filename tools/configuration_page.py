@@ -34,11 +34,17 @@ applied but can be got around, **refuses** ends the launches that need it with "
 ENDING = """
 Of our own, not in Apptainer's file: `allow setuid users`, `allow setuid groups` and `audit log`.
 
-The audit record is one line of JSON for each launch, written before anything is done (`begun`), and
-one more where the launch is refused later: time, process, user, group, decision, namespaces, the
-payload's capabilities and the image. What a user chose is escaped and bounded, so a record can be
-neither forged nor split. With a path, the file is made with mode 0600 and must be
-root's; with `syslog`, the record goes to `authpriv.notice`.
+The audit record is one line of JSON for each launch, written before anything is done (`begun`),
+one more where the plan turns out to be another (`allowed`), and one where no container came of it:
+`refused` by a rule on images, namespaces or identities, or else `failed`. A launch with neither of
+these two ran, or was killed. Each holds time, process, user, group, decision, namespaces, flags,
+the payload's capabilities and the image. What a user chose is escaped and bounded, so a record can
+be neither forged nor split. With a path, the file is made with mode 0600 and must be root's; with
+`syslog`, the record goes to `authpriv.notice`.
+
+Every attempt is written and none is held back, as sudo does it: at most three records a launch,
+each under 4 KiB. How fast they come is bounded by how fast the user can start processes; how many
+are kept, by the log's own rules (`logrotate`, journald's `RateLimitBurst`).
 """
 SHOWN = {"LIST": "a list of {0}", "UINT": "{0} to {1}", "STRING": "any text"}
 

@@ -168,6 +168,28 @@ def test_many_and_long_values_arrive(launch: Run, trees: dict[str, Path]) -> Non
     assert all(found[name] == value for name, value in many.items())
 
 
+ODD = {"BASH_FUNC_g%%": "() { echo said; }", "A-B": "1", "9X": "2", "dot.name": "a\nb", "É": "4"}
+
+
+def test_names_that_no_shell_can_hold_arrive(launch: Run, trees: dict[str, Path]) -> None:
+    """As long as the image's files need no shell of the image's, which would drop them."""
+    found = show(launch, trees["dash"], env={**ODD, "PPID": "1"})
+    assert {name: found.get(name) for name in ODD} == ODD
+    assert "PPID" not in found
+    assert not ODD.keys() & show(launch, trees["dash"], "-e", env=ODD).keys()
+    assert launch("exec", trees["bash"], "bash", "-c", "g", env=ODD).stdout == "said\n"
+
+
+def test_an_image_with_bash_and_no_sh(launch: Run, trees: dict[str, Path], tree: Path) -> None:
+    """Its environment is read all the same: without a shell, or by bash."""
+    (tree / "bin/sh").unlink()
+    put(tree, "20-plain.sh", "export A=plain\n")
+    assert show(launch, tree)["A"] == "plain"
+    if (tree / "bin/bash").exists():
+        put(tree, "21-array.sh", "x=(a b); export B=${x[1]}\n")
+        assert show(launch, tree)["B"] == "b"
+
+
 @pytest.mark.parametrize("flow", FLOWS)
 def test_every_flow_has_the_same_environment(
     launch: Run, trees: dict[str, Path], flow: str

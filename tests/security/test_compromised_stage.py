@@ -20,12 +20,12 @@ from tests import images, own_install
 from tests.own_install import Installation
 
 READS = '    if info["config_fd"] >= 0:\n'
-READS_ANOTHER = '''\
+READS_ANOTHER = """\
     believed = os.path.join(os.path.dirname(build.SYSCONFDIR), "believed")
     if info["stage"] == protocol.STAGE_MASTER and os.path.exists(believed):
         values, lines, problems = _starter.parse_config_fd(os.open(believed, os.O_RDONLY))
     elif info["config_fd"] >= 0:
-'''
+"""
 LOOK = ("sh", "-c", "ls -d $* 2>/dev/null; exit 0", "sh")
 
 
