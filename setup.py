@@ -122,6 +122,7 @@ def product_facts(prefix: str, sysconfdir: str, *, setuid: bool) -> dict[str, ob
         "LIBDIR": f"{prefix}/lib/apptainer-py",
         "SYSCONFDIR": sysconfdir,
         "CONFIG_FILE": f"{sysconfdir}/apptainer-py.conf",
+        "CAPABILITY_FILE": f"{sysconfdir}/capability.json",
         "SESSIONDIR": f"{libexecdir}/session",
         "STARTER": f"{libexecdir}/starter",
         "STARTER_SUID": f"{libexecdir}/starter-suid",

@@ -18,11 +18,12 @@ static uint32_t permitted_spaces(const struct launch *l, uint32_t wanted) {
     return wanted & spaces;
 }
 
-/* Root's plan has capabilities that only stage 1 knows, so root gets no forecast. */
+/* Root's plan has capabilities that only stage 1 knows, so root gets no forecast in any flow. */
 bool early_plan(const struct launch *l, struct container_plan *plan) {
     const struct request_header *h = &l->request;
     bool builtin = h->total - h->engine_file_off == 1;
-    if (!(h->forecast & FORECAST_CONTAINER) || l->flow == FLOW_ROOT || !builtin)
+    if (!(h->forecast & FORECAST_CONTAINER) || l->flow == FLOW_ROOT || l->uid == 0 ||
+        !builtin)
         return false;
     memset(plan, 0, sizeof(*plan));
     plan->uid = l->uid;

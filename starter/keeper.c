@@ -45,6 +45,7 @@ static void close_fuse(struct launch *l) {
 
 static void open_channels(struct launch *l) {
     l->methods_socket[0] = l->methods_socket[1] = -1;
+    l->bearer_socket[0] = l->bearer_socket[1] = -1;
     for (int i = 0; i < 2; i++)
         l->helper_sockets[i][0] = l->helper_sockets[i][1] = l->serve_pipe[i] = l->probe_pipe[i] =
             l->life_pipe[i] = -1;
@@ -675,7 +676,8 @@ static void drop_and_go(struct keeper *k) {
     close_fd(&l->trace_file);
     step_begin(STEP_GO);
     tell_master(k, EVENT_GO, k->container, 0);
-    ssize_t ignored = write(l->go_pipe[1], "G", 1); /* a dead reader shows as an ended child */
+    /* One for stage 2, one for bearer; a dead reader shows as an ended child. */
+    ssize_t ignored = write(l->go_pipe[1], "GG", 2);
     (void)ignored;
     step_end(STEP_GO);
 }

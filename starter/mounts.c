@@ -35,6 +35,11 @@ static int set_number(int fs, const char *key, uint64_t number) {
 }
 
 /* Creates the super block and returns a detached mount, or -1. */
+/* Only root may leave set-user-id bits alive (--allow-setuid), and not in a user namespace. */
+static unsigned nosuid(const struct launch *l) {
+    return l->flow == FLOW_ROOT && l->plan.flags & PLAN_SETUID ? 0 : MOUNT_ATTR_NOSUID;
+}
+
 static int make_mount(int fs, unsigned flags) {
     if (syscall(SYS_fsconfig, fs, FSCONFIG_CMD_CREATE, NULL, NULL, 0) < 0)
         return -1;
@@ -257,8 +262,7 @@ int op_root_squashfs(struct rpc *r, const struct op_request *q, struct op_reply 
     (void)set_string(fs, "errors", "continue");
     raised = privs_raise(CAP_BIT(CAP_SYS_ADMIN) | CAP_BIT(CAP_DAC_OVERRIDE));
     int mount_fd = !raised ? -1
-                           : make_mount(fs, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV |
-                                                MOUNT_ATTR_RDONLY);
+                           : make_mount(fs, nosuid(l) | MOUNT_ATTR_NODEV | MOUNT_ATTR_RDONLY);
     error = errno;
     privs_lower(raised);
     raised = privs_raise(CAP_BIT(CAP_SYS_ADMIN));
@@ -287,13 +291,10 @@ static int clone_tree(int fd, uint64_t set, uint64_t clear, bool recursive) {
     return tree;
 }
 
-/* Only root may leave set-user-id bits alive, and not inside a user namespace. */
 static uint64_t bind_attributes(const struct launch *l, uint32_t flags) {
-    uint64_t set = MOUNT_ATTR_NODEV | MOUNT_ATTR_NOSUID;
+    uint64_t set = MOUNT_ATTR_NODEV | nosuid(l);
     if (flags & BIND_DEVICES)
         set &= ~(uint64_t)MOUNT_ATTR_NODEV;
-    if (flags & BIND_SETUID && l->flow == FLOW_ROOT)
-        set &= ~(uint64_t)MOUNT_ATTR_NOSUID;
     if (flags & BIND_READ_ONLY)
         set |= MOUNT_ATTR_RDONLY;
     return set;
@@ -304,7 +305,7 @@ int op_root_directory(struct rpc *r, const struct op_request *q, struct op_reply
     const struct launch *l = r->launch;
     struct stat st, host;
     int code = ERR_OK;
-    if (no_fields_but(q, BIND_READ_ONLY | BIND_SETUID, 2, true, false) < 0)
+    if (no_fields_but(q, BIND_READ_ONLY, 2, true, false) < 0)
         return ERR_MALFORMED;
     int image = open_judged(q, O_RDONLY | O_DIRECTORY, a, &code);
     if (image < 0)
@@ -390,7 +391,7 @@ static int overlay_read_only(const struct rpc *r) {
     /* SAFE: both layers are directories of this session, pinned before anybody could move them. */
     if (fs >= 0 && set_string(fs, "source", "overlay") == 0 &&
         set_string(fs, "lowerdir", layers) == 0)
-        mount_fd = make_mount(fs, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_RDONLY);
+        mount_fd = make_mount(fs, nosuid(r->launch) | MOUNT_ATTR_NODEV | MOUNT_ATTR_RDONLY);
     int error = errno;
     if (fs >= 0)
         close(fs);
@@ -418,7 +419,7 @@ static int overlay_writable(const struct rpc *r) {
     /* SAFE: the layer below checks every access again with the user's rights; upper and work are
      * this session's own. */
     if (raised)
-        mount_fd = make_mount(fs, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV);
+        mount_fd = make_mount(fs, nosuid(r->launch) | MOUNT_ATTR_NODEV);
     int error = errno;
     privs_lower(raised);
     if (!privs_raise(CAP_BIT(CAP_SYS_ADMIN)))
@@ -437,7 +438,7 @@ static int make_layer(const struct rpc *r, enum layer_kind kind) {
         return overlay_writable(r);
     case LAYER_UNDERLAY:
         return clone_tree(r->places[PLACE_UNDERLAY],
-                          MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_RDONLY, 0, true);
+                          nosuid(r->launch) | MOUNT_ATTR_NODEV | MOUNT_ATTR_RDONLY, 0, true);
     case LAYER_NONE:
     default:
         return clone_tree(r->root_fd, 0, 0, true);
@@ -508,8 +509,8 @@ static bool is_device_tree(const char *path) {
 
 /* BIND(source, target; area, device, inode): nosuid and nodev, whatever lies below it too. */
 int op_bind(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out) {
-    const uint32_t known = BIND_READ_ONLY | BIND_DEVICES | BIND_MAY_FAIL | BIND_SETUID |
-                           BIND_SAME_INODE | BIND_ALONE;
+    const uint32_t known =
+        BIND_READ_ONLY | BIND_DEVICES | BIND_MAY_FAIL | BIND_SAME_INODE | BIND_ALONE;
     (void)fd_out;
     if (no_fields_but(q, known, 3, true, true) < 0 || q->num[0] > AREA_ROOT ||
         wire_string(q, 0)[0] != '/' || wire_string(q, 1)[0] != '/')

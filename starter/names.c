@@ -55,29 +55,30 @@ static pid_t fork_asker(const struct launch *l) {
     /* The mounting process asks too, which has no right to trim its bounding set; without a
      * way to gain anything the set is of no use. */
     target.keep_bounding = true;
-    /* SAFE: name services run with nothing but the caller's rights, and answer with a few bytes. */
+    /* SAFE: name services run with nothing but the caller's rights; all that comes back is one small
+     * answer. */
     if (privs_drop(&target) < 0)
         _exit(2);
     return 0;
 }
 
-static int status_of(pid_t pid) {
+/* Its exit status, or -1. */
+static int wait_for_asker(pid_t pid) {
     int status;
     while (waitpid(pid, &status, 0) < 0)
         if (errno != EINTR)
             return -1;
-    return WIFEXITED(status) && WEXITSTATUS(status) <= 1 ? WEXITSTATUS(status) : -1;
+    return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
 }
 
 /* 1 yes, 0 no, -1 it could not be found out (which callers treat as no). */
 int names_match(const struct launch *l, enum config_id key, bool group, const gid_t *ids,
                 size_t count) {
     pid_t pid = fork_asker(l);
-    if (pid < 0)
-        return -1;
     if (pid == 0)
         _exit(any_match(&l->config, key, group, ids, count) ? 1 : 0);
-    return status_of(pid);
+    int answer = pid < 0 ? -1 : wait_for_asker(pid);
+    return answer == 0 || answer == 1 ? answer : -1;
 }
 
 /* The caller's home directory as the account has it, absolute; 0 or -1. */
@@ -94,11 +95,74 @@ int names_home(const struct launch *l, char *out, size_t size) {
         _exit(fits ? 1 : 0);
     }
     close(ends[1]);
-    bool found = pid > 0 && status_of(pid) == 1;
+    bool found = pid > 0 && wait_for_asker(pid) == 1;
     ssize_t got = found ? read(ends[0], out, size - 1) : -1;
     close(ends[0]);
     if (got <= 0)
         return -1;
     out[got] = '\0';
     return 0;
+}
+
+/* Whose grants count: the account's own name, and the groups that the kernel knows of. */
+struct grantee {
+    const char *user;
+    size_t count;
+    gid_t held[1024];
+};
+
+static bool is_grantee(const char *name, bool group, const void *whose) {
+    const struct grantee *who = whose;
+    if (!group)
+        return who->user && strcmp(who->user, name) == 0;
+    const struct group *found = getgrnam(name);
+    for (size_t i = 0; found && i < who->count; i++)
+        if (who->held[i] == found->gr_gid)
+            return true;
+    return false;
+}
+
+static int read_grants(uid_t uid, int fd, uint64_t *granted) {
+    static char text[CONFIG_FILE_BYTES + 1];
+    static struct grantee who;
+    ssize_t got = pread(fd, text, sizeof(text), 0);
+    if (got < 0 || (size_t)got == sizeof(text))
+        return -1;
+    const struct passwd *account = getpwuid(uid);
+    char name[256] = "";
+    /* A copy: the next look-up writes to the same place. */
+    if (account && append_text(name, sizeof(name), account->pw_name) == strlen(account->pw_name))
+        who.user = name;
+    int count = getgroups((int)ARRAY_SIZE(who.held), who.held);
+    who.count = count > 0 ? (size_t)count : 0;
+    return grants_read(text, (size_t)got, is_grantee, &who, granted);
+}
+
+/* What the administrator's own file grants this caller; nothing, where that cannot be found out. */
+uint64_t names_granted_caps(const struct launch *l) {
+    static struct config_error why;
+    uint64_t granted = 0;
+    int answer[2];
+    memset(&why, 0, sizeof(why));
+    /* SAFE: as the caller, who may read it; only root can have written it, which is checked. */
+    int fd = config_open(APY_CAPABILITY_FILE, true, &why);
+    if (fd < 0)
+        return 0;
+    if (pipe2(answer, O_CLOEXEC) < 0) {
+        close(fd);
+        return 0;
+    }
+    pid_t pid = fork_asker(l);
+    if (pid == 0)
+        _exit(read_grants(l->uid, fd, &granted) == 0 &&
+                      write(answer[1], &granted, sizeof(granted)) == (ssize_t)sizeof(granted)
+                  ? 0
+                  : 1);
+    close(answer[1]);
+    close(fd);
+    ssize_t got = pid < 0 ? -1 : read(answer[0], &granted, sizeof(granted));
+    close(answer[0]);
+    if (pid < 0 || wait_for_asker(pid) != 0 || got != (ssize_t)sizeof(granted))
+        return 0;
+    return granted;
 }

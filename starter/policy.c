@@ -40,8 +40,15 @@ int policy_caller(const struct launch *l, const char **why) {
     return -1;
 }
 
-/* In the setuid flow stage 2 runs Python with the payload's identity: that must hold nothing. */
-static uint64_t most_capabilities(const struct launch *l) {
+static bool wants_capabilities(const struct container_plan *plan) {
+    uint64_t any = 0;
+    for (int set = 0; set < CAP_SETS; set++)
+        any |= plan->caps[set];
+    return any != 0;
+}
+
+/* A user has what the administrator's own file grants, whatever master made of that file. */
+static uint64_t most_capabilities(const struct launch *l, const struct container_plan *plan) {
     switch (l->flow) {
     case FLOW_ROOT:
         return l->permitted;
@@ -49,30 +56,45 @@ static uint64_t most_capabilities(const struct launch *l) {
         return privs_last_cap_mask();
     case FLOW_SETUID:
     default:
-        return 0;
+        return wants_capabilities(plan) ? names_granted_caps(l) & l->permitted : 0;
     }
 }
 
-/* A caller other than root gets its own ids, and in the setuid flow no capability. */
+/* Bearer holds a grant in all five sets or in none: each set of its own would be a case to think
+ * through. */
+static bool whole_grant(const struct container_plan *plan) {
+    for (int set = 1; set < CAP_SETS; set++)
+        if (plan->caps[set] != plan->caps[0])
+            return false;
+    return true;
+}
+
+/* A caller other than root gets its own ids, and in the setuid flow no capability but granted
+ * ones. */
 int policy_plan(const struct launch *l, const struct container_plan *plan) {
     const uint32_t spaces = SPACE_PID | SPACE_IPC | SPACE_UTS | SPACE_NET | SPACE_CGROUP;
     const uint32_t flags = PLAN_SHIM | PLAN_WRITABLE_LAYER | PLAN_KERNEL_IMAGE | PLAN_SLAVE |
-                           PLAN_NO_NEW_PRIVS | PLAN_METHODS | PLAN_KEEP_CAPS;
+                           PLAN_NO_NEW_PRIVS | PLAN_METHODS | PLAN_KEEP_CAPS | PLAN_SETUID;
     const struct config *c = &l->config;
     if ((plan->spaces & ~spaces) || (plan->flags & ~flags) ||
         plan->fuse_count > LIMIT_FUSE_DEVICES || plan->group_count > LIMIT_GROUPS)
         return ERR_MALFORMED;
+    uint64_t most = most_capabilities(l, plan);
     for (int set = 0; set < CAP_SETS; set++)
-        if (plan->caps[set] & ~most_capabilities(l))
+        if (plan->caps[set] & ~most)
             return ERR_CAPABILITY;
+    if (l->flow == FLOW_SETUID && !whole_grant(plan))
+        return ERR_MALFORMED;
     uint64_t most_ambient = plan->caps[CAP_SET_PERMITTED] & plan->caps[CAP_SET_INHERITABLE];
     if (plan->caps[CAP_SET_EFFECTIVE] & ~plan->caps[CAP_SET_PERMITTED] ||
         plan->caps[CAP_SET_AMBIENT] & ~most_ambient)
         return ERR_MALFORMED;
     if (l->flow == FLOW_ROOT)
         return ERR_OK;
+    /* Root's payload in a namespace of its own may gain what that namespace has. */
+    bool root_inside = l->flow == FLOW_USERNS && l->uid == 0;
     if (plan->uid != l->uid || plan->gid != l->gid || plan->group_count != 0 ||
-        !(plan->flags & PLAN_NO_NEW_PRIVS))
+        plan->flags & PLAN_SETUID || (!(plan->flags & PLAN_NO_NEW_PRIVS) && !root_inside))
         return ERR_REFUSED;
     if (l->flow == FLOW_USERNS)
         return ERR_OK;

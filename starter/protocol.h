@@ -74,6 +74,11 @@ enum trace_kind {
 #include "rows.h"
 };
 
+enum bearer_part {
+#define BEARERPART(name, number) BEARER_##name = (number),
+#include "rows.h"
+};
+
 /* What a stage asks.  Strings lie in `tail`, one after another, each with its NUL. */
 struct op_request {
     uint32_t op;          /* enum op */
@@ -107,6 +112,17 @@ struct container_request {
     uint32_t image_length;
     struct container_plan plan;
     char image[1024];     /* for the audit record: the path that was judged, maybe cut */
+};
+
+/* Stage 2 → bearer, each with one descriptor; bearer answers a program that cannot be executed. */
+struct bearer_request {
+    uint32_t part;        /* enum bearer_part */
+    uint32_t number;      /* STREAM: which one; PROGRAM: the umask; else 0 */
+    uint32_t argc, envc;  /* PROGRAM: a sealed memfd holds path, arguments, environment; else 0 */
+};
+
+struct bearer_reply {
+    int32_t error;        /* errno of execve(2) */
 };
 
 /* keeper → master */

@@ -19,7 +19,7 @@ static int number_in(const char *text) {
 }
 
 /* A memfd that nobody can change any more; any other kind of file could change under our eyes. */
-static int check_seals(int fd, struct stat *st) {
+int request_check_seals(int fd, struct stat *st) {
     int seals = fcntl(fd, F_GET_SEALS);
     if (seals < 0 || (seals & REQUEST_SEALS) != REQUEST_SEALS)
         return -1;
@@ -56,7 +56,7 @@ static void check_build(const struct request_header *h) {
 void request_open(struct launch *l, int argc, char *const argv[]) {
     struct stat st;
     l->request_fd = argc > 1 ? number_in(argv[1]) : -1;
-    if (l->request_fd < 3 || check_seals(l->request_fd, &st) < 0)
+    if (l->request_fd < 3 || request_check_seals(l->request_fd, &st) < 0)
         fail("the starter is not for direct use; run apptainer-py", 0);
     if (pread(l->request_fd, &l->request, sizeof(l->request), 0) != (ssize_t)sizeof(l->request) ||
         check_header(&l->request, st.st_size) < 0)

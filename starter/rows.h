@@ -50,6 +50,12 @@
 #ifndef TRACEKIND
 #define TRACEKIND(...)
 #endif
+#ifndef BEARERPART
+#define BEARERPART(...)
+#endif
+#ifndef CAPABILITY
+#define CAPABILITY(...)
+#endif
 #include "protocol.def"
 #undef FLOW
 #undef REASON
@@ -68,3 +74,5 @@
 #undef LIMIT
 #undef STEP
 #undef TRACEKIND
+#undef BEARERPART
+#undef CAPABILITY

@@ -14,19 +14,6 @@ static void close_all_but(int keep) {
     (void)close_range((unsigned)keep + 1, ~0U, 0);
 }
 
-static void wait_for_rpc(struct launch *l, pid_t rpc) {
-    int status;
-    while (waitpid(rpc, &status, 0) < 0)
-        if (errno != EINTR)
-            _exit(255);
-    if (!WIFEXITED(status) || WEXITSTATUS(status) != 0)
-        _exit(255);
-    step_begin(STEP_RPC_DONE);
-    if (write(l->ready_pipe[1], "R", 1) != 1)
-        _exit(255);
-    step_end(STEP_RPC_DONE);
-}
-
 static int exit_code(int status) {
     return WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
 }
@@ -57,12 +44,13 @@ NO_RETURN void shim_main(struct launch *l, pid_t rpc, pid_t stage2) {
     (void)prctl(PR_SET_NAME, "appinit");
     step_begin(STEP_DROP_SHIM);
     stage_target(l, ROLE_SHIM, &target);
-    /* SAFE: the payload's own identity, which it could not leave. */
+    /* SAFE: the payload's own identity or less, which it could not leave. */
     if (privs_drop(&target) < 0 || prctl(PR_SET_PDEATHSIG, SIGKILL) < 0)
         _exit(255);
     step_end(STEP_DROP_SHIM);
     trace_process();
-    wait_for_rpc(l, rpc);
+    if (stage_wait_for_rpc(l, rpc) < 0)
+        _exit(255);
     struct pollfd keeper = {.fd = l->go_pipe[0], .events = 0};
     if (poll(&keeper, 1, 0) < 0 || keeper.revents & (POLLHUP | POLLERR))
         _exit(255);

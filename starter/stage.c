@@ -15,6 +15,16 @@ static enum role stage_role;
 static uint64_t hook_start;
 
 
+/* What a user was granted on the host is the payload's alone.  It becomes effective with the
+ * payload's execve, by the ambient set. */
+static void limit_to_bearer(const struct launch *l, enum role role, struct target_identity *t) {
+    if (l->flow != FLOW_SETUID)
+        return;
+    t->caps[CAP_SET_EFFECTIVE] = 0;
+    if (role != ROLE_BEARER)
+        memset(t->caps, 0, sizeof(t->caps));
+}
+
 /* The identity table of docs/architecture.md, section "Identities". */
 void stage_target(const struct launch *l, enum role role, struct target_identity *t) {
     memset(t, 0, sizeof(*t));
@@ -24,6 +34,7 @@ void stage_target(const struct launch *l, enum role role, struct target_identity
     switch (role) {
     case ROLE_STAGE2:
     case ROLE_SHIM:
+    case ROLE_BEARER:
         t->uid = l->plan.uid;
         t->gid = l->plan.gid;
         t->set_groups = l->flow == FLOW_ROOT && l->plan.group_count > 0;
@@ -32,6 +43,7 @@ void stage_target(const struct launch *l, enum role role, struct target_identity
             t->groups[i] = l->plan.groups[i];
         memcpy(t->caps, l->plan.caps, sizeof(t->caps));
         t->no_new_privs = (l->plan.flags & PLAN_NO_NEW_PRIVS) != 0;
+        limit_to_bearer(l, role, t);
         break;
     case ROLE_RPC:
     case ROLE_METHODS: {
@@ -133,43 +145,62 @@ static void leave_hook(uint32_t hook, int failed) {
 
 /* The parent-death signal does not survive a change of credentials, so it is set here, last;
  * a parent that died before is seen by its end of the pipe. */
-static int die_with_keeper(const struct launch *l) {
+int stage_die_with_keeper(const struct launch *l) {
     if (prctl(PR_SET_PDEATHSIG, SIGKILL) < 0)
         return -1;
     struct pollfd go = {.fd = l->go_pipe[0], .events = 0};
     return poll(&go, 1, 0) >= 0 && !(go.revents & (POLLHUP | POLLERR)) ? 0 : -1;
 }
 
-static int wait_for_go(void) {
-    struct launch *l = stage_launch;
-    char byte = 'S';
-    step_begin(STEP_SEALED);
-    if (write(l->seal_pipe[1], &byte, 1) != 1)
+int stage_wait_for_rpc(struct launch *l, pid_t rpc) {
+    int status = 0;
+    while (waitpid(rpc, &status, 0) < 0)
+        if (errno != EINTR)
+            return -1;
+    if (!WIFEXITED(status) || WEXITSTATUS(status) != 0)
         return -1;
-    step_end(STEP_SEALED);
-    close(l->seal_pipe[1]);
-    if (stage_rpc_pid > 0) {
-        int status = 0;
-        while (waitpid(stage_rpc_pid, &status, 0) < 0)
-            if (errno != EINTR)
-                return -1;
-        if (!WIFEXITED(status) || WEXITSTATUS(status) != 0)
+    step_begin(STEP_RPC_DONE);
+    if (write(l->ready_pipe[1], "R", 1) != 1)
+        return -1;
+    step_end(STEP_RPC_DONE);
+    close(l->ready_pipe[1]);
+    return 0;
+}
+
+/* Keeper alone holds the other end, and writes once it has nothing left.  Stage 2 has no payload to
+ * decide about once bearer has ended. */
+int stage_wait_for_go(const struct launch *l) {
+    struct pollfd fds[] = {{.fd = l->go_pipe[0], .events = POLLIN},
+                           {.fd = l->bearer_socket[0], .events = 0}};
+    char byte = 0;
+    while (poll(fds, ARRAY_SIZE(fds), -1) < 0)
+        if (errno != EINTR)
             return -1;
-        step_begin(STEP_RPC_DONE);
-        if (write(l->ready_pipe[1], "R", 1) != 1)
-            return -1;
-        step_end(STEP_RPC_DONE);
-        close(l->ready_pipe[1]);
-    }
+    if (fds[1].revents)
+        return -1;
     ssize_t got;
     do
         got = read(l->go_pipe[0], &byte, 1);
     while (got < 0 && errno == EINTR);
-    return got == 1 && byte == 'G' ? die_with_keeper(l) : -1;
+    return got == 1 && byte == 'G' ? stage_die_with_keeper(l) : -1;
+}
+
+static int wait_for_go(void) {
+    struct launch *l = stage_launch;
+    step_begin(STEP_SEALED);
+    if (write(l->seal_pipe[1], "S", 1) != 1)
+        return -1;
+    step_end(STEP_SEALED);
+    close(l->seal_pipe[1]);
+    if (stage_rpc_pid > 0 && stage_wait_for_rpc(l, stage_rpc_pid) < 0)
+        return -1;
+    return stage_wait_for_go(l);
 }
 
 static int exec_payload(const char *path, char *const argv[], char *const envp[]) {
     leave_hook(HOOK_START_PROCESS, 0); /* it ends with the execve, and cannot tell afterwards */
+    if (stage_launch->bearer_socket[0] >= 0)
+        return bearer_ask(stage_launch, path, argv, envp);
     step_begin(STEP_EXEC_PAYLOAD);
     sanitize_restore_for_payload(stage_launch);
     (void)execve(path, argv, envp);
@@ -179,7 +210,7 @@ static int exec_payload(const char *path, char *const argv[], char *const envp[]
 /* Nothing of a launch may outlive keeper, and a change of credentials takes the signal away. */
 static int die_with_parent(const struct launch *l, enum stage stage) {
     if (stage == STAGE_START || stage == STAGE_METHODS)
-        return die_with_keeper(l);
+        return stage_die_with_keeper(l);
     if (stage != STAGE_MASTER)
         return 0; /* the host pair cleans up after everybody's death */
     struct pollfd keeper = {.fd = l->keeper_socket[1], .events = 0};

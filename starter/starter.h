@@ -51,9 +51,10 @@ struct launch {
     int start_socket[2];               /* [0] stage 2, [1] master */
     int methods_socket[2];             /* [0] methods, [1] master; -1 without */
     int helper_sockets[2][2];          /* post_start_host, cleanup_host: [0] helper, [1] master */
+    int bearer_socket[2];              /* [0] stage 2, [1] bearer; -1 without */
     int seal_pipe[2];                  /* stage 2 → rpc: nothing more will be loaded */
     int ready_pipe[2];                 /* container → keeper: rpc is gone */
-    int go_pipe[2];                    /* keeper → stage 2: nothing privileged is left */
+    int go_pipe[2];                    /* keeper → stage 2, bearer: nothing privileged is left */
     int fuse_fds[LIMIT_FUSE_DEVICES];
     bool early_fuse;                   /* the image is mounted and served before it is asked for */
     int life_pipe[2];                  /* closes when the last process of the container ends */
@@ -101,6 +102,8 @@ uint64_t privs_last_cap_mask(void);
 
 /* request.c */
 void request_open(struct launch *l, int argc, char *const argv[]);
+struct stat;
+MUST_USE int request_check_seals(int fd, struct stat *st);
 
 /* wire.c */
 MUST_USE int wire_pair(int pair[2]);
@@ -119,11 +122,17 @@ bool policy_on_fuse(int fd);
 MUST_USE int names_match(const struct launch *l, enum config_id key, bool group, const gid_t *ids,
                          size_t count);
 MUST_USE int names_home(const struct launch *l, char *out, size_t size);
+uint64_t names_granted_caps(const struct launch *l);
 
 /* policy_mounts.c: decisions about single mounts, for rpc */
 bool policy_bind(const struct launch *l, const char *source, const char *target, int source_fd);
 bool policy_kernel_mount(const struct launch *l, enum kernel_fs kind, const char *target);
 bool policy_layer(const struct launch *l, enum layer_kind kind);
+
+/* grants.c */
+typedef bool (*grants_match)(const char *name, bool group, const void *whose);
+MUST_USE int grants_read(const char *text, size_t size, grants_match matches, const void *whose,
+                         uint64_t *granted);
 
 #ifdef APY_TEST_STEPS
 void test_read_environment(void);
@@ -203,6 +212,15 @@ MUST_USE pid_t server_start(const struct launch *l, int image_fd, int fuse_fd, u
 /* stage.c: after the drop, load CPython and hand over */
 NO_RETURN void stage_run(struct launch *l, enum stage stage);
 void stage_target(const struct launch *l, enum role role, struct target_identity *target);
+MUST_USE int stage_wait_for_rpc(struct launch *l, pid_t rpc);
+MUST_USE int stage_wait_for_go(const struct launch *l);
+MUST_USE int stage_die_with_keeper(const struct launch *l);
+
+/* bearer.c: becomes the payload where that has capabilities that Python must not have */
+bool bearer_needed(const struct launch *l);
+void bearer_split(struct launch *l);
+MUST_USE int bearer_ask(const struct launch *l, const char *path, char *const argv[],
+                        char *const envp[]);
 
 /* shim.c */
 NO_RETURN void shim_main(struct launch *l, pid_t rpc, pid_t stage2);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -72,6 +73,7 @@ def words(*options: str) -> tuple[str, ...]:
 
 
 ALL = ("-p", "--hostname", "steps")
+GRANT = ("--add-caps", "CAP_CHOWN")
 # flow → options of the request, configuration, image, what is killed there
 FLOWS = {
     "setuid": (words(*ALL), "", "sif", [
@@ -90,6 +92,18 @@ FLOWS = {
     "underlay": (words("--underlay", "-B", "/etc/hostname:/none/x"), "", "sandbox",
                  ["ROOT_DIRECTORY", "UNDERLAY_BIND"]),
     "userns": (words(*ALL), "", "sif", ["USERNS", "DROP_KEEPER", "SERVE_IMAGE", "ROOT_FUSE"]),
+    "granted": (words(*ALL, *GRANT), "", "sif", [
+        "FORK_STAGE2", "FORK_BEARER", "DROP_BEARER", "DROP_STAGE2", "LOAD_STAGE2", "SEALED",
+        "RPC_DONE", "DROP_KEEPER", "GO", "ASK_BEARER", "EXEC_PAYLOAD", "DROP_SHIM",
+        "PAYLOAD_ENDED",
+    ]),
+    "granted, no shim": (words(*GRANT), "", "sif", [
+        "FORK_BEARER", "DROP_BEARER", "DROP_STAGE2", "LOAD_STAGE2", "SEALED", "RPC_DONE",
+        "DROP_KEEPER", "GO", "ASK_BEARER", "EXEC_PAYLOAD", "PAYLOAD_ENDED", "PIVOT",
+    ]),
+    "granted, pid 1": (words("-p", "--no-init", *GRANT), "", "sif", [
+        "FORK_BEARER", "DROP_BEARER", "DROP_STAGE2", "SEALED", "GO", "ASK_BEARER", "EXEC_PAYLOAD",
+    ]),
     "not allowed": (words(), "allow setuid = no", "sif", ["PLAIN_STARTER"]),
     "engine": (("apptainer-py", "x"), "", "sandbox", [
         "HOST_HELPERS", "FORK_HELPER", "DROP_HELPER", "LOAD_HELPER", "FORK_METHODS",
@@ -153,6 +167,9 @@ def world(require_root) -> Iterator[SimpleNamespace]:
     sandbox = images.small_tree(folder)
     engine = made / "engine.py"
     engine.write_text(ENGINE.format(tree=sandbox))
+    grants = own.sysconfdir / "capability.json"
+    grants.write_text(json.dumps({"users": {own.user.pw_name: ["CAP_CHOWN"]}}))
+    grants.chmod(0o644)
     yield SimpleNamespace(
         own=own, plain=plain, suid=suid, engine=engine, build_id=own.facts()["BUILD_ID"],
         sif=images.own_sif(folder), sandbox=sandbox, place=made,
@@ -298,8 +315,6 @@ def test_every_number_is_covered():
 
 def test_trace_prints_every_number(world):
     """What a flow of the table kills at, the trace of that flow shows."""
-    import json
-
     own = world.own
     trace = own.place / "trace"
     for flow, (_, _, _, names) in FLOWS.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import images
+from tests import images, own_install
 from tests.security import forge, replay
 
 RUNS = {
@@ -69,6 +70,20 @@ def test_no_interpreter_with_privilege(watch, product, names, tmp_path, name):
     # A log in which nothing privileged, or no Python, was seen would prove nothing.
     assert found.interpreters > 0
     assert (found.privileged == 0) == (name in UNPRIVILEGED)
+
+
+@pytest.mark.parametrize("options", [[], ["-p"], ["-p", "--no-init"]], ids=str)
+def test_no_interpreter_with_a_granted_capability(watch, user, names, tmp_path, options):
+    own = own_install.installation()
+    grants = own.sysconfdir / "capability.json"
+    grants.write_text(json.dumps({"users": {user.pw_name: ["CAP_NET_RAW"]}}))
+    grants.chmod(0o644)
+    words = ["exec", *options, "--add-caps", "CAP_NET_RAW", names["sif"], "true"]
+    found = watch(str(own.program), words, tmp_path)
+    own.restore()
+    assert found.violations == []
+    assert found.interpreters > 0
+    assert found.privileged > 0
 
 
 @pytest.fixture

@@ -138,17 +138,3 @@ def test_a_limit_on_file_sizes_cuts_no_record(own):
     assert json.loads(sink.read_bytes().splitlines()[-1])["program"] == "apptainer-py"
     sink.unlink()
     own.configure()
-
-
-def test_capability_json_gives_nothing_in_the_setuid_flow(own):
-    table = own.sysconfdir / "capability.json"
-    table.write_text(json.dumps({"users": {own.user.pw_name: ["CAP_NET_RAW"]}}))
-    sif = images.own_sif(images.shared_folder())
-    show = 'while read key value; do [ "$key" != CapPrm: ] || echo $value; done < /proc/self/status'
-    granted = own.run("exec", "--add-caps", "CAP_NET_RAW", sif, "/bin/true")
-    other = own.run("exec", "--add-caps", "CAP_CHOWN", sif, "sh", "-c", show)
-    table.unlink()
-    assert granted.returncode == 255
-    assert "not supported yet" in granted.stderr
-    assert other.stdout == "0000000000000000\n"
-    assert "not authorized to add capability: CAP_CHOWN" in other.stderr

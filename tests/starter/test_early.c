@@ -56,6 +56,9 @@ static void test_who_gets_no_early_container(void) {
     struct container_plan plan;
     reset(FLOW_ROOT);
     CHECK(!early_plan(&launch, &plan));
+    reset(FLOW_USERNS);
+    launch.uid = 0;
+    CHECK(!early_plan(&launch, &plan));
     reset(FLOW_SETUID);
     launch.request.forecast = 0;
     CHECK(!early_plan(&launch, &plan));

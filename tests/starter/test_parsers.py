@@ -18,19 +18,34 @@ CONFIG = ("config.c", "config_open.c", "config_value.c")
 # Each test includes the file that it looks into, and is linked with those which that one needs.
 TESTS = {
     "test_early": ("report.c", *CONFIG),
+    "test_grants": (),
     "test_policy_mounts": ("report.c", *CONFIG),
     "test_report": (),
     "test_request": ("report.c",),
     "test_wire": (),
 }
 FUZZERS = {
+    "fuzz_bearer": (),
+    "fuzz_grants": (),
     "fuzz_image": ("report.c",),
     "fuzz_request": ("report.c",),
     "fuzz_rpc": ("report.c", "wire.c", "policy_mounts.c", *CONFIG),
 }
 # Iterations of about a second, and of a part of the minute that CI has for all of them.
-SHORT = {"fuzz_image": 100_000, "fuzz_request": 2_000_000, "fuzz_rpc": 50_000}
-LONG = {"fuzz_image": 300_000, "fuzz_request": 20_000_000, "fuzz_rpc": 400_000}
+SHORT = {
+    "fuzz_bearer": 10_000,
+    "fuzz_grants": 500_000,
+    "fuzz_image": 100_000,
+    "fuzz_request": 2_000_000,
+    "fuzz_rpc": 50_000,
+}
+LONG = {
+    "fuzz_bearer": 100_000,
+    "fuzz_grants": 5_000_000,
+    "fuzz_image": 300_000,
+    "fuzz_request": 20_000_000,
+    "fuzz_rpc": 400_000,
+}
 SEEDS = (1, 20, 300)
 
 

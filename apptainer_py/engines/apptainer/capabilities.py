@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import stat
 
 from apptainer_py.base import log
 from apptainer_py.base.build import SYSCONFDIR
-from apptainer_py.base.errors import ApptainerError, ConfigError, NotSupported
+from apptainer_py.base.errors import ApptainerError, ConfigError
+from apptainer_py.model import protocol
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -14,16 +16,10 @@ if TYPE_CHECKING:
 
     from apptainer_py.model.plan import Capabilities
 
-NAMES = (
-    "CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP LINUX_IMMUTABLE"
-    " NET_BIND_SERVICE NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO"
-    " SYS_CHROOT SYS_PTRACE SYS_PACCT SYS_ADMIN SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME"
-    " SYS_TTY_CONFIG MKNOD LEASE AUDIT_WRITE AUDIT_CONTROL SETFCAP MAC_OVERRIDE MAC_ADMIN SYSLOG"
-    " WAKE_ALARM BLOCK_SUSPEND AUDIT_READ PERFMON BPF CHECKPOINT_RESTORE"
-).split()
+NAMES = tuple(protocol.CAPABILITY_NAMES.values())
 ALL = (1 << len(NAMES)) - 1
 FILE = f"{SYSCONFDIR}/capability.json"
-_FILE_BYTES = 1 << 20
+_FILE_BYTES = 1 << 16  # CONFIG_FILE_BYTES, to which C holds it too
 
 
 class RootOnly(ApptainerError):
@@ -44,81 +40,138 @@ def parse_names(text: str, doing: str) -> int:
         elif name in NAMES:
             mask |= 1 << NAMES.index(name)
         else:
-            log.warning(f"won't {doing} unknown capability: {word.strip()}")
+            log.warning(f"won't {doing} unknown capability: CAP_{name}")
     return mask
 
 
-def _allowed(uid: int, gids: list[int], keys: tuple[str, ...] = ("users", "groups")) -> int:
-    """Return what the administrator's capability.json grants this user and these groups."""
-    import grp
-    import json
-    import pwd
+def _read_file() -> bytes:
+    """Return the administrator's capability.json; nothing where there is none.
 
+    Raises:
+        ConfigError: it cannot be read, or somebody other than root could have written it.
+    """
     try:
         fd = os.open(FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
-        return 0
+        return b""
     except OSError as error:
         raise ConfigError(file=FILE, reason=(error.strerror or "unreadable").lower()) from None
     with open(fd, "rb") as source:
         facts = os.fstat(fd)
-        if facts.st_uid != 0 or facts.st_mode & 0o022 or not os.path.isfile(f"/proc/self/fd/{fd}"):
+        if facts.st_uid != 0 or facts.st_mode & 0o022 or not stat.S_ISREG(facts.st_mode):
             raise ConfigError(file=FILE, reason="must be owned by root and writable by nobody else")
-        text = source.read(_FILE_BYTES)
+        return source.read(_FILE_BYTES)
+
+
+def _members(value: object) -> tuple[tuple[str, object], ...]:
+    """Return the members of an object, or of a null."""
+    if not isinstance(value, tuple | None):
+        raise TypeError
+    return value or ()
+
+
+def _entries(text: bytes) -> list[tuple[str, str, list[str]]]:
+    """Return (section, name, capabilities) for each entry; starter/grants.c reads the same form.
+
+    Raises:
+        ConfigError: the text has another form.
+    """
+    import json
+
+    if not text.strip():
+        return []
+    found = []
     try:
-        table = json.loads(text) if text.strip() else {}
-        names: list[str] = []
-        if "users" in keys:
-            names += table.get("users", {}).get(pwd.getpwuid(uid).pw_name, [])
-        if "groups" in keys:
-            for gid in gids:
-                names += table.get("groups", {}).get(grp.getgrgid(gid).gr_name, [])
-        return parse_names(",".join(names), "grant")
-    except (ValueError, AttributeError, TypeError):
+        for section, names in _members(json.loads(text, object_pairs_hook=tuple)):
+            for name, words in _members(names):
+                if section not in ("users", "groups") or not isinstance(words, list | None):
+                    raise TypeError
+                found.append((section, name, [str(word) for word in words or []]))
+    except (ValueError, TypeError, RecursionError):
         raise ConfigError(file=FILE, reason="is not JSON of the form users, groups") from None
+    return found
+
+
+def _allowed(uid: int, gids: list[int]) -> int:
+    """Return what the administrator's capability.json grants this user and these groups."""
+    import grp
+    import pwd
+
+    try:
+        user = pwd.getpwuid(uid).pw_name
     except KeyError:
-        return 0
+        user = ""
+    mask = 0
+    for section, name, words in _entries(_read_file()):
+        if section == "users":
+            ours = name == user
+        else:
+            try:
+                ours = bool(gids) and grp.getgrnam(name).gr_gid in gids
+            except KeyError:
+                ours = False
+        if ours:
+            mask |= sum({1 << NAMES.index(word[4:]) for word in words if _is_name(word)})
+    return mask
 
 
-def _warn_refused(mask: int) -> None:
+def _is_name(word: str) -> bool:
+    return word[:4] == "CAP_" and word[4:] in NAMES
+
+
+def _warn(what: str, mask: int) -> None:
     if mask:
         words = ",".join(f"CAP_{name}" for bit, name in enumerate(NAMES) if mask >> bit & 1)
-        log.warning(f"not authorized to add capability: {words}")
+        log.warning(f"{what}: {words}")
 
 
-def for_user(add: str, drop: str, uid: int, *, userns: bool) -> Capabilities:
-    """Return an ordinary user's payload sets: nothing but what was asked for and granted."""
-    if not add:
-        return (0, 0, 0, 0, 0)
+def of_a_namespace() -> int:
+    """Return what the creator of a user namespace has in it: all that the kernel knows."""
+    with open("/proc/sys/kernel/cap_last_cap", "rb") as source:
+        return ALL & ((2 << int(source.read(16))) - 1)
+
+
+def for_user(add: str, drop: str, uid: int, permitted: int, *, userns: bool) -> Capabilities:
+    """Return an ordinary user's payload sets: nothing but what was asked for and granted.
+
+    `permitted` is what the setuid flow can hand out at all.  In a user namespace everything is
+    granted: it is worth nothing outside.
+    """
     wanted = parse_names(add, "add")
-    if not userns:
-        # Stage 2 runs Python with the payload's identity, which in this flow must hold nothing.
-        if wanted & _allowed(uid, os.getgroups()):
-            raise NotSupported(what="a capability from capability.json in the setuid flow")
-        _warn_refused(wanted)
-        return (0, 0, 0, 0, 0)
-    wanted &= ~parse_names(drop, "drop")
+    dropped = parse_names(drop, "drop")
+    if wanted and userns:
+        wanted &= of_a_namespace()
+    elif wanted:
+        granted = _allowed(uid, os.getgroups())
+        _warn("not authorized to add capability", wanted & ~granted)
+        wanted &= granted & ~dropped
+        _warn("this system cannot give the capability", wanted & ~permitted)
+        wanted &= permitted
+    wanted &= ~dropped
     return (wanted, wanted, wanted, wanted, wanted)
 
 
-def for_root(
-    options: Mapping[str, object], default: str, permitted: int, *, target_is_root: bool
-) -> Capabilities:
+def for_root(options: Mapping[str, object], default: str, permitted: int) -> Capabilities:
     """Return root's payload sets, never more than root has here.
 
     `options` has keep_privs, no_privs, add_caps, drop_caps; `default` is the directive
     `root default capabilities`: full, file or no.
     """
-    if options["keep_privs"]:
-        held = permitted
-    elif options["no_privs"] or default == "no":
-        held = 0
-    elif default == "file":
-        held = _allowed(0, [], keys=("users",)) & permitted
-    else:
-        held = permitted
+    match default_of_root(options, default):
+        case "full":
+            held = permitted
+        case "file":
+            held = _allowed(0, []) & permitted
+        case _:
+            held = 0
     held |= parse_names(str(options["add_caps"]), "add") & permitted
     held &= ~parse_names(str(options["drop_caps"]), "drop")
-    if target_is_root:
-        return (held, held, 0, held, 0)
-    return (held, held, held, held, held)
+    # Uid 0 keeps these over execve; an inheritable set would outlive a change to another user.
+    return (held, held, 0, held, 0)
+
+
+def default_of_root(options: Mapping[str, object], default: str) -> str:
+    """Return full, file or no: what the command line makes of `root default capabilities`."""
+    if options["no_privs"]:
+        return "no"
+    return "full" if options["keep_privs"] else default

@@ -258,8 +258,7 @@ def choose_spaces(prepared: Prepared, action: ActionRequest, facts: Facts) -> tu
         flags |= protocol.PLANFLAG_KERNEL_IMAGE
     if facts.configuration["mount slave"]:
         flags |= protocol.PLANFLAG_SLAVE
-    if facts.flow != protocol.FLOW_ROOT or action.no_privs:
-        flags |= protocol.PLANFLAG_NO_NEW_PRIVS
+    flags |= choose_privileges(action, facts)
     if action.hostname and spaces & protocol.SPACE_UTS:
         prepared.hostname = check_hostname(action.hostname)
     return spaces, flags
@@ -290,19 +289,28 @@ def check_hostname(name: str) -> str:
 
 def choose_capabilities(action: ActionRequest, facts: Facts) -> tuple[int, int, int, int, int]:
     """Return the payload's five capability sets."""
-    if facts.flow == protocol.FLOW_ROOT:
+    userns = facts.flow == protocol.FLOW_USERNS
+    if facts.uid == 0:
         return capabilities.for_root(
             action.asdict(),
             str(facts.configuration["root default capabilities"]),
-            facts.permitted,
-            target_is_root=True,
+            capabilities.of_a_namespace() if userns else facts.permitted,
         )
     return capabilities.for_user(
-        action.add_caps,
-        action.drop_caps,
-        facts.uid,
-        userns=facts.flow == protocol.FLOW_USERNS,
+        action.add_caps, action.drop_caps, facts.uid, facts.permitted, userns=userns
     )
+
+
+def choose_privileges(action: ActionRequest, facts: Facts) -> int:
+    """Return the plan's flags about what the payload may gain: something for root alone."""
+    default = str(facts.configuration["root default capabilities"])
+    flags = 0
+    if facts.uid != 0 or capabilities.default_of_root(action.asdict(), default) == "no":
+        flags |= protocol.PLANFLAG_NO_NEW_PRIVS
+    # In a namespace of its own root may not lift what the host's mounts have.
+    if action.allow_setuid and facts.flow == protocol.FLOW_ROOT:
+        flags |= protocol.PLANFLAG_SETUID
+    return flags
 
 
 __all__ = ["ApptainerError", "Prepared", "prepare"]
