@@ -424,6 +424,7 @@ static int op_plain_starter(struct keeper *k, const union keeper_request *reques
 typedef int (*operation)(struct keeper *, const union keeper_request *, size_t, int,
                          struct op_reply *);
 
+#define ROW_INIT(name, phase, next, times, function)
 #define ROW_KEEPER(name, phase, next, times, function) {OP_##name, phase, next, times, function},
 #define ROW_RPC(name, phase, next, times, function)
 

@@ -55,8 +55,7 @@ static pid_t fork_asker(const struct launch *l) {
     /* The mounting process asks too, which has no right to trim its bounding set; without a
      * way to gain anything the set is of no use. */
     target.keep_bounding = true;
-    /* SAFE: name services run with nothing but the caller's rights; all that comes back is one small
-     * answer. */
+    /* SAFE: name services run with nothing but the caller's rights; one small answer comes back. */
     if (privs_drop(&target) < 0)
         _exit(2);
     return 0;

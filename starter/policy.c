@@ -55,6 +55,7 @@ static uint64_t most_capabilities(const struct launch *l, const struct container
     case FLOW_USERNS:
         return privs_last_cap_mask();
     case FLOW_SETUID:
+    case FLOW_CALLER:
     default:
         return wants_capabilities(plan) ? names_granted_caps(l) & l->permitted : 0;
     }

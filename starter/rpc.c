@@ -10,6 +10,7 @@
 
 typedef int (*operation)(struct rpc *, const struct op_request *, struct op_reply *, int *);
 
+#define ROW_INIT(name, phase, next, times, function)
 #define ROW_RPC(name, phase, next, times, function)                                                \
     {OP_##name, PHASE_##phase, PHASE_##next, times, function},
 #define ROW_KEEPER(name, phase, next, times, function)

@@ -75,6 +75,7 @@ void stage_target(const struct launch *l, enum role role, struct target_identity
     case ROLE_KEEPER:
     case ROLE_IMAGE_SERVER:
     case ROLE_CONTAINER:
+    case ROLE_INIT:
     default:
         break;
     }

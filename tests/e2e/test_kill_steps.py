@@ -23,10 +23,11 @@ STEPS = {
     for name, value in vars(protocol).items()
     if name.startswith("STEP_") and isinstance(value, int)
 }
+FIRST_OF_INIT = protocol.OP_JOIN  # its rows, from here on, are no part of these launches
 OPERATIONS = {
     name[3:]: 100 + value
     for name, value in vars(protocol).items()
-    if name.startswith("OP_") and isinstance(value, int)
+    if name.startswith("OP_") and isinstance(value, int) and value < FIRST_OF_INIT
 }
 NUMBERS = {**OPERATIONS, **STEPS}
 BEGIN, END = 0, 1

@@ -10,7 +10,7 @@ import pytest
 FOLDERS = "e2e|fuzz|house|parity|security|starter|typing|unit"
 TEST_NAME = re.compile(rf"`(?:tests/)?((?:{FOLDERS})/[\w/]+\.py)(?:::(\w+))?`")
 TREE_PATH = re.compile(r"`((?:docs|starter|apptainer_py|tests|tools|benchmarks|etc)/[\w./-]*)`")
-LONGEST = {"README.md": 120, "docs/architecture.md": 250}
+LONGEST = {"README.md": 120, "docs/architecture.md": 330}
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +55,13 @@ def test_length(name, repository):
 
 def test_operations_are_all_documented(repository):
     table = (repository / "starter/protocol.def").read_text()
-    names = re.findall(r"^OP\((\w+),", table, re.MULTILINE)
-    assert len(names) > 10
-    for page in ("docs/architecture.md", "docs/security.md"):
+    rows = re.findall(r"^OP\((\w+), \d+, (\w+),", table, re.MULTILINE)
+    assert len(rows) > 10
+    # Those of init run with the caller's own rights, and are no matter of privilege.
+    privileged = [name for name, server in rows if server != "INIT"]
+    for page, names in (
+        ("docs/architecture.md", [name for name, _ in rows]),
+        ("docs/security.md", privileged),
+    ):
         text = (repository / page).read_text()
         assert not [name for name in names if not re.search(rf"\b{name}\b", text)], page
