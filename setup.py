@@ -29,7 +29,7 @@ STARTER_INDEPENDENT = (
     *("launcher", "stagehost", "unpack", "fuzz", "test", "lean", "init", "process", "hook", "record"),
     "relay",
 )
-LEAN_SHARED = ("launcher_request",)
+LEAN_SHARED = ("launcher_request", "hook", "record")
 INIT_SHARED = ("wire", "report", "process", "hook")
 PARALLEL = 2
 
