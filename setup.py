@@ -24,7 +24,12 @@ from setuptools import Command, find_packages, setup
 SOURCE = Path(__file__).resolve().parent
 PYTHON = "/usr/bin/python3"
 GCC = "/usr/bin/gcc"
-STARTER_INDEPENDENT = ("launcher", "stagehost", "unpack", "fuzz", "test")
+STARTER_INDEPENDENT = (
+    *("launcher", "stagehost", "unpack", "fuzz", "test"),
+    *("init", "process", "hook", "record", "lean"),
+)
+# What starter-init shares with the other programs.
+INIT_SHARES = ("wire.c", "report.c", "process.c", "hook.c")
 PARALLEL = 2
 
 WARNINGS = """
@@ -233,6 +238,12 @@ class Compiler:
         objects = self._objects(files, name, [*self.strict, "-fPIE", *extra])
         run([GCC, *self.hardening, "-pie", *LINK, *objects, "-o", str(self.output / name)])
 
+    def static_program(self, name: str, files: list[Path], *extra: str) -> None:
+        """Build a program that maps no file of the host but itself: no loader, no libc."""
+        objects = self._objects(files, name, [*self.strict, "-fPIE", *extra])
+        link = [*self.hardening, "-static-pie", *LINK, "-Wl,--gc-sections"]
+        run([GCC, *link, *objects, "-o", str(self.output / name)])
+
     def stage_host(self, files: list[Path]) -> None:
         """Build the object that starter's dropped children load: the only user of libpython.
 
@@ -369,6 +380,9 @@ class BuildProduct(Command):
         compiler.program("starter", own)
         if self.steps:
             compiler.program("starter-steps", own, "-DAPY_TEST_STEPS")
+        init = [*sorted(folder.glob("init*.c")), *(folder / name for name in INIT_SHARES)]
+        init = [path for path in init if path.exists()]
+        compiler.static_program("starter-init", init)
         compiler.program("apptainer-py", sorted(folder.glob("launcher*.c")))
         compiler.stage_host(sorted(folder.glob("stagehost*.c")))
         compiler.server_object(sorted(folder.glob("unpack*.c")))
