@@ -2,7 +2,7 @@
 
     /usr/bin/python3 setup.py build_product --prefix P --sysconfdir S --output DIR
 
-leaves in DIR: starter, apptainer-py, stagehost.so, unpack.so, main.py and package/apptainer_py,
+leaves in DIR: starter, starter-init, apptainer-py, apptainer-py-oci, stagehost.so, unpack.so, main.py and package/apptainer_py,
 byte-compiled.
 Nothing is installed here (./install does that); metadata and tool settings are in pyproject.toml.
 """
@@ -24,12 +24,13 @@ from setuptools import Command, find_packages, setup
 SOURCE = Path(__file__).resolve().parent
 PYTHON = "/usr/bin/python3"
 GCC = "/usr/bin/gcc"
+# What is not the starter: other programs, and what only those share.
 STARTER_INDEPENDENT = (
-    *("launcher", "stagehost", "unpack", "fuzz", "test"),
-    *("init", "process", "hook", "record", "lean"),
+    *("launcher", "stagehost", "unpack", "fuzz", "test", "lean", "init", "process", "hook", "record"),
+    "relay",
 )
-# What starter-init shares with the other programs.
-INIT_SHARES = ("wire.c", "report.c", "process.c", "hook.c")
+LEAN_SHARED = ("launcher_request",)
+INIT_SHARED = ("wire", "report", "process", "hook")
 PARALLEL = 2
 
 WARNINGS = """
@@ -239,10 +240,10 @@ class Compiler:
         run([GCC, *self.hardening, "-pie", *LINK, *objects, "-o", str(self.output / name)])
 
     def static_program(self, name: str, files: list[Path], *extra: str) -> None:
-        """Build a program that maps no file of the host but itself: no loader, no libc."""
+        """Build a position-independent program that needs no library: nothing is loaded with it."""
         objects = self._objects(files, name, [*self.strict, "-fPIE", *extra])
-        link = [*self.hardening, "-static-pie", *LINK, "-Wl,--gc-sections"]
-        run([GCC, *link, *objects, "-o", str(self.output / name)])
+        link = [GCC, *self.hardening, "-static-pie", *LINK]
+        run([*link, *objects, "-o", str(self.output / name)])
 
     def stage_host(self, files: list[Path]) -> None:
         """Build the object that starter's dropped children load: the only user of libpython.
@@ -380,12 +381,18 @@ class BuildProduct(Command):
         compiler.program("starter", own)
         if self.steps:
             compiler.program("starter-steps", own, "-DAPY_TEST_STEPS")
-        init = [*sorted(folder.glob("init*.c")), *(folder / name for name in INIT_SHARES)]
-        init = [path for path in init if path.exists()]
-        compiler.static_program("starter-init", init)
         compiler.program("apptainer-py", sorted(folder.glob("launcher*.c")))
+        lean = [folder / f"{stem}.c" for stem in LEAN_SHARED]
+        compiler.static_program("apptainer-py-oci", [*sorted(folder.glob("lean*.c")), *lean])
+        self._compile_init(compiler, folder)
         compiler.stage_host(sorted(folder.glob("stagehost*.c")))
         compiler.server_object(sorted(folder.glob("unpack*.c")))
+
+    def _compile_init(self, compiler: Compiler, folder: Path) -> None:
+        shared = [folder / f"{stem}.c" for stem in INIT_SHARED]
+        files = [*sorted(folder.glob("init*.c")), *(path for path in shared if path.exists())]
+        if (folder / "init.c").exists():
+            compiler.static_program("starter-init", files)
 
     def _copy_modules(self, tree: Path) -> None:
         for module in (tree / "apptainer_py").rglob("*.so"):
