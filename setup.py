@@ -103,7 +103,8 @@ def sources() -> list[Path]:
     found = [SOURCE / "setup.py", *(SOURCE / "tools").glob("gen_*.py")]
     for folder in ("starter", "apptainer_py"):
         found += [path for path in (SOURCE / folder).rglob("*") if path.suffix in kinds]
-    generated = {SOURCE / name for name in (*GENERATED, "apptainer_py/kernel/_starter.c")}
+    generated = {SOURCE / name for name in GENERATED}
+    generated |= {path.with_suffix(".c") for path in (SOURCE / "apptainer_py").rglob("*.pyx")}
     return sorted(set(found) - generated)
 
 
@@ -314,7 +315,7 @@ def byte_compile(package: Path, installed: str) -> None:
 def stage_sources(tree: Path) -> None:
     """Copy what is compiled or installed to a place of its own, leaving generated files behind."""
     shutil.rmtree(tree, ignore_errors=True)
-    unwanted = shutil.ignore_patterns("__pycache__", "generated", "*.so", "_starter.c")
+    unwanted = shutil.ignore_patterns("__pycache__", "generated", "*.so", "_*.c")
     for folder in ("starter", "apptainer_py"):
         if (SOURCE / folder).exists():
             shutil.copytree(SOURCE / folder, tree / folder, ignore=unwanted)
