@@ -33,6 +33,8 @@ struct init {
     size_t join_count;
     bool offsets_given;
     int64_t offsets[4];                /* monotonic s, ns, boottime s, ns */
+    int late_spaces;                   /* CLONE_NEW* kinds that init makes when it has its ids */
+    int host_proc_fd;                  /* the host's procfs, pinned before anything is joined, or -1 */
     bool tenant;                       /* one more process in a container (exec) */
     /* of the container */
     int proc_fd;                       /* procfs that no mount of the container covers, or -1 */
@@ -57,7 +59,7 @@ void init_shield(const struct init *s);
 MUST_USE int init_send_reply(const struct init *s, const struct op_reply *a, int fd);
 void init_close(int *fd);
 
-/* init_spaces.c */
+/* init_spaces.c, init_mapped.c */
 init_row init_join, init_cgroup, init_prep, init_spaces, init_mapped, init_keyring, init_tenant;
 
 /* init_console.c */
