@@ -185,7 +185,9 @@ static int walk_path(int root, const char *path, enum missing last, bool *made) 
         errno = ENAMETOOLONG;
         return -1;
     }
-    *w = (struct walk){.root = root, .last = last};
+    memset(w, 0, sizeof(*w));
+    w->root = root;
+    w->last = last;
     memcpy(w->left, path, strlen(path) + 1);
     w->at = fcntl(root, F_DUPFD_CLOEXEC, 3);
     if (w->at < 0)
