@@ -32,16 +32,6 @@ STUB(init_netdev)
 STUB(init_run_hooks)
 
 
-
-
-
-
-
-STUB(init_console)
-STUB(init_apparmor)
-STUB(init_process)
-STUB(init_go)
-
 __attribute__((weak)) int init_proc(struct init *s) {
     return s->proc_fd;
 }
@@ -50,4 +40,10 @@ __attribute__((weak)) int init_link_up(const char *name) {
     (void)name;
     errno = ENOSYS;
     return -1;
+}
+
+__attribute__((weak)) int hooks_before_start(const struct process *p, char *const envp[]) {
+    (void)p;
+    (void)envp;
+    return 0;
 }
