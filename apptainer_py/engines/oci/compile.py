@@ -5,7 +5,7 @@ from __future__ import annotations
 import posixpath
 
 from apptainer_py.engines.oci import mounts as mount_words
-from apptainer_py.engines.oci.devices import compile_devices, device_rules
+from apptainer_py.engines.oci.devices import compile_devices
 from apptainer_py.engines.oci.keys import ConfigWrong
 from apptainer_py.engines.oci.mounts import MountCompiler
 from apptainer_py.engines.oci.process import check_affinity, compile_process, compile_rlimits
@@ -99,10 +99,9 @@ def compile_bundle(
         process,
         linux,
         host,
+        warnings,
         preserve_fds=options.preserve_fds,
-        in_user_namespace=bool(spaces.present & NEWUSER),
         tenant=False,
-        warnings=warnings,
     )
     size = process.get("consoleSize", {})
     return OciPlan(
@@ -155,10 +154,9 @@ def compile_tenant(
         process,
         linux,
         host,
+        warnings,
         preserve_fds=options.preserve_fds,
-        in_user_namespace=bool(spaces.present & NEWUSER),
         tenant=True,
-        warnings=warnings,
     )
     size = process.get("consoleSize", {})
     affinity = check_affinity(process.get("execCPUAffinity", {}))
@@ -170,7 +168,7 @@ def compile_tenant(
         uid_maps=spaces.host_uids,
         gid_maps=spaces.host_gids,
         prepare=(_prep_row(None, affinity[0]),),
-        mapped=Row(op=protocol.OP_MAPPED, flags=_MAPPED_SESSION, says=f"{STARTING}{{error}}"),
+        mapped=Row(op=protocol.OP_MAPPED, flags=_MAPPED_SESSION, says="{error}"),
         setup=(_keyring(options.container_id), Row(op=protocol.OP_TENANT)),
         assemble=(),
         inside=inside,
@@ -192,11 +190,9 @@ def _cgroup_wish(
 ) -> CgroupWish:
     linux = config.get("linux", {})
     path = linux.get("cgroupsPath", "")
-    resources = {**linux.get("resources", {}), "devices": device_rules(linux)}
+    resources = linux.get("resources", {})
     private = bool(spaces.new & NEWCGROUP)
-    path_bytes(
-        path, "linux.cgroupsPath", f"{STARTING}unable to apply cgroup configuration: {{error}}"
-    )
+    path_bytes(path, "linux.cgroupsPath", "unable to apply cgroup configuration: {error}")
     if not options.systemd_cgroup:
         return CgroupWish(
             path=_clean_path(path) if path else options.container_id,
@@ -277,7 +273,7 @@ def _prep_row(oom_score: int | None, cpus: str) -> Row:
         flags=flags,
         numbers=numbers,
         first=cpus.encode() if cpus else None,
-        says=f"{STARTING}failed to update /proc/self/oom_score_adj: {{error}}",
+        says="failed to update /proc/self/oom_score_adj: {error}",
     )
 
 
@@ -291,7 +287,7 @@ def _mapped(spaces: Spaces, host: HostFacts) -> Row:
         flags |= _MAPPED_CGROUP
     if spaces.new & NEWNET:
         flags |= _MAPPED_LOOPBACK
-    return Row(op=protocol.OP_MAPPED, flags=flags, says=f"{STARTING}{{error}}")
+    return Row(op=protocol.OP_MAPPED, flags=flags, says="{error}")
 
 
 def _keyring(container_id: str) -> Row:
@@ -299,7 +295,7 @@ def _keyring(container_id: str) -> Row:
         op=protocol.OP_KEYRING,
         numbers=(_RING_SEARCHABLE,),
         first=f"_ses.{container_id}".encode(),
-        says=f"{IN_INIT}unable to join session keyring: {{error}}",
+        says="unable to join session keyring: {error}",
     )
 
 
@@ -310,13 +306,13 @@ def _setup(
     root: str,
     propagation: int,
 ) -> tuple[Row, ...]:
-    says = f"{IN_INIT}error preparing rootfs: {{error}}"
+    says = "error preparing rootfs: {error}"
     rows = []
     if not options.no_new_keyring:
         rows.append(_keyring(options.container_id))
     for name, device in config.get("linux", {}).get("netDevices", {}).items():
         inside = device.get("name") or name
-        text = f"{IN_INIT}unable to bring up network device {inside}: {{error}}"
+        text = f"unable to bring up network device {inside}: {{error}}"
         rows.append(Row(op=protocol.OP_NETDEV, first=inside.encode(), says=text))
     own_mounts = bool(spaces.present & NEWNS)
     if own_mounts:
@@ -327,7 +323,7 @@ def _setup(
         Row(
             op=protocol.OP_ROOT_BUNDLE,
             flags=_ROOT_PRIVATE_PARENT if own_mounts else 0,
-            first=path_bytes(root, "root.path", "invalid rootfs: {error}"),
+            first=path_bytes(root, "root.path", "invalid rootfs: {error}", where=""),
             says=says,
         )
     )
@@ -349,18 +345,18 @@ def _inside(
         *mounts.read_only_later,
     ]
     if config["root"].get("readonly"):
-        text = f"{IN_INIT}error setting rootfs as readonly: {{error}}"
+        text = "error setting rootfs as readonly: {error}"
         rows.append(Row(op=protocol.OP_ROOT_READONLY, says=text))
     for name, flags in (("hostname", 0), ("domainname", _NAME_DOMAIN)):
         if config.get(name):
-            text = f"{IN_INIT}set{name}: {{error}}"
+            text = f"set{name}: {{error}}"
             rows.append(
                 Row(op=protocol.OP_NAME, flags=flags, first=config[name].encode(), says=text)
             )
     if process.get("apparmorProfile"):
         rows.append(_apparmor(process["apparmorProfile"]))
     for given, path, value in sysctls:
-        text = f"{IN_INIT}failed to write sysctl {given} = {quoted(value)}: {{error}}"
+        text = f"failed to write sysctl {given} = {quoted(value)}: {{error}}"
         rows.append(
             Row(op=protocol.OP_SYSCTL, first=path.encode(), second=value.encode(), says=text)
         )
@@ -371,19 +367,19 @@ def _inside(
 def _hidden_paths(linux: dict[str, Any]) -> list[Row]:
     rows = []
     for path in linux.get("readonlyPaths", ()):
-        text = f"{IN_INIT}can't make {quoted(path)} read-only: {{error}}"
+        text = f"can't make {quoted(path)} read-only: {{error}}"
         data = path_bytes(mount_words.clean(path), "linux.readonlyPaths", text)
         rows.append(Row(op=protocol.OP_READONLY_PATH, first=data, says=text))
     label = linux.get("mountLabel", "").encode() or None
     for path in linux.get("maskedPaths", ()):
-        text = f"{IN_INIT}can't mask path {quoted(path)}: {{error}}"
+        text = f"can't mask path {quoted(path)}: {{error}}"
         data = path_bytes(mount_words.clean(path), "linux.maskedPaths", text)
         rows.append(Row(op=protocol.OP_MASK_PATH, first=data, second=label, says=text))
     return rows
 
 
 def _apparmor(profile: str) -> Row:
-    text = f"{IN_INIT}unable to apply apparmor profile: apparmor failed to apply profile: {{error}}"
+    text = "unable to apply apparmor profile: apparmor failed to apply profile: {error}"
     data = path_bytes(profile, "process.apparmorProfile", text)
     return Row(op=protocol.OP_APPARMOR, first=data, says=text)
 
@@ -398,8 +394,8 @@ def _enter(cwd: str, spaces: Spaces, options: CreateOptions, propagation: int) -
     return Row(
         op=protocol.OP_ENTER,
         numbers=(how, propagation if after else 0),
-        first=path_bytes(cwd, "process.cwd", f"{IN_INIT}mkdir {cwd}: {{error}}"),
-        says=f"{IN_INIT}error jailing process inside rootfs: {{error}}",
+        first=path_bytes(cwd, "process.cwd", f"mkdir {cwd}: {{error}}"),
+        says="error jailing process inside rootfs: {error}",
     )
 
 
@@ -409,7 +405,7 @@ def _console(process: dict[str, Any], size: dict[str, Any], *, flags: int) -> tu
     rows, columns = size.get("height", 0), size.get("width", 0)
     if rows > 0xFFFF or columns > 0xFFFF or not (rows and columns):
         rows = columns = 0
-    text = f"{IN_INIT}failed to set up the console: {{error}}"
+    text = "failed to set up the console: {error}"
     return (Row(op=protocol.OP_CONSOLE, flags=flags, numbers=(rows, columns), says=text),)
 
 

@@ -23,17 +23,6 @@ _DEFAULTS = (
     ("/dev/zero", 1, 5),
     ("/dev/urandom", 1, 9),
 )
-# What every container may use besides resources.devices; runc appends it to any list.
-_ALWAYS_ALLOWED: tuple[dict[str, Any], ...] = (
-    {"allow": True, "type": "c", "access": "m"},
-    {"allow": True, "type": "b", "access": "m"},
-    *(
-        {"allow": True, "type": "c", "major": major, "minor": minor, "access": "rwm"}
-        for _, major, minor in _DEFAULTS
-    ),
-    {"allow": True, "type": "c", "major": 136, "access": "rwm"},
-    {"allow": True, "type": "c", "major": 5, "minor": 2, "access": "rwm"},
-)
 _LINKS = (
     ("/proc/self/fd", "/dev/fd"),
     ("/proc/self/fd/0", "/dev/stdin"),
@@ -41,9 +30,9 @@ _LINKS = (
     ("/proc/self/fd/2", "/dev/stderr"),
 )
 
-_SAYS = f"{IN_INIT}configuring container /dev: error creating device nodes: {{error}}"
-_SAYS_PTMX = f"{IN_INIT}configuring container /dev: error setting up ptmx: {{error}}"
-_SAYS_LINK = f"{IN_INIT}configuring container /dev: error setting up /dev symlinks: {{error}}"
+_SAYS = "configuring container /dev: error creating device nodes: {error}"
+_SAYS_PTMX = "configuring container /dev: error setting up ptmx: {error}"
+_SAYS_LINK = "configuring container /dev: error setting up /dev symlinks: {error}"
 _MKNOD_BINDS = 1
 _MAJOR_MAX, _MINOR_MAX = (1 << 12) - 1, (1 << 20) - 1
 
@@ -71,20 +60,6 @@ def compile_devices(linux: dict[str, Any], *, bind: bool, kcore: bool) -> tuple[
     return tuple(rows)
 
 
-def device_rules(linux: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return resources.devices as they are to be applied, in order.
-
-    A default device that linux.devices replaces is not allowed by itself any more.
-    """
-    rules = linux.get("resources", {}).get("devices", [])
-    taken = {device.get("path", "") for device in linux.get("devices", ())}
-    hidden = {(major, minor) for path, major, minor in _DEFAULTS if path in taken}
-    return [
-        *rules,
-        *(rule for rule in _ALWAYS_ALLOWED if (rule.get("major"), rule.get("minor")) not in hidden),
-    ]
-
-
 def _own_node(device: dict[str, Any], *, bind: bool) -> Row:
     kind, path = device.get("type", ""), device.get("path", "")
     bits = _TYPES.get(kind)
@@ -104,7 +79,7 @@ def _own_node(device: dict[str, Any], *, bind: bool) -> Row:
             f" {major}:{minor}"
         )
     if why:
-        raise ConfigWrong(key="linux.devices", text=_SAYS.replace("{error}", why))
+        raise ConfigWrong(key="linux.devices", text=IN_INIT + _SAYS.replace("{error}", why))
     mode = bits | device.get("fileMode", 0o666) & ~_S_IFMT & 0o7777
     owner = device.get("uid", 0), device.get("gid", 0)
     return _node(path, mode, major, minor, owner=owner, bind=bind)

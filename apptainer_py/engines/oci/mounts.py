@@ -113,12 +113,12 @@ _ATTRS = (
 _ALL_ATTRS = ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV | ATTR_NOEXEC | ATTR_NOSYMFOLLOW
 _TIMES = NOATIME | NODIRATIME | RELATIME | STRICTATIME
 _PARAMETERS = (
-    (RDONLY, b"ro"),
-    (SYNCHRONOUS, b"sync"),
-    (DIRSYNC, b"dirsync"),
-    (MANDLOCK, b"mand"),
-    (I_VERSION, b"iversion"),
-    (LAZYTIME, b"lazytime"),
+    (RDONLY, "ro"),
+    (SYNCHRONOUS, "sync"),
+    (DIRSYNC, "dirsync"),
+    (MANDLOCK, "mand"),
+    (I_VERSION, "iversion"),
+    (LAZYTIME, "lazytime"),
 )
 _NAMES = (
     (RDONLY, "MS_RDONLY"),
@@ -302,9 +302,11 @@ class MountCompiler:
             self._remount(options, place, says)
         elif options.flags & BIND:
             self.dev_is_bound |= place == "/dev"
-            self._bind(mount, options, source, place, says, proc)
+            self._tree(mount, options, source, says)
+            self._finish(options, place, says, PLACE_PROC if proc else 0)
         else:
-            self._file_system(options, kind, source, place, says, proc)
+            flags = self._file_system(options, kind, source, place, says)
+            self._finish(options, place, says, flags | (PLACE_PROC if proc else 0))
 
     def _check(
         self, mount: dict[str, Any], options: MountOptions, source: str, kind: str, key: str
@@ -391,17 +393,9 @@ class MountCompiler:
         to_set, to_clear = _attributes(options.flags, exact=True)
         self._add(protocol.OP_REMOUNT, says, place, numbers=(to_set, to_clear))
 
-    def _bind(
-        self,
-        mount: dict[str, Any],
-        options: MountOptions,
-        source: str,
-        place: str,
-        says: str,
-        proc: bool,
-    ) -> None:
+    def _tree(self, mount: dict[str, Any], options: MountOptions, source: str, says: str) -> None:
         recursive = TREE_RECURSIVE if options.flags & REC else 0
-        missing = f"{IN_INIT}failed to fulfil mount request: open {source}: {{error}}"
+        missing = f"failed to fulfil mount request: open {source}: {{error}}"
         self._add(protocol.OP_TREE, missing, source, flags=recursive)
         self._map_ids(mount, options, says)
         # As runc: a mount without one word about flags keeps those of its source, and one with
@@ -410,7 +404,6 @@ class MountCompiler:
             to_set, to_clear = _attributes(options.flags, exact=True)
             explicit = _attributes(options.cleared, exact=False)[0]
             self._attr(says, to_set, to_clear, explicit=explicit)
-        self._finish(options, place, says, PLACE_PROC if proc else 0)
 
     def _map_ids(self, mount: dict[str, Any], options: MountOptions, says: str) -> None:
         uids, gids = id_maps(mount.get("uidMappings")), id_maps(mount.get("gidMappings"))
@@ -435,19 +428,14 @@ class MountCompiler:
         return name
 
     def _file_system(
-        self,
-        options: MountOptions,
-        kind: str,
-        source: str,
-        place: str,
-        says: str,
-        proc: bool,
-    ) -> None:
+        self, options: MountOptions, kind: str, source: str, place: str, says: str
+    ) -> int:
+        """Add the rows of a new file system; return flags for its place."""
         flags = options.flags
         if flags & RDONLY and (kind == "tmpfs" or place == "/dev"):
             # Things are still made in it; it becomes read-only when they are.
             flags &= ~RDONLY
-            later = f"{IN_INIT}error remounting {quoted(place)} as readonly: {{error}}"
+            later = f"error remounting {quoted(place)} as readonly: {{error}}"
             self.later.append(
                 Row(
                     op=protocol.OP_REMOUNT,
@@ -461,13 +449,12 @@ class MountCompiler:
         to_set, to_clear = _attributes(flags, exact=False)
         if to_set or to_clear:
             self._attr(says, to_set, to_clear)
-        place_flags = PLACE_PROC if proc else 0
-        if kind == "tmpfs":
-            if options.copy_up:
-                self._add(protocol.OP_COPYUP, f"{IN_INIT}tmpcopyup: {{error}}", place)
-            if not any(word.startswith("mode=") for word in options.data):
-                place_flags |= PLACE_MODE_OF_TARGET
-        self._finish(options, place, says, place_flags)
+        if kind != "tmpfs":
+            return 0
+        if options.copy_up:
+            self._add(protocol.OP_COPYUP, "tmpcopyup: {error}", place)
+        has_mode = any(word.startswith("mode=") for word in options.data)
+        return 0 if has_mode else PLACE_MODE_OF_TARGET
 
     def _parameters(self, options: MountOptions, flags: int, kind: str, says: str) -> None:
         words = [word for text in options.data for word in _split(text) if word]
@@ -480,9 +467,9 @@ class MountCompiler:
                 whole[-1] = f'context="{label}"'
             self._add(protocol.OP_FSOPT, says, "", ",".join(whole))
             words = []
-        for bit, name in _PARAMETERS:
+        for bit, parameter in _PARAMETERS:
             if flags & bit:
-                self._add(protocol.OP_FSOPT, says, name.decode())
+                self._add(protocol.OP_FSOPT, says, parameter)
         for word in words:
             name, equals, value = word.partition("=")
             self._add(protocol.OP_FSOPT, says, name, value if equals else None)
@@ -515,20 +502,22 @@ class MountCompiler:
         self,
         op: int,
         says: str,
-        first: str | None = None,
-        second: str | None = None,
-        *,
+        *words: str | None,
         flags: int = 0,
         numbers: tuple[int, ...] = (),
         fd: str = "",
     ) -> None:
+        first, second = (
+            None if word is None else path_bytes(word, "mounts", says)
+            for word in (*words, None, None)[:2]
+        )
         self.rows.append(
             Row(
                 op=op,
                 flags=flags,
                 numbers=numbers,
-                first=None if first is None else path_bytes(first, "mounts", says),
-                second=None if second is None else path_bytes(second, "mounts", says),
+                first=first,
+                second=second,
                 fd=fd,
                 says=says,
             )
@@ -570,7 +559,7 @@ def _sentence(source: str, target: str, options: MountOptions, kind: str) -> str
     flags = options.flags
     if kind == "tmpfs":
         flags &= ~RDONLY
-    text = f"{IN_INIT}error mounting {quoted(source)} to rootfs at {quoted(target)}: "
+    text = f"error mounting {quoted(source)} to rootfs at {quoted(target)}: "
     text += f"mount src={source}, dst={target}"
     if flags:
         text += f", flags={'|'.join(name for bit, name in _NAMES if flags & bit)}"

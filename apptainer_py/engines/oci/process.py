@@ -79,11 +79,10 @@ def compile_process(
     process: dict[str, Any],
     linux: dict[str, Any],
     host: HostFacts,
+    warnings: list[str],
     *,
     preserve_fds: int,
-    in_user_namespace: bool,
     tenant: bool,
-    warnings: list[str],
 ) -> ProcessSpec:
     """Compile `process`, which has passed check_process(), and what of `linux` acts on it.
 
@@ -96,9 +95,7 @@ def compile_process(
     return ProcessSpec(
         arguments=_arguments(process["args"]),
         environment=_environment(process.get("env", ())),
-        cwd=path_bytes(
-            process["cwd"], "process.cwd", f"{IN_INIT}mkdir {process['cwd']}: {{error}}"
-        ),
+        cwd=path_bytes(process["cwd"], "process.cwd", f"mkdir {process['cwd']}: {{error}}"),
         uid=uid,
         gid=gid,
         groups=None if host.rootless else tuple(user.get("additionalGids", ())),
@@ -112,7 +109,7 @@ def compile_process(
         personality=_personality(linux.get("personality"), warnings),
         memory_policy=_memory_policy(linux.get("memoryPolicy")),
         preserve_fds=preserve_fds,
-        in_user_namespace=in_user_namespace,
+        in_user_namespace=any(item.get("type") == "user" for item in linux.get("namespaces", ())),
         tenant=tenant,
     )
 
@@ -243,27 +240,33 @@ def _scheduler(value: dict[str, Any] | None) -> tuple[int, int, int, int, int, i
     policy = value.get("policy", "")
     nice, priority = value.get("nice", 0), value.get("priority", 0)
     times = value.get("runtime", 0), value.get("deadline", 0), value.get("period", 0)
-    text = ""
-    if not policy:
-        text = "scheduler policy is required"
-    elif policy in ("SCHED_OTHER", "SCHED_BATCH") and not -20 <= nice <= 19:
-        text = f"invalid scheduler.nice: {nice} when scheduler.policy is {policy}"
-    elif priority and policy not in ("SCHED_FIFO", "SCHED_RR"):
-        text = "scheduler.priority can only be specified for SchedFIFO or SchedRR policy"
-    elif policy != "SCHED_DEADLINE" and any(times):
-        text = "scheduler runtime/deadline/period can only be specified for SchedDeadline policy"
-    elif policy not in _POLICIES:
-        text = f"{IN_INIT}invalid scheduler policy: {policy}"
-    elif priority < 0:
-        text = f"{IN_INIT}error setting scheduler: invalid argument"
-    flags = 0
-    for word in value.get("flags", ()):
-        flags |= _SCHEDULER_FLAGS.get(word, 0)
-        if word not in _SCHEDULER_FLAGS and not text:
-            text = f"{IN_INIT}invalid scheduler flag: {word}"
+    words = value.get("flags", ())
+    text = _scheduler_problem(policy, nice, priority, times)
+    unknown = [word for word in words if word not in _SCHEDULER_FLAGS]
+    if unknown and not text:
+        text = f"{IN_INIT}invalid scheduler flag: {unknown[0]}"
     if text:
         raise ConfigWrong(key="process.scheduler", text=text)
+    flags = 0
+    for word in words:
+        flags |= _SCHEDULER_FLAGS[word]
     return (_POLICIES[policy], nice, priority, flags, *times)
+
+
+def _scheduler_problem(policy: str, nice: int, priority: int, times: tuple[int, ...]) -> str:
+    if not policy:
+        return "scheduler policy is required"
+    if policy in ("SCHED_OTHER", "SCHED_BATCH") and not -20 <= nice <= 19:
+        return f"invalid scheduler.nice: {nice} when scheduler.policy is {policy}"
+    if priority and policy not in ("SCHED_FIFO", "SCHED_RR"):
+        return "scheduler.priority can only be specified for SchedFIFO or SchedRR policy"
+    if any(times) and policy != "SCHED_DEADLINE":
+        return "scheduler runtime/deadline/period can only be specified for SchedDeadline policy"
+    if policy not in _POLICIES:
+        return f"{IN_INIT}invalid scheduler policy: {policy}"
+    if priority < 0:
+        return f"{IN_INIT}error setting scheduler: invalid argument"
+    return ""
 
 
 def _io_priority(value: dict[str, Any] | None) -> int | None:

@@ -10,22 +10,30 @@ from apptainer_py.model import protocol
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from apptainer_py.model.oci_plan import Row
+    from apptainer_py.runtime.nest import RowFailed
 
 # What stands before every failure that runc meets after it has started the container's first
 # process; many a value is wrong for runc only there, while compiling sees it before anything is.
+# A row's own sentence is without it.
 STARTING = "unable to start container process: "
 IN_INIT = f"{STARTING}error during container init: "
 
 _LONGEST_PATH = 4095
 
 
-def row_failed(row: Row, code: int, errno: int) -> str:
-    """Return runc's sentence for a row that was refused with `code` (an ERR_*) and `errno`."""
-    if code == protocol.ERR_SYSTEM or errno:
-        error = errno_text(errno)
+def row_failure(failed: RowFailed) -> str:
+    """Return runc's sentence for a row that was refused, without what stands before it."""
+    return row_failed(failed.row, failed.code, failed.errno, failed.value)
+
+
+def row_failed(row: Row, code: int, errno: int, value: int = 0) -> str:
+    """Return the same for a row, an ERR_*, an errno and the number that came with them."""
+    says = row.says
+    if row.op == protocol.OP_MASK_PATH or not errno:
+        error = errno_text(errno) if errno else protocol.ERR_TEXTS.get(code, "unknown error")
     else:
-        error = protocol.ERR_TEXTS.get(code, "unknown error")
-    return row.says.replace("{error}", error)
+        error = errno_text(errno)
+    return says.replace("{error}", error)
 
 
 def errno_text(number: int) -> str:
@@ -56,7 +64,7 @@ def _escaped(char: str) -> str:
     return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
 
 
-def path_bytes(text: str, key: str, says: str = "{error}") -> bytes:
+def path_bytes(text: str, key: str, says: str = "{error}", *, where: str = IN_INIT) -> bytes:
     """Return a path or word of the configuration as the kernel takes it.
 
     Raises:
@@ -69,4 +77,4 @@ def path_bytes(text: str, key: str, says: str = "{error}") -> bytes:
         says = says.replace("{error}", "invalid argument")
     else:
         return data
-    raise ConfigWrong(key=key, text=says)
+    raise ConfigWrong(key=key, text=where + says)

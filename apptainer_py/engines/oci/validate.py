@@ -132,7 +132,7 @@ def check_spaces_rules(config: dict[str, Any], spaces: Spaces, host: HostFacts) 
     """
     linux = config.get("linux", {})
     process = config["process"]
-    text = ""
+    key = text = ""
     if config.get("hostname") and not spaces.present & NEWUTS:
         key, text = "hostname", "unable to set hostname without a private UTS namespace"
     elif config.get("domainname") and not spaces.present & NEWUTS:
@@ -271,24 +271,26 @@ def check_seccomp(profile: dict[str, Any]) -> dict[str, Any] | None:
             raise _seccomp_wrong("architectures", f"string {name} is not a valid arch for seccomp")
     if default not in SECCOMP_ACTIONS:
         raise _bad_action("defaultAction", default)
-    notifies = False
-    for rule in rules:
-        action = rule.get("action", "")
-        if action not in SECCOMP_ACTIONS:
-            raise _bad_action("syscalls", action)
-        if "args" in rule:
-            _check_seccomp_arguments(rule)
-        if action == "SCMP_ACT_NOTIFY":
-            notifies = True
-            if "write" in rule.get("names", ()):
-                raise _seccomp_init_wrong("SCMP_ACT_NOTIFY cannot be used for the write syscall")
-        if "" in rule.get("names", ()):
-            raise _seccomp_init_wrong("empty string is not a valid syscall")
+    actions = [_check_seccomp_rule(rule) for rule in rules]
     if default == "SCMP_ACT_NOTIFY":
         raise _seccomp_init_wrong("SCMP_ACT_NOTIFY cannot be used as default action")
-    if notifies and not profile.get("listenerPath"):
+    if "SCMP_ACT_NOTIFY" in actions and not profile.get("listenerPath"):
         raise _seccomp_wrong("listenerPath", f"{IN_INIT}seccomp listenerPath is not set")
     return profile
+
+
+def _check_seccomp_rule(rule: dict[str, Any]) -> str:
+    action: str = rule.get("action", "")
+    names = rule.get("names", ())
+    if action not in SECCOMP_ACTIONS:
+        raise _bad_action("syscalls", action)
+    if "args" in rule:
+        _check_seccomp_arguments(rule)
+    if action == "SCMP_ACT_NOTIFY" and "write" in names:
+        raise _seccomp_init_wrong("SCMP_ACT_NOTIFY cannot be used for the write syscall")
+    if "" in names:
+        raise _seccomp_init_wrong("empty string is not a valid syscall")
+    return action
 
 
 def _check_seccomp_arguments(rule: dict[str, Any]) -> None:
