@@ -65,8 +65,22 @@ init_row init_join, init_cgroup, init_prep, init_spaces, init_mapped, init_keyri
 /* init_console.c */
 init_row init_console;
 
-/* init_process.c, init_go.c */
-init_row init_apparmor, init_process, init_go, init_run_hooks;
+/* init_process.c */
+init_row init_apparmor, init_process;
+
+/* init_go.c: in this order, each with its errno; *step says which of its calls failed */
+init_row init_go;
+/* init_identity.c */
+MUST_USE int identity_enter_cwd(const struct process *p, bool again, enum go_step *step);
+MUST_USE int identity_take(const struct init *s, enum go_step *step);
+/* init_lookup.c: the program's path in out; 0 or -1 */
+MUST_USE int lookup_program(char *const argv[], char *const envp[], char *out, size_t size,
+                            enum go_step *step);
+
+/* init_hooks.c */
+init_row init_run_hooks;
+/* The startContainer hooks; a failure is reported on stderr. */
+MUST_USE int hooks_before_start(const struct process *p, char *const envp[]);
 
 /* init_mounts.c */
 init_row init_propagation, init_root_bundle, init_fs, init_fsopt, init_tree, init_attr, init_copyup,
