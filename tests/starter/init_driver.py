@@ -21,7 +21,6 @@ NEWNS, NEWCGROUP, NEWUTS, NEWIPC = 0x20000, 0x2000000, 0x4000000, 0x8000000
 NEWUSER, NEWPID, NEWNET = 0x10000000, 0x20000000, 0x40000000
 MS_REC, MS_PRIVATE, MS_SLAVE, MS_SHARED = 0x4000, 0x40000, 0x80000, 0x100000
 RDONLY, NOSUID, NODEV, NOEXEC, ATIME, IDMAP = 1, 2, 4, 8, 0x70, 0x100000
-RECURSIVE = NOFOLLOW = 0
 TREE_RECURSIVE, TREE_NO_FOLLOW = 1, 2
 PLACE_FILE, PLACE_COPY_MODE, PLACE_BELOW_PROC, PLACE_MAY_FAIL = 1, 2, 4, 8
 ERR_OK, ERR_CANCELLED, ERR_SYSTEM = 0, 18, 21
@@ -71,7 +70,7 @@ class Init:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                preexec_fn=preexec,
+                preexec_fn=preexec,  # noqa: PLW1509
                 env={"ASAN_OPTIONS": "detect_leaks=0"},
             )
         self.socket = ours
@@ -201,8 +200,3 @@ class Init:
     def at(self, path: str) -> Path:
         """Return how the test reaches a path of the container, by way of procfs."""
         return Path(f"/proc/{self.pid}/root{path}")
-
-    def enter_and(self, *argv: str) -> str:
-        """Run a command of the host's in the container's mount namespace, its root the host's."""
-        command = ["nsenter", "-t", str(self.pid), "-m", "-u", "-n", *argv]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout

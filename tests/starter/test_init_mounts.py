@@ -98,7 +98,7 @@ def test_a_usual_root(program: Path, root: Path) -> None:
         c.row("MKNOD", "/dev/deep/zero", None, stat.S_IFCHR | 0o640, 1 << 32 | 5, 7, 8)
         c.row("LINK", "/proc/self/fd", "/dev/fd")
         c.row("LINK", "pts/ptmx", "/dev/ptmx")
-        c.enter(0, "/work/dir")
+        c.enter(0, "/home/dir")
         c.row("REMOUNT", "/dev", None, d.RDONLY)
         c.row("ROOT_READONLY")
         c.row("NAME", "box")
@@ -110,7 +110,7 @@ def test_a_usual_root(program: Path, root: Path) -> None:
         assert found["/dev/mqueue"][0] == "mqueue"
         assert found["/sys"] == ("sysfs", "ro,nosuid,relatime")
         assert found["/etc/hosts"][1].startswith("ro")
-        assert (root / "work/dir").stat().st_mode & 0o7777 == 0o755
+        assert (root / "home/dir").stat().st_mode & 0o7777 == 0o755
         zero = os.lstat(c.at("/dev/deep/zero"))
         assert (zero.st_rdev, zero.st_mode & 0o777) == (ZERO, 0o640)
         assert (zero.st_uid, zero.st_gid) == (7, 8)
@@ -225,7 +225,10 @@ def test_copy_up(program: Path, root: Path) -> None:
         c.enter()
         found = os.stat(c.at("/vol/sub/file"))
         assert (found.st_uid, found.st_gid, found.st_mode & 0o7777) == (11, 12, 0o4710)
-        assert (found.st_size, os.getxattr(c.at("/vol/sub/file"), "user.note")) == (100_000, b"kept")
+        assert (found.st_size, os.getxattr(c.at("/vol/sub/file"), "user.note")) == (
+            100_000,
+            b"kept",
+        )
         assert os.readlink(c.at("/vol/link")) == "/etc/passwd"
         assert stat.S_ISFIFO(os.lstat(c.at("/vol/pipe")).st_mode)
         assert os.stat(c.at("/vol/sub")).st_mode & 0o777 == 0o750
@@ -312,12 +315,16 @@ def locked_volume(root: Path) -> Callable[[], None]:
 
 @pytest.mark.parametrize(
     ("fields", "value"),
-    [((d.RDONLY, d.NODEV | d.NOSUID, 0, 0), None),
-     ((d.RDONLY, d.NODEV, 0, d.NODEV), d.WHY_CLEARED_LOCKED),
-     ((0x20, d.ATIME | d.NODEV, 0, 0), d.WHY_LOCKED_ATIME),
-     ((d.NOEXEC, 0, 0, 0), None)],
+    [
+        ((d.RDONLY, d.NODEV | d.NOSUID, 0, 0), None),
+        ((d.RDONLY, d.NODEV, 0, d.NODEV), d.WHY_CLEARED_LOCKED),
+        ((0x20, d.ATIME | d.NODEV, 0, 0), d.WHY_LOCKED_ATIME),
+        ((d.NOEXEC, 0, 0, 0), None),
+    ],
 )
-def test_locked_flags(program: Path, root: Path, fields: tuple[int, ...], value: int) -> None:
+def test_locked_flags(
+    program: Path, root: Path, fields: tuple[int, ...], value: int | None
+) -> None:
     os.chown(root, 100000, 100000)
     os.chown(root / "vol", 100000, 100000)
     with Init(program, preexec=locked_volume(root)) as c:
@@ -398,10 +405,30 @@ def test_a_link_comes_up(program: Path, root: Path) -> None:
 # ------------------------------------------------------------------------ hostile roots (B1, B2)
 
 LINKS = (
-    "..", "../..", "../../../../../../../..", "/", "/..", "/proc/self/root", "/proc/self/cwd",
-    "/proc/1/root", "/proc/self/fd/0", "/proc/self/fd/3", "/proc/self/fd/4", "/proc/thread-self/root",
-    "/proc/self/fd/../root/{outside}", "{outside}", "../outside", "../../outside", "a/../../../../outside",
-    "loop", "/dangling/far/away", "chain1", "pipe", "etc/../../outside/inner", "etc/../../outside", "",
+    "..",
+    "../..",
+    "../../../../../../../..",
+    "/",
+    "/..",
+    "/proc/self/root",
+    "/proc/self/cwd",
+    "/proc/1/root",
+    "/proc/self/fd/0",
+    "/proc/self/fd/3",
+    "/proc/self/fd/4",
+    "/proc/thread-self/root",
+    "/proc/self/fd/../root/{outside}",
+    "{outside}",
+    "../outside",
+    "../../outside",
+    "a/../../../../outside",
+    "loop",
+    "/dangling/far/away",
+    "chain1",
+    "pipe",
+    "etc/../../outside/inner",
+    "etc/../../outside",
+    "",
 )
 
 
@@ -445,8 +472,12 @@ def test_hostile_links(program: Path, root: Path, link: str) -> None:
 
 def block_openat2() -> None:
     """As a filter of seccomp does that knows nothing of openat2(2), and as an old kernel."""
-    code = [(0x20, 0, 0, 0), (0x15, 0, 1, 437), (6, 0, 0, 0x50000 | errno.ENOSYS),
-            (6, 0, 0, 0x7FFF0000)]
+    code = [
+        (0x20, 0, 0, 0),
+        (0x15, 0, 1, 437),
+        (6, 0, 0, 0x50000 | errno.ENOSYS),
+        (6, 0, 0, 0x7FFF0000),
+    ]
     packed = b"".join(
         a.to_bytes(2, "little") + bytes((b, c)) + e.to_bytes(4, "little") for a, b, c, e in code
     )
@@ -516,9 +547,16 @@ def test_procfs_lies_on_an_ordinary_directory(
 
 @pytest.mark.parametrize(
     ("target", "flags", "good"),
-    [("/proc/sys", 0, False), ("/proc/self/attr", 0, False), ("/proc", 0, False),
-     ("/to-proc/sys", 0, False), ("/to-proc", 0, False), ("/proc/../proc/./sys", 0, False),
-     ("/proc/uptime", d.PLACE_BELOW_PROC, True), ("/procfile", 0, True)],
+    [
+        ("/proc/sys", 0, False),
+        ("/proc/self/attr", 0, False),
+        ("/proc", 0, False),
+        ("/to-proc/sys", 0, False),
+        ("/to-proc", 0, False),
+        ("/proc/../proc/./sys", 0, False),
+        ("/proc/uptime", d.PLACE_BELOW_PROC, True),
+        ("/procfile", 0, True),
+    ],
 )
 @pytest.mark.parametrize("mounted", [True, False])
 def test_nothing_covers_procfs(
@@ -562,8 +600,8 @@ def test_the_root_itself_is_no_target(program: Path, root: Path, target: str) ->
 FALSE_NULLS: dict[str, Callable[[Path], None]] = {
     "link": lambda path: path.symlink_to("/proc/sys/kernel/core_pattern"),
     "sysrq": lambda path: path.symlink_to("/proc/sysrq-trigger"),
-    "file": lambda path: path.write_text("x") and None,
-    "pipe": lambda path: os.mkfifo(path),
+    "file": Path.touch,
+    "pipe": os.mkfifo,
     "zero": lambda path: os.mknod(path, stat.S_IFCHR | 0o666, ZERO),
     "folder": lambda path: path.mkdir(),
     "none": lambda path: None,
@@ -639,8 +677,9 @@ def test_sysctl_is_the_kernels(program: Path, root: Path) -> None:
     check_sysctl(program, root)
 
 
-@pytest.mark.parametrize("key", ["../sysrq-trigger", "net/../../self/attr/exec", "/net", "net//x",
-                                 "net/", "."])
+@pytest.mark.parametrize(
+    "key", ["../sysrq-trigger", "net/../../self/attr/exec", "/net", "net//x", "net/", "."]
+)
 def test_sysctl_stays_below(program: Path, root: Path, key: str) -> None:
     with Init(program) as c:
         c.root(root)
@@ -661,8 +700,16 @@ def test_sysctl_says_what_failed(program: Path, root: Path, key: str, value: int
 
 
 @pytest.mark.parametrize(
-    "cwd", ["/proc/self/fd/{n}", "/proc/self/fd/{n}/../../..", "/w{n}", "/w{n}/made", "../../x",
-            "/proc/self/cwd/made", "/proc/1/root/made"]
+    "cwd",
+    [
+        "/proc/self/fd/{n}",
+        "/proc/self/fd/{n}/../../..",
+        "/w{n}",
+        "/w{n}/made",
+        "../../x",
+        "/proc/self/cwd/made",
+        "/proc/1/root/made",
+    ],
 )
 @pytest.mark.parametrize("number", [0, 1, 3, 4, 5, 6, 7, 8])
 def test_the_working_directory_is_made_inside(
@@ -713,7 +760,7 @@ def exchange(one: Path, other: Path) -> Iterator[None]:
 
 
 def check_race(program: Path, root: Path, link: str, rounds: int) -> tuple[int, int]:
-    """Bind below a directory that a link takes turns with; return how many went well, and failed."""
+    """Bind below a directory that a link takes turns with; return how many went well or not."""
     outside = root.parent / "outside"
     before_outside = listing(outside)
     (root / "vol/dir/inner").mkdir(parents=True)
@@ -801,8 +848,6 @@ def test_weak_proc(weak: Callable[..., Path], root: Path) -> None:
     edit = "int fd = init_proc(s) < 0 ? -1 : open_sysctl(s, key);"
     instead = 's->proc_fd = open("/proc", O_PATH); int fd = open_sysctl(s, key);'
     flags = "RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_XDEV"
-    program = weak(
-        ("init_proc.c", edit, instead), ("init_proc.c", flags, "RESOLVE_BENEATH")
-    )
+    program = weak(("init_proc.c", edit, instead), ("init_proc.c", flags, "RESOLVE_BENEATH"))
     with pytest.raises(AssertionError):
         check_sysctl(program, root)
