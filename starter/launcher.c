@@ -86,7 +86,7 @@ __attribute__((noreturn)) static void run_starter(const struct choice *c, const 
 
 int main(int argc, char *argv[], char *envp[]) {
     struct scan s;
-    struct choice c = {.trace_fd = -1};
+    struct choice c = {.engine = "apptainer", .trace_fd = -1};
     const char *why;
     open_standard_streams();
     scan_arguments(&s, argc, argv);

@@ -29,6 +29,7 @@ struct forecast {
 struct choice {
     enum flow flow;
     enum reason reason;
+    const char *engine;
     int trace_fd;        /* or -1 */
     unsigned image_arg;
     struct forecast forecast;

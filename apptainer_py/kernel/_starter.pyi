@@ -26,6 +26,8 @@ class StageInfo(TypedDict):
     trigger_fd: int
     helper_fds: tuple[int, int]
     permitted: int
+    init_fd: int
+    init_pid: int
 
 def is_complete() -> bool: ...
 def complete_interpreter() -> None: ...

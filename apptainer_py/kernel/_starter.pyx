@@ -68,6 +68,8 @@ cdef extern from "protocol.h":
         int32_t methods_fd
         int32_t trigger_fd
         int32_t helper_fds[2]
+        int32_t init_fd
+        int32_t init_pid
         int32_t trace_fd
         uint64_t permitted
         void (*enter_hook)(uint32_t hook)
@@ -136,6 +138,7 @@ def stage():
         "config_fd": info.config_fd, "keeper_fd": info.keeper_fd, "rpc_fd": info.rpc_fd,
         "start_fd": info.start_fd, "methods_fd": info.methods_fd, "trigger_fd": info.trigger_fd,
         "helper_fds": (info.helper_fds[0], info.helper_fds[1]), "permitted": info.permitted,
+        "init_fd": info.init_fd, "init_pid": info.init_pid,
     }
 
 
