@@ -60,8 +60,8 @@ def start_time(pid: int) -> int:
     With the number of the process this tells it from any other that had or will have the number.
     """
     try:
-        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
-            fields = file.read(4096).rpartition(b")")[2].split()
+        fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+        fields = read_at_most(fd, 4096).rpartition(b")")[2].split()
     except OSError:
         return 0
     return 0 if not fields or fields[0] in (b"Z", b"X") else int(fields[19])
@@ -242,8 +242,7 @@ def _is_frozen(record: RecordData) -> bool:
     if not record.freezer:
         return False
     try:
-        with open(record.freezer, "rb", buffering=0) as file:
-            said = file.read(64).strip()
+        said = read_at_most(os.open(record.freezer, os.O_RDONLY | os.O_CLOEXEC), 64).strip()
     except OSError:
         return False
     return said in (b"1", b"FROZEN", b"FREEZING")

@@ -45,10 +45,12 @@ class NestGone(LaunchError):
 class Nest:
     """The socket to the process that becomes the container; usable by one thread."""
 
-    __slots__ = ("_fd", "_flight")
+    __slots__ = ("_fd", "_flight", "root_fd")
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        # The container's root directory, from the reply of the row that makes it one.
+        self.root_fd = -1
         self._flight: list[Row] = []
 
     def row(self, row: Row, fd: int = -1) -> None:
@@ -88,6 +90,8 @@ class Nest:
         if code != protocol.ERR_OK:
             self._flight.clear()
             raise RowFailed(row=row, code=code, errno=error, value=value, fd=fd)
+        if row.op == protocol.OP_ROOT_BUNDLE:
+            self.root_fd = fd
         return value, fd
 
     def settle(self) -> None:
