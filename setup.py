@@ -2,8 +2,8 @@
 
     /usr/bin/python3 setup.py build_product --prefix P --sysconfdir S --output DIR
 
-leaves in DIR: starter, starter-init, apptainer-py, apptainer-py-oci, stagehost.so, unpack.so, main.py and package/apptainer_py,
-byte-compiled.
+leaves in DIR: starter, starter-init, apptainer-py, apptainer-py-oci, stagehost.so, unpack.so,
+main.py and package/apptainer_py, byte-compiled.
 Nothing is installed here (./install does that); metadata and tool settings are in pyproject.toml.
 """
 
@@ -26,10 +26,10 @@ PYTHON = "/usr/bin/python3"
 GCC = "/usr/bin/gcc"
 # What is not the starter: other programs, and what only those share.
 STARTER_INDEPENDENT = (
-    *("launcher", "stagehost", "unpack", "fuzz", "test", "lean", "init", "process", "hook", "record"),
-    "relay",
+    *("launcher", "stagehost", "unpack", "fuzz", "test"),
+    *("lean", "init", "process", "hook", "record", "relay"),
 )
-LEAN_SHARED = ("launcher_request",)
+LEAN_SHARED = ("launcher_request", "hook", "record")
 INIT_SHARED = ("wire", "report", "process", "hook")
 PARALLEL = 2
 
@@ -391,9 +391,7 @@ class BuildProduct(Command):
 
     def _compile_init(self, compiler: Compiler, folder: Path) -> None:
         shared = [folder / f"{stem}.c" for stem in INIT_SHARED]
-        files = [*sorted(folder.glob("init*.c")), *(path for path in shared if path.exists())]
-        if (folder / "init.c").exists():
-            compiler.static_program("starter-init", files)
+        compiler.static_program("starter-init", [*sorted(folder.glob("init*.c")), *shared])
 
     def _copy_modules(self, tree: Path) -> None:
         for module in (tree / "apptainer_py").rglob("*.so"):

@@ -122,6 +122,7 @@ static int number_in(const char *text) {
 static struct init state = {.phase = SPACES,
                             .passed = -1,
                             .fd_out = -1,
+                            .host_proc_fd = -1,
                             .proc_fd = -1,
                             .root_fd = -1,
                             .context_fd = -1,

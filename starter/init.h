@@ -33,6 +33,8 @@ struct init {
     size_t join_count;
     bool offsets_given;
     int64_t offsets[4];                /* monotonic s, ns, boottime s, ns */
+    int late_spaces;                   /* CLONE_NEW* kinds that init makes when it has its ids */
+    int host_proc_fd;                  /* the host's procfs, pinned before anything is joined, or -1 */
     bool tenant;                       /* one more process in a container (exec) */
     /* of the container */
     int proc_fd;                       /* procfs that no mount of the container covers, or -1 */
@@ -57,14 +59,28 @@ void init_shield(const struct init *s);
 MUST_USE int init_send_reply(const struct init *s, const struct op_reply *a, int fd);
 void init_close(int *fd);
 
-/* init_spaces.c */
+/* init_spaces.c, init_mapped.c */
 init_row init_join, init_cgroup, init_prep, init_spaces, init_mapped, init_keyring, init_tenant;
 
 /* init_console.c */
 init_row init_console;
 
-/* init_process.c, init_go.c */
-init_row init_apparmor, init_process, init_go, init_run_hooks;
+/* init_process.c */
+init_row init_apparmor, init_process;
+
+/* init_go.c: in this order, each with its errno; *step says which of its calls failed */
+init_row init_go;
+/* init_identity.c */
+MUST_USE int identity_enter_cwd(const struct process *p, bool again, enum go_step *step);
+MUST_USE int identity_take(const struct init *s, enum go_step *step);
+/* init_lookup.c: the program's path in out; 0 or -1 */
+MUST_USE int lookup_program(char *const argv[], char *const envp[], char *out, size_t size,
+                            enum go_step *step);
+
+/* init_hooks.c */
+init_row init_run_hooks;
+/* The startContainer hooks; a failure is reported on stderr. */
+MUST_USE int hooks_before_start(const struct process *p, char *const envp[]);
 
 /* init_mounts.c */
 init_row init_propagation, init_root_bundle, init_fs, init_fsopt, init_tree, init_attr, init_copyup,

@@ -61,6 +61,10 @@ enum err {
 #define ERR(name, number, text) ERR_##name = (number),
 #include "rows.h"
 };
+enum go_step {
+#define GOSTEP(name, number, text) GOSTEP_##name = (number),
+#include "rows.h"
+};
 enum limit {
 #define LIMIT(name, number) LIMIT_##name = (number),
 #include "rows.h"

@@ -504,7 +504,7 @@ def send_fd(int fd, bytes data not None, int passed=-1):
         rest -= done
 
 
-def bpf_load(int kind, bytes code not None, bytes license not None):
+def bpf_load(int kind, bytes code not None):
     """Return a descriptor of a loaded eBPF program; what the verifier says is in the error.
 
     Raises:
@@ -512,14 +512,12 @@ def bpf_load(int kind, bytes code not None, bytes license not None):
     """
     cdef char log[4096]
     cdef unsigned count = <unsigned>(len(code) // 8)
-    cdef int fd = apy_bpf_load(kind, PyBytes_AS_STRING(code), count, _text(license, "the license"),
-                               NULL, 0)
+    cdef int fd = apy_bpf_load(kind, PyBytes_AS_STRING(code), count, b"GPL", NULL, 0)
     if fd >= 0:
         return fd
     failure = _failed()
     log[0] = 0
-    fd = apy_bpf_load(kind, PyBytes_AS_STRING(code), count, PyBytes_AS_STRING(license), log,
-                      sizeof(log))
+    fd = apy_bpf_load(kind, PyBytes_AS_STRING(code), count, b"GPL", log, sizeof(log))
     if fd >= 0:
         return fd
     log[sizeof(log) - 1] = 0

@@ -99,6 +99,16 @@ cdef extern from "wire_client.h" nogil:
     void wire_release_code()
 
 
+cdef extern from "container_client.h" nogil:
+    struct hook_result:
+        uint32_t failed
+        char text[8704]
+    int hook_run_frame "hook_run"(const char *frame, size_t size, int pid, char **environment,
+                                  hook_result *result)
+    int relay_block_signals "relay_begin"()
+    int relay_run(int pid, int pty_fd, int *status)
+
+
 cdef const stage_info *_info() except NULL:
     cdef const stage_info *info = wire_stage()
     if info == NULL:
@@ -374,3 +384,45 @@ def release_code():
     """Give the pages of program code back to the page cache, before a long sleep."""
     with nogil:
         wire_release_code()
+
+
+def hook_run(bytes frame, int pid, list environment):
+    """Run the hooks of a frame (model/hook_frame.py) in order, until one fails.
+
+    `environment` is what a hook gets that names none. Returns (0, "") or the number of the hook
+    that failed, from 1, and how it did so in runc's words.
+    """
+    cdef hook_result result
+    cdef char **variables = _vector(environment)
+    cdef const char *bytes_of = PyBytes_AS_STRING(frame)
+    cdef size_t size = len(frame)
+    with nogil:
+        hook_run_frame(bytes_of, size, pid, variables, &result)
+    free(variables)
+    return result.failed, (<bytes>result.text).decode("utf-8", "backslashreplace")
+
+
+def relay_begin():
+    """Hold back every signal until `relay`: a launch in the foreground loses none.
+
+    Raises:
+        OSError: as sigprocmask(2) fails.
+    """
+    if relay_block_signals() < 0:
+        raise OSError(errno, "cannot hold back signals")
+
+
+def relay(int pid, int pty_fd):
+    """Pass signals on to a child, and the terminal `pty_fd` (-1: none), until it ends.
+
+    Returns its wait status.
+
+    Raises:
+        OSError: it is no child, or there is no descriptor left.
+    """
+    cdef int status = 0, result
+    with nogil:
+        result = relay_run(pid, pty_fd, &status)
+    if result < 0:
+        raise OSError(errno, "cannot watch the container's process")
+    return status
