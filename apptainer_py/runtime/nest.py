@@ -136,9 +136,14 @@ class Nest:
             raise RowFailed(row=row, code=code, errno=error, value=value, fd=passed)
         return value, passed
 
-    def wait_until_closed(self) -> None:
-        """Wait for what follows an answered GO: the end of the channel, or a failure."""
-        row = self._flight[-1]
+    def acknowledge(self) -> None:
+        """Say that the listener has been handed over; then the payload takes over.
+
+        Raises:
+            RowFailed: it could not be started.
+        """
+        _starter.send_bytes(self._fd, b"k")
+        row = self._flight.pop()
         try:
             code, error, value, passed = _starter.receive_answer(self._fd)
         except EOFError:

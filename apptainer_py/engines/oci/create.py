@@ -11,18 +11,18 @@ import time
 
 from apptainer_py.base import log
 from apptainer_py.base.errors import ApptainerError
-from apptainer_py.engines.oci import facts, hooks, steps, terminal
+from apptainer_py.engines.oci import facts, steps, terminal
 from apptainer_py.engines.oci.compile import compile_bundle
-from apptainer_py.engines.oci.steps import StartFailed, explained
+from apptainer_py.engines.oci.hooks import HookFailed, HookState
 from apptainer_py.engines.oci.state import describe, libcontainer_state
+from apptainer_py.engines.oci.steps import StartFailed, explained
 from apptainer_py.host.cgroups import find_manager
-from apptainer_py.kernel import _container
+from apptainer_py.kernel import _starter
 from apptainer_py.model import protocol
-from apptainer_py.model.hook_frame import hook_frames
 from apptainer_py.model.json_text import loads
 from apptainer_py.model.oci_plan import CreateOptions, Row
 from apptainer_py.model.process_frame import process_frame
-from apptainer_py.runtime.containers import FIFO, ContainerError, StateDir, check_id, start_time
+from apptainer_py.runtime.containers import ContainerError, StateDir, check_id, start_time
 from apptainer_py.runtime.nest import RowFailed
 
 TYPE_CHECKING = False
@@ -74,7 +74,7 @@ class Creation:
         self.bundle, self.config_bytes = read_bundle(call.text("bundle"))
         check_id(self.name)
         self.config: dict[str, Any] = loads(self.config_bytes)
-        self.host = facts.host_facts(call)
+        self.host = facts.host_facts(call, context.environment)
         listen_fds = terminal.listen_fds(context.environment)
         self.options = CreateOptions(
             container_id=self.name,
@@ -85,16 +85,27 @@ class Creation:
             rootless=self.host.rootless,
         )
         self.plan: OciPlan = compile_bundle(self.config, self.bundle, self.host, self.options)
+        for warning in self.plan.warnings:
+            log.warning(warning)
         terminal.check_streams(call, terminal=self.plan.terminal, detached=self.detached)
         terminal.check_preserved(call.number("preserve-fds"), listen_fds)
         self.console = terminal.connect(call.text("console-socket"))
         self.program = _seccomp_program(self.plan, self.environment, self.host.uid)
+        self.hook_state = HookState(
+            self.config.get("ociVersion", ""),
+            self.name,
+            self.bundle,
+            self.plan.annotations,
+            context.environment,
+        )
         self.created_ns = 0
         self.pid = 0
         self.started_at = 0
         self.state: StateDir | None = None
         self.fifo = -1
         self.pty = -1
+        if not self.detached:
+            _starter.relay_begin()
         self.failed = True
         self.cgroup = find_manager(
             call.cgroup_manager, self.plan.cgroup, rootless=self.host.rootless
@@ -113,7 +124,7 @@ class Creation:
             self._send_process(nest)
             self._record_created()
         except ApptainerError as error:
-            raise explained(error) from None
+            raise explained(error, self.plan.process, "error during container init: ") from None
 
     def _make_state(self) -> None:
         sticky = self.host.rootless and "XDG_RUNTIME_DIR" in self.environment
@@ -186,18 +197,15 @@ class Creation:
             text = f"error setting cgroup config for procHooks process: {error}"
             raise StartFailed(reason=text) from None
         if self.plan.hooks:
-            state = self._hook_state("creating")
-            hooks.run_hooks(self.plan.hooks, "prestart", state)
-            hooks.run_hooks(self.plan.hooks, "createRuntime", state)
-
-    def _hook_state(self, status: str) -> bytes:
-        version = self.config.get("ociVersion", "")
-        return hooks.hook_state(
-            version, self.name, status, self.pid, self.bundle, self.plan.annotations
-        )
+            try:
+                for kind in ("prestart", "createRuntime"):
+                    self.hook_state.run(self.plan.hooks, kind, "creating", self.pid)
+            except HookFailed as error:
+                text = f"error during container init: {error}"
+                raise StartFailed(reason=text) from None
 
     def _enter(self, nest: Nest) -> None:
-        frames = self._hook_frames("createContainer", "creating")
+        frames = self.hook_state.frames(self.plan.hooks, "createContainer", "creating")
         if frames:
             self._run_inner_hooks(nest, frames)
         for row in self.plan.inside:
@@ -210,16 +218,6 @@ class Creation:
                 self.passed.send(nest, row)
         nest.settle()
 
-    def _hook_frames(self, kind: str, status: str) -> bytes:
-        chosen = [hook for hook in self.plan.hooks if hook.kind == kind]
-        if not chosen:
-            return b""
-        # Their pid is the one inside, which only the first process knows.
-        state = self._hook_state(status)
-        pid = f'"pid":{self.pid}'.encode()
-        before, _, after = state.partition(pid)
-        return hook_frames(chosen, (before + b'"pid":', after))
-
     def _run_inner_hooks(self, nest: Nest, frames: bytes) -> None:
         try:
             steps.send_frame(nest, Row(op=protocol.OP_RUN_HOOKS), frames, "hooks")
@@ -228,8 +226,8 @@ class Creation:
 
     def _send_process(self, nest: Nest) -> None:
         spec = steps.with_home(self.plan.process, nest.root_fd)
-        frames = self._hook_frames("startContainer", "created")
-        data = process_frame(spec, self.program[0], frames, self.program[1])
+        frames = self.hook_state.frames(self.plan.hooks, "startContainer", "created")
+        data = process_frame(spec, self.program[0], frames, program_flags=self.program[1])
         steps.send_frame(nest, Row(op=protocol.OP_PROCESS), data, "process")
         steps.set_limits(
             self.pid, self.plan.rlimits, "error setting rlimits for ready process: "
@@ -249,30 +247,30 @@ class Creation:
             if listener >= 0:
                 self._send_listener(nest, listener)
         except ApptainerError as error:
-            raise explained(error) from None
+            raise explained(error, self.plan.process, "error during container init: ") from None
         self.failed = False
         return self.pid
 
     def _send_listener(self, nest: Nest, number: int) -> None:
         assert self.plan.seccomp is not None
-        state = loads(self._hook_state("creating"))
+        before, after = self.hook_state.around("creating")
         told = {
             "ociVersion": self.config.get("ociVersion", ""),
             "fds": ["seccompFd"],
             "pid": self.pid,
             "metadata": self.plan.seccomp.get("listenerMetadata", ""),
-            "state": state,
+            "state": loads(before + b"%d" % self.pid + after),
         }
         steps.send_listener(self.pid, number, self.plan.seccomp.get("listenerPath", ""), told)
-        nest.wait_until_closed()
+        nest.acknowledge()
 
     def started(self) -> None:
         """Write the pid file; run the poststart hooks if `start` will not."""
         assert self.state is not None
         if self.call.command == "run":
             try:
-                hooks.run_hooks(self.plan.hooks, "poststart", self._hook_state("running"))
-            except hooks.HookFailed:
+                self.hook_state.run(self.plan.hooks, "poststart", "running", self.pid)
+            except HookFailed:
                 self.failed = True
                 raise
         self.state.unlock()
@@ -300,21 +298,9 @@ class Creation:
         destroy(self.state, self.cgroup, self.pid, self.started_at, self.plan)
         if not self.failed:
             try:
-                hooks.run_hooks(self.plan.hooks, "poststop", self._stopped_state())
-            except hooks.HookFailed as error:
+                self.hook_state.run(self.plan.hooks, "poststop", "stopped", 0)
+            except HookFailed as error:
                 log.warning(f"{error}")
-
-    def _stopped_state(self) -> bytes:
-        version = self.config.get("ociVersion", "")
-        return hooks.hook_state(
-            version, self.name, "stopped", 0, self.bundle, self.plan.annotations
-        )
-
-    @property
-    def fifo_path(self) -> str:
-        """Where the container waits."""
-        assert self.state is not None
-        return f"{self.state.path}/{FIFO}"
 
 
 def _seccomp_program(plan: OciPlan, environment: Any, uid: int) -> tuple[bytes, int]:

@@ -1,17 +1,16 @@
 """Hooks that run outside the container: prestart, createRuntime, poststart, poststop (config.md).
 
-A hook gets the container's state on stdin, and exactly the environment that it names. What it
-prints is read whole, and shown only if it fails.
+A hook gets the container's state on stdin, and exactly the environment that it names; starter/hook.c
+starts it and keeps its time.
 """
 
 from __future__ import annotations
 
 import os
-import select
-import time
 
 from apptainer_py.base.errors import ApptainerError
-from apptainer_py.base.files import write_all
+from apptainer_py.kernel import _starter
+from apptainer_py.model.hook_frame import hook_frames
 from apptainer_py.model.json_out import dumps
 
 TYPE_CHECKING = False
@@ -19,9 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from apptainer_py.model.oci_plan import Hook
-
-_OUTPUT_BYTES = 1 << 16
-_SIGKILL = 9
 
 
 class HookFailed(ApptainerError):
@@ -31,117 +27,59 @@ class HookFailed(ApptainerError):
     exit_code = 1
 
 
-def hook_state(
-    version: str, name: str, status: str, pid: int, bundle: str, notes: Mapping[str, str]
-) -> bytes:
-    """Return the state of a container as hooks read it (runtime.md, State)."""
-    state: dict[str, object] = {"ociVersion": version, "id": name, "status": status}
-    if pid:
-        state["pid"] = pid
-    state["bundle"] = bundle
-    if notes:
-        state["annotations"] = dict(notes)
-    return dumps(state).encode()
+class HookState:
+    """The state of one container as hooks read it (runtime.md, State)."""
 
+    __slots__ = ("bundle", "environment", "name", "notes", "version")
 
-def run_hooks(hooks: Sequence[Hook], kind: str, state: bytes) -> None:
-    """Run the hooks of one kind, in order.
+    def __init__(
+        self,
+        version: str,
+        name: str,
+        bundle: str,
+        notes: Mapping[str, str],
+        environment: Mapping[str, str],
+    ) -> None:
+        self.version = version
+        self.name = name
+        self.bundle = bundle
+        self.notes = notes
+        self.environment = environment
 
-    Raises:
-        HookFailed: one failed; those after it are not run.
-    """
-    number = 0
-    for hook in hooks:
-        if hook.kind == kind:
-            reason = _run(hook, state)
-            if reason:
-                raise HookFailed(kind=kind, number=number, reason=reason)
-            number += 1
+    def around(self, status: str) -> tuple[bytes, bytes]:
+        """Return the JSON before and after the pid; a stopped container has none."""
+        state: dict[str, object] = {
+            "ociVersion": self.version,
+            "id": self.name,
+            "status": status,
+            "bundle": self.bundle,
+        }
+        if self.notes:
+            state["annotations"] = dict(self.notes)
+        text = dumps(state).encode()
+        if status == "stopped":
+            return text, b""
+        before, bundle, after = text.rpartition(b',"bundle":')
+        if self.notes:
+            # An annotation may hold that very text, the status before it never does.
+            before, bundle, after = text.partition(b',"bundle":')
+        return before + b',"pid":', bundle + after
 
+    def frames(self, hooks: Sequence[Hook], kind: str, status: str) -> bytes:
+        """Return the hooks of one kind as bytes; none where there are none."""
+        chosen = [hook for hook in hooks if hook.kind == kind]
+        return hook_frames(chosen, self.around(status)) if chosen else b""
 
-def _spawn(hook: Hook, state: bytes) -> tuple[int, int, int]:
-    """Start a hook; returns its pid and the reading ends of its two streams."""
-    given = os.memfd_create("state", os.MFD_CLOEXEC)
-    write_all(os.dup(given), state)
-    os.lseek(given, 0, 0)
-    out, out_end = os.pipe2(os.O_CLOEXEC)
-    err, err_end = os.pipe2(os.O_CLOEXEC)
-    actions = [(os.POSIX_SPAWN_DUP2, end, to) for to, end in enumerate((given, out_end, err_end))]
-    arguments = list(hook.arguments) or [hook.path]
-    pairs = (entry.partition("=") for entry in hook.environment or ())
-    environment = {name: value for name, _, value in pairs}
-    try:
-        pid = os.posix_spawn(hook.path, arguments, environment, file_actions=actions)
-    except OSError:
-        os.close(out)
-        os.close(err)
-        raise
-    finally:
-        for fd in (given, out_end, err_end):
-            os.close(fd)
-    return pid, out, err
+    def run(self, hooks: Sequence[Hook], kind: str, status: str, pid: int) -> None:
+        """Run the hooks of one kind, in order.
 
-
-def _run(hook: Hook, state: bytes) -> str:
-    """Run a hook to its end; returns what went wrong, or ""."""
-    try:
-        pid, out, err = _spawn(hook, state)
-    except OSError as error:
-        return f"fork/exec {hook.path}: {(error.strerror or '').lower()}"
-    end = os.pidfd_open(pid)
-    said = {out: b"", err: b""}
-    if not _collect(said, end, hook.timeout_seconds):
-        os.kill(pid, _SIGKILL)
-        os.waitpid(pid, 0)
-        return f"hook ran past specified timeout of {hook.timeout_seconds:.1f}s"
-    _, status = os.waitpid(pid, 0)
-    if status == 0:
-        return ""
-    if os.WIFSIGNALED(status):
-        reason = f"signal: {_signal_text(os.WTERMSIG(status))}"
-    else:
-        reason = f"exit status {os.WEXITSTATUS(status)}"
-    shown = [said[fd].decode("utf-8", "replace") for fd in (out, err)]
-    return f"{reason}, stdout: {shown[0]}, stderr: {shown[1]}"
-
-
-def _collect(said: dict[int, bytes], end: int, timeout_seconds: int) -> bool:
-    """Read both streams until the hook has ended; False if that took too long."""
-    last = time.monotonic() + timeout_seconds if timeout_seconds else None
-    poll = select.poll()
-    for fd in (*said, end):
-        poll.register(fd, select.POLLIN)
-    try:
-        while True:
-            left = None if last is None else max(0.0, last - time.monotonic()) * 1000
-            ready = [fd for fd, _ in poll.poll(left)]
-            if not ready:
-                return False
-            for fd in ready:
-                if fd != end and not _read(said, fd):
-                    poll.unregister(fd)
-            if end in ready:
-                # What it wrote before it ended is there; a child of its own may go on writing.
-                for fd in said:
-                    os.set_blocking(fd, False)
-                    while _read(said, fd):
-                        pass
-                return True
-    finally:
-        for fd in (*said, end):
-            os.close(fd)
-
-
-def _read(said: dict[int, bytes], fd: int) -> bool:
-    try:
-        part = os.read(fd, _OUTPUT_BYTES)
-    except BlockingIOError:
-        return False
-    said[fd] = (said[fd] + part)[:_OUTPUT_BYTES]
-    return bool(part)
-
-
-def _signal_text(number: int) -> str:
-    from _signal import strsignal
-
-    return (strsignal(number) or f"signal {number}").lower()
+        Raises:
+            HookFailed: one failed; those after it are not run.
+        """
+        frame = self.frames(hooks, kind, status)
+        if not frame:
+            return
+        own = [os.fsencode(f"{name}={value}") for name, value in self.environment.items()]
+        number, reason = _starter.hook_run(frame, pid, own)
+        if number:
+            raise HookFailed(kind=kind, number=number - 1, reason=reason)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 
-from apptainer_py.engines.oci.hooks import hook_state
-from apptainer_py.model.hook_frame import hook_frames
 from apptainer_py.model.json_out import dumps
 from apptainer_py.model.record_frame import (
     FLAG_CGROUP2,
@@ -79,20 +77,9 @@ def describe(work: Creation, *, creating: bool) -> RecordData:
         state=(before, middle, after),
         freezer=work.cgroup.freezer_file(),
         cgroups=tuple(work.cgroup.directories()),
-        poststart=_frames(work, "poststart", "running"),
-        poststop=_frames(work, "poststop", "stopped"),
+        poststart=work.hook_state.frames(plan.hooks, "poststart", "running"),
+        poststop=work.hook_state.frames(plan.hooks, "poststop", "stopped"),
     )
-
-
-def _frames(work: Creation, kind: str, status: str) -> bytes:
-    chosen = [hook for hook in work.plan.hooks if hook.kind == kind]
-    if not chosen:
-        return b""
-    version = work.config.get("ociVersion", "")
-    pid = work.pid if kind == "poststart" else 0
-    notes = work.plan.annotations
-    state = hook_state(version, work.name, status, pid, work.bundle, notes)
-    return hook_frames(chosen, (state, b""))
 
 
 def libcontainer_state(work: Creation) -> bytes:
@@ -105,10 +92,7 @@ def libcontainer_state(work: Creation) -> bytes:
         except OSError:
             links.append("/dev/null")
     labels = [f"{name}={value}" for name, value in work.plan.annotations.items()]
-    spaces = {
-        name: f"/proc/{work.pid}/ns/{file}"
-        for name, file in _SPACES.items()
-    }
+    spaces = {name: f"/proc/{work.pid}/ns/{file}" for name, file in _SPACES.items()}
     state = {
         "id": work.name,
         "init_process_pid": work.pid,
@@ -123,7 +107,14 @@ def libcontainer_state(work: Creation) -> bytes:
                 for row in linux.get("namespaces") or ()
             ],
             "mounts": work.config.get("mounts") or [],
-            "cgroups": {"path": work.plan.cgroup.path, "Resources": work.plan.cgroup.resources},
+            "cgroups": {
+                "path": work.plan.cgroup.path,
+                "name": work.plan.cgroup.path,
+                "parent": work.plan.cgroup.slice_parent,
+                "scope_prefix": work.plan.cgroup.scope_prefix,
+                "Resources": work.plan.cgroup.resources,
+                "Systemd": work.call.cgroup_manager == "systemd",
+            },
             "labels": [f"bundle={work.bundle}", *labels],
             "rootless_euid": work.host.uid != 0,
             "rootless_cgroups": work.host.rootless,

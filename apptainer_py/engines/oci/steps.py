@@ -11,6 +11,7 @@ from apptainer_py.engines.oci.facts import read_file
 from apptainer_py.kernel import _container, _starter
 from apptainer_py.model import protocol
 from apptainer_py.model.oci_plan import Row
+from apptainer_py.model.process_frame import failure_text
 from apptainer_py.runtime.containers import ContainerError
 from apptainer_py.runtime.nest import NestGone, RowFailed
 
@@ -40,12 +41,19 @@ def reason_of(error: OSError) -> str:
     return (error.strerror or "unknown error").lower()
 
 
-def explained(error: ApptainerError) -> ApptainerError:
-    """Return the error that the user is shown for what a row or its process has met."""
+def explained(error: ApptainerError, spec: ProcessSpec, where: str) -> ApptainerError:
+    """Return the error that the user is shown for what a row or its process has met.
+
+    `where` is what runc's sentence begins with.
+    """
     if isinstance(error, RowFailed):
-        return StartFailed(reason=f"error during container init: {texts.row_failure(error)}")
+        if error.row.op in (protocol.OP_PROCESS, protocol.OP_GO) and error.errno:
+            text = failure_text(spec, error.value, texts.errno_text(error.errno))
+        else:
+            text = texts.row_failure(error)
+        return StartFailed(reason=f"{where}{text}")
     if isinstance(error, NestGone):
-        return StartFailed(reason=f"error during container init: {error}")
+        return StartFailed(reason=f"{where}{error}")
     return error
 
 
@@ -113,11 +121,11 @@ class Passed:
 
     def _make(self, name: str) -> int:
         try:
-            if name in self._maps:
-                uids, gids = self._maps[name]
+            uids, gids = self._maps.get(name, ((), ()))
+            if uids or gids:
                 return _container.make_userns(_lines(uids), _lines(gids))
-            if name == "userns":
-                return os.open(f"/proc/{self._pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+            # Without maps the name is the path of a user namespace; "" is the container's own.
+            name = name if name.startswith("/") else f"/proc/{self._pid}/ns/user"
             return os.open(name, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise StartFailed(reason=f"{name}: {reason_of(error)}") from None
