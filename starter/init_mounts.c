@@ -59,8 +59,8 @@ int mount_propagation(int fd, uint64_t ms_flags) {
     return change(fd, ms_flags & MS_REC, &attributes);
 }
 
-/* What a path of the host leads to.  "x/." makes an automounter mount x.  Links that procfs makes up
- * are followed only where the path itself is one of them (a namespace file). */
+/* What a path of the host leads to.  "x/." makes an automounter mount x.  Links that procfs makes
+ * up are followed only where the path itself is one of them (a namespace file). */
 static int open_source(const char *path, bool follow) {
     static char inside[LIMIT_PATH_BYTES + 4];
     struct open_how how = {.flags = O_PATH | O_CLOEXEC | (follow ? 0 : (uint64_t)O_NOFOLLOW)};

@@ -114,5 +114,5 @@ int main(int argc, char *argv[], char *envp[]) {
     int status = run(&l);
     if (status == LEAN_TO_PYTHON)
         run_interpreter(&l, argc, argv);
-    return status;
+    return status == LEAN_FAILED && l.apptainer ? EXIT_FATAL : status;
 }
