@@ -26,8 +26,8 @@ PYTHON = "/usr/bin/python3"
 GCC = "/usr/bin/gcc"
 # What is not the starter: other programs, and what only those share.
 STARTER_INDEPENDENT = (
-    *("launcher", "stagehost", "unpack", "fuzz", "test", "lean", "init", "process", "hook", "record"),
-    "relay",
+    *("launcher", "stagehost", "unpack", "fuzz", "test"),
+    *("lean", "init", "process", "hook", "record", "relay"),
 )
 LEAN_SHARED = ("launcher_request", "hook", "record")
 INIT_SHARED = ("wire", "report", "process", "hook")

@@ -196,7 +196,8 @@ static void describe(struct hook_result *r, int status, const struct output out[
                    (int)out[0].used, out[0].text, (int)out[1].used, out[1].text);
 }
 
-static int finish(const struct hook_strings *k, pid_t pid, struct output out[2], struct hook_result *r) {
+static int finish(const struct hook_strings *k, pid_t pid, struct output out[2],
+                  struct hook_result *r) {
     int pidfd = (int)syscall(SYS_pidfd_open, pid, 0), status = 0;
     bool in_time = pidfd >= 0 && watch(pidfd, out, k->entry.timeout_ms);
     if (!in_time)
@@ -260,10 +261,14 @@ static int run_entry(const char *at, const struct hook_entry *e, int state_fd,
 
 int hook_run(const char *frame, size_t size, pid_t pid, char *const environment[],
              struct hook_result *result) {
+    return hook_run_after(frame, size, 0, pid, environment, result);
+}
+
+int hook_run_after(const char *frame, size_t size, uint32_t skipped, pid_t pid,
+                   char *const environment[], struct hook_result *result) {
     struct hook_header h;
     struct hook_entry e;
-    result->failed = 1;
-    result->text[0] = '\0';
+    result->failed = HOOK_COUNT_MAX; /* nothing is left to go on with */
     (void)snprintf(result->text, sizeof(result->text), "the hooks are malformed");
     if (hook_check(frame, size) < 0)
         return -1;
@@ -271,6 +276,8 @@ int hook_run(const char *frame, size_t size, pid_t pid, char *const environment[
     const char *at = frame + sizeof(h) + h.state_before + h.state_after;
     for (uint32_t i = 0; i < h.count; i++, at += e.size) {
         memcpy(&e, at, sizeof(e));
+        if (i < skipped)
+            continue;
         int state = state_file(frame, &h, pid);
         int failed = run_entry(at, &e, state, environment, result);
         if (state >= 0)

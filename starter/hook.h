@@ -53,5 +53,8 @@ int hook_check(const char *frame, size_t size);
 /* Runs them in order until one fails; 0 if all are fine, else -1 with *result. */
 int hook_run(const char *frame, size_t size, pid_t pid, char *const environment[],
              struct hook_result *result);
+/* The same without the first so many hooks: to go on after one that failed. */
+int hook_run_after(const char *frame, size_t size, uint32_t skipped, pid_t pid,
+                   char *const environment[], struct hook_result *result);
 
 #endif

@@ -1,5 +1,5 @@
-/* Copies a directory of the image into a new mount: by descriptor, through no link, and no more of a
- * file than it held when it was opened. */
+/* Copies a directory of the image into a new mount: by descriptor, through no link, and no more of
+ * a file than it held when it was opened. */
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>

@@ -65,7 +65,7 @@ static bool is_node_kind(uint64_t mode) {
     return mode >> 16 == 0 && (S_ISCHR(mode) || S_ISBLK(mode) || S_ISFIFO(mode));
 }
 
-/* MKNOD(path, host's node; mode, device, uid, gid).  What may not be made is shown from the host. */
+/* MKNOD(path, host's node; mode, device, uid, gid).  What may not be made is the host's. */
 int init_mknod(struct init *s, const struct op_request *q, struct op_reply *a) {
     const char *path = wire_string(q, 0), *host = wire_string(q, 1);
     char name[NAME_MAX + 1];

@@ -52,8 +52,8 @@ static int make_parent_private(int root) {
 
 /* ROOT_BUNDLE(path): gives back the root, which from here on is known by descriptor. */
 int init_root_bundle(struct init *s, const struct op_request *q, struct op_reply *a) {
-    if (!row_is_plain(q, BUNDLE_PARENT_PRIVATE | BUNDLE_NO_BIND, 0, true, false) || s->passed >= 0 ||
-        wire_string(q, 0)[0] != '/')
+    const uint32_t known = BUNDLE_PARENT_PRIVATE | BUNDLE_NO_BIND;
+    if (!row_is_plain(q, known, 0, true, false) || s->passed >= 0 || wire_string(q, 0)[0] != '/')
         return ERR_MALFORMED;
     int root = open(wire_string(q, 0), O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
     if (root < 0)
@@ -150,8 +150,8 @@ static char *read_mountinfo(struct init *s) {
     return text;
 }
 
-/* Without pivot_root(2) the host's mounts stay reachable beneath: with a whole procfs or sysfs among
- * them the container could mount one of its own without what covers parts of it here. */
+/* Without pivot_root(2) the host's mounts stay reachable beneath: with a whole procfs or sysfs
+ * among them the container could mount one of its own without what covers parts of it here. */
 static int move(struct init *s) {
     static char root[LIMIT_PATH_BYTES];
     char name[32] = "self/fd/";

@@ -51,7 +51,7 @@ int init_readonly_path(struct init *s, const struct op_request *q, struct op_rep
     return code;
 }
 
-/* What covers a file: a node whose numbers were looked at through the descriptor that is mounted. */
+/* What covers a file: a node whose numbers were seen through the descriptor that is mounted. */
 static int clone_null(const struct init *s) {
     int own = target_open(s->root_fd, "/dev/null", O_PATH), tree = -1;
     if (own >= 0 && is_null_device(own))
@@ -81,8 +81,8 @@ static int make_empty(const char *label) {
     return made;
 }
 
-/* A kernel before 6.15 copies attached mounts only: then the one that is kept goes to its place, and
- * is copied from there. */
+/* A kernel before 6.15 copies attached mounts only: then the one that is kept goes to its place,
+ * and is copied from there. */
 static int take(int *kept, int copy, int target) {
     if (copy < 0 && *kept >= 0 && errno == EINVAL)
         return mount_attach(*kept, target);

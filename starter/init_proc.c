@@ -29,7 +29,7 @@ static bool is_proc_root(int fd) {
            st.st_ino == 1; /* PROC_ROOT_INO */
 }
 
-/* The host's: a copy without what is mounted on it, or itself; never what a container calls /proc. */
+/* The host's: a copy without what is mounted on it, or itself; never a container's /proc. */
 static int host_proc(const struct init *s) {
     if (s->host_proc_fd >= 0)
         return fcntl(s->host_proc_fd, F_DUPFD_CLOEXEC, 3);

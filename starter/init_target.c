@@ -1,6 +1,6 @@
 /* Paths of the container, looked up beneath its root.  The kernel does it where all exists; what
- * lacks is made one component at a time, each in a directory that is held open.  Whoever changes the
- * tree meanwhile can lead this to another place in the container, but to none outside. */
+ * lacks is made one component at a time, each in a directory that is held open.  Whoever changes
+ * the tree meanwhile can lead this to another place in the container, but to none outside. */
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>

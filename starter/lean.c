@@ -4,9 +4,9 @@
  */
 #include <errno.h>
 #include <fcntl.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/uio.h>
 #include <unistd.h>
 
 #include "build.h"
@@ -14,18 +14,17 @@
 #include "lean.h"
 
 #define MAIN_FILE APY_LIBEXECDIR "/main.py"
+#define EXIT_FATAL 255
 /* Above what --preserve-fds and LISTEN_FDS can mean: those numbers are the caller's. */
 #define FIRST_OWN_FD 1000
+/* Of the runtime specification: the newest whose configuration is understood. */
+#define SPEC_VERSION "1.3.0"
 
-__attribute__((noreturn)) static void fatal(const char *what, const char *why) {
-    static const char level[] = "FATAL:   ";
-    ssize_t ignored = write(STDERR_FILENO, level, sizeof(level) - 1);
-    ignored += write(STDERR_FILENO, what, strlen(what));
-    ignored += write(STDERR_FILENO, ": ", 2);
-    ignored += write(STDERR_FILENO, why, strlen(why));
-    ignored += write(STDERR_FILENO, "\n", 1);
-    (void)ignored;
-    _exit(1);
+__attribute__((noreturn)) static void fatal(struct lean *l, const char *what, const char *why) {
+    if (l->log_fd < 0)
+        (void)lean_log_open(l);
+    lean_error(l, "%s: %s", what, why);
+    _exit(l->apptainer ? EXIT_FATAL : LEAN_FAILED);
 }
 
 /* Without this, the request itself could become the payload's stdin. */
@@ -35,19 +34,19 @@ static void open_standard_streams(void) {
             _exit(1);
 }
 
-__attribute__((noreturn)) static void run_interpreter(int argc, char *const argv[],
-                                                      char *const envp[]) {
+__attribute__((noreturn)) static void run_interpreter(struct lean *l, int argc,
+                                                      char *const argv[]) {
     static const char *const start[] = {APY_PYTHON, "-I", "-S", "-B", MAIN_FILE, "oci"};
     size_t count = (size_t)argc;
     const char **all = calloc(COUNT(start) + count + 1, sizeof(*all));
     if (all == NULL)
-        fatal("the command line", strerror(errno));
+        fatal(l, "the command line", strerror(errno));
     memcpy(all, start, sizeof(start));
     for (size_t i = 0; i < count; i++)
         all[COUNT(start) + i] = argv[i];
     union { const char **in; char *const *out; } u = {.in = all};
-    execve(APY_PYTHON, u.out, envp);
-    fatal(APY_PYTHON, strerror(errno));
+    execve(APY_PYTHON, u.out, l->envp);
+    fatal(l, APY_PYTHON, strerror(errno));
 }
 
 static char *number_text(char *end, int number) {
@@ -59,13 +58,12 @@ static char *number_text(char *end, int number) {
     return end;
 }
 
-__attribute__((noreturn)) static void run_starter(int argc, char *const argv[],
-                                                  char *const envp[]) {
+__attribute__((noreturn)) static void run_starter(struct lean *l, int argc, char *const argv[]) {
     const struct choice c = {.flow = FLOW_CALLER, .engine = "oci", .trace_fd = -1};
     const char *why;
-    int fd = request_make(&c, argc, argv, envp, &why);
+    int fd = request_make(&c, argc, argv, l->envp, &why);
     if (fd < 0)
-        fatal("the request to the starter", why);
+        fatal(l, "the request to the starter", why);
     int high = fcntl(fd, F_DUPFD, FIRST_OWN_FD);
     if (high >= 0)
         close(fd);
@@ -74,25 +72,47 @@ __attribute__((noreturn)) static void run_starter(int argc, char *const argv[],
                          word, NULL};
     char *environment[] = {NULL};
     execve(APY_STARTER, arguments, environment);
-    fatal(APY_STARTER, strerror(errno));
+    fatal(l, APY_STARTER, strerror(errno));
+}
+
+static int show_version(const struct lean *l) {
+    const char *slash = strrchr(l->argv0, '/');
+    (void)printf("%s version %s\ncommit: %s\nspec: %s\n", slash != NULL ? slash + 1 : l->argv0,
+                 APY_VERSION, APY_BUILD_ID, SPEC_VERSION);
+    return fflush(stdout) == 0 ? LEAN_DONE : LEAN_FAILED;
+}
+
+static int run(struct lean *l) {
+    switch (l->command) {
+    case LEAN_STATE:
+        return lean_state(l);
+    case LEAN_START:
+        return lean_start(l);
+    case LEAN_KILL:
+        return lean_kill(l);
+    case LEAN_DELETE:
+        return lean_delete(l);
+    case LEAN_VERSION:
+        return show_version(l);
+    case LEAN_LAUNCH:
+    case LEAN_OTHER:
+    default:
+        return LEAN_TO_PYTHON;
+    }
 }
 
 int main(int argc, char *argv[], char *envp[]) {
-    struct lean l = {.envp = envp};
+    struct lean l = {.envp = envp, .log_fd = -1};
     open_standard_streams();
     if (argc < 1)
         return 1;
     lean_scan(&l, argc, argv);
-    switch (l.command) {
-    case LEAN_LAUNCH:
-        run_starter(argc, argv, envp);
-    case LEAN_STATE:
-    case LEAN_START:
-    case LEAN_KILL:
-    case LEAN_DELETE:
-    case LEAN_VERSION:
-    case LEAN_OTHER:
-    default:
-        run_interpreter(argc, argv, envp);
-    }
+    if (l.command == LEAN_LAUNCH)
+        run_starter(&l, argc, argv);
+    if (l.command != LEAN_OTHER && lean_log_open(&l) < 0)
+        return LEAN_FAILED;
+    int status = run(&l);
+    if (status == LEAN_TO_PYTHON)
+        run_interpreter(&l, argc, argv);
+    return status == LEAN_FAILED && l.apptainer ? EXIT_FATAL : status;
 }

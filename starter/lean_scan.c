@@ -25,6 +25,14 @@ static const struct flag global_flags[] = {
     {"criu", FLAG_PASSED, true},       {"cgroup-manager", FLAG_PASSED, true},
     {"log-level", FLAG_PASSED, true},
 };
+/* Of the program apptainer-py, before the word `oci`. */
+static const struct flag apptainer_flags[] = {
+    {"debug", FLAG_DEBUG, false},     {"d", FLAG_DEBUG, false},
+    {"quiet", FLAG_PASSED, false},    {"q", FLAG_PASSED, false},
+    {"silent", FLAG_PASSED, false},   {"s", FLAG_PASSED, false},
+    {"verbose", FLAG_PASSED, false},  {"v", FLAG_PASSED, false},
+    {"nocolor", FLAG_PASSED, false},
+};
 static const struct flag delete_flags[] = {{"force", FLAG_FORCE, false}, {"f", FLAG_FORCE, false}};
 static const struct flag kill_flags[] = {{"all", FLAG_ALL, false}, {"a", FLAG_ALL, false}};
 
@@ -164,7 +172,8 @@ void lean_scan(struct lean *l, int argc, char *const argv[]) {
     l->argv0 = argc > 0 ? argv[0] : "apptainer-py-oci";
     l->apptainer = strcmp(base_name(l->argv0), "apptainer-py") == 0;
     if (l->apptainer) {
-        if (w.left == 0 || strcmp(*w.at, "oci") != 0)
+        if (!read_flags(l, &w, apptainer_flags, COUNT(apptainer_flags)) || w.left == 0 ||
+            strcmp(*w.at, "oci") != 0)
             return;
         w.at++;
         w.left--;
@@ -176,7 +185,4 @@ void lean_scan(struct lean *l, int argc, char *const argv[]) {
     }
     if (w.left > 0)
         read_command(l, &w);
-    /* Apptainer's own kill has other flags and another default. */
-    if (l->apptainer && l->command == LEAN_KILL)
-        l->command = LEAN_OTHER;
 }

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 _PREP_OOM, _PREP_ALL_CPUS, _PREP_CPUS = 1, 2, 4
 _MAPPED_BECOME_ROOT, _MAPPED_NO_GROUPS, _MAPPED_CGROUP = 1, 2, 4
 _MAPPED_SESSION, _MAPPED_LOOPBACK = 8, 16
-_ROOT_PRIVATE_PARENT = 1
+_ROOT_PRIVATE_PARENT, _ROOT_UNBOUND = 1, 2
 _ENTER_PIVOT, _ENTER_MOVE, _ENTER_CHROOT = 0, 1, 2
 _CONSOLE_BIND = 1
 _NAME_DOMAIN = 1
@@ -320,7 +320,7 @@ def _setup(
     rows.append(
         Row(
             op=protocol.OP_ROOT_BUNDLE,
-            flags=_ROOT_PRIVATE_PARENT if own_mounts else 0,
+            flags=_ROOT_PRIVATE_PARENT if own_mounts else _ROOT_UNBOUND,
             first=path_bytes(root, "root.path", "invalid rootfs: {error}", where=""),
             says=says,
         )
