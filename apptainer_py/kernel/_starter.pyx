@@ -4,7 +4,7 @@
 include "_config.pxi"
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from libc.errno cimport errno
+from libc.errno cimport ECONNRESET, errno
 from libc.stdint cimport int32_t, uint16_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, strlen
@@ -277,6 +277,25 @@ def receive_reply(int fd):
     if got != <ssize_t>sizeof(a):
         raise EOFError("the starter ended")
     return a.op, a.code, a.error, passed
+
+
+def receive_answer(int fd):
+    """Return (code, errno, value, descriptor or -1): a reply of a server that says a value.
+
+    Raises:
+        EOFError: the other side ended.
+        OSError: the channel failed.
+    """
+    cdef op_reply a
+    cdef int passed = -1
+    cdef ssize_t got
+    with nogil:
+        got = wire_receive(fd, &a, sizeof(a), &passed)
+    if got < 0 and errno != ECONNRESET:
+        raise OSError(errno, "the container's first process is gone")
+    if got != <ssize_t>sizeof(a):
+        raise EOFError("the container's first process ended")
+    return a.code, a.error, a.value, passed
 
 
 def send_container(int fd, unsigned int op, bytes image, unsigned int spaces, unsigned int flags,
