@@ -41,7 +41,7 @@ for at, fd in enumerate([fcntl.fcntl(int(fd), fcntl.F_DUPFD_CLOEXEC, 500) for fd
     os.dup2(fd, at + 3)
 os.execv(program, [program, socket])
 """
-APPLETS = "sh true echo cat ls id sleep env grep readlink stat tty stty pwd kill ps mount touch".split()
+APPLETS = "sh true echo mkdir wc uname cat ls id sleep env grep readlink stat tty stty pwd kill ps mount touch".split()
 
 
 class RowRefused(Exception):
@@ -66,6 +66,7 @@ def build(folder: Path, *extra: str) -> Path:
 
 def make_root(folder: Path) -> Path:
     """Return a root directory with busybox and what a runtime mounts on."""
+    folder.chmod(0o755)  # root of a user namespace has no rights above it
     root = folder / "rootfs"
     for name in ("bin", "proc", "sys", "dev", "etc", "tmp"):
         (root / name).mkdir(parents=True)
@@ -173,10 +174,10 @@ class Master:
         assert done == op
         return value, fd
 
-    def spaces(self, flags: int = NEWNS | NEWPID, **more: object) -> None:
-        """Clone init."""
-        numbers = (flags, *more.pop("offsets", ()))  # type: ignore[misc]
-        self.pid, _ = self.row(protocol.OP_SPACES, numbers=numbers, **more)
+    def spaces(self, kinds: int = NEWNS | NEWPID, offsets: tuple[int, ...] = ()) -> None:
+        """Clone init; `offsets` are those of a time namespace."""
+        numbers = (kinds, *offsets)
+        self.pid, _ = self.row(protocol.OP_SPACES, numbers=numbers, flags=bool(offsets))
         assert self.forerunner.wait(timeout=20) == 0
 
     def mapped(self, flags: int = 8) -> None:
