@@ -58,6 +58,7 @@ class Ended(Exception):
 
 def build(folder: Path, *extra: str) -> Path:
     """Return starter-init, compiled from the tree."""
+    folder.chmod(0o755)  # ordinary users run it too
     target = folder / "starter-init"
     sources = [*sorted(STARTER.glob("init*.c")), *(STARTER / name for name in SHARED)]
     subprocess.run(["gcc", *FLAGS, *extra, *map(str, sources), "-o", str(target)], check=True)
@@ -191,7 +192,7 @@ class Master:
         self.row(protocol.OP_ATTR, numbers=(NO_SUID | NO_EXEC, 0, 0))
         self.row(protocol.OP_PLACE, target)
 
-    def assemble(self, root: Path) -> None:
+    def assemble(self, root: Path, *, node: bool = True) -> None:
         """Make a root with /proc and a /dev of its own, and enter it."""
         self.row(protocol.OP_PROPAGATION)
         self.root_fd = self.row(protocol.OP_ROOT_BUNDLE, str(root), flags=1)[1]
@@ -200,9 +201,9 @@ class Master:
         self.mount("tmpfs", "/dev", [("mode", "755"), ("size", "65536k")])
         options = [("newinstance", None), ("ptmxmode", "0666"), ("mode", "0620")]
         self.mount("devpts", "/dev/pts", options)
-        self.row(
-            protocol.OP_MKNOD, "/dev/null", numbers=(0o020666, 1 << 32 | 3, 0, 0)
-        )
+        if node:
+            numbers = (0o020666, 1 << 32 | 3, 0, 0)
+            self.row(protocol.OP_MKNOD, "/dev/null", numbers=numbers)
         self.row(protocol.OP_LINK, "pts/ptmx", "/dev/ptmx")
         self.row(protocol.OP_ENTER, numbers=(0, 0))
 

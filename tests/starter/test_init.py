@@ -9,6 +9,7 @@ import select
 import signal
 import struct
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -35,10 +36,13 @@ from tests.starter.init_master import (
     spec,
 )
 
+ORDINARY = 65534
+
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return init_master.build(tmp_path_factory.mktemp("init"))
+def program() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        yield init_master.build(Path(folder))
 
 
 @pytest.fixture(scope="module")
@@ -478,6 +482,52 @@ def test_a_user_namespace_with_clocks_of_its_own(master: Master, root: Path) -> 
         0,
         "uid=5 gid=6 groups=7 monotonic 0 0 boottime 500 0 0 100000 65536".split(),
     )
+
+
+def in_child(work: Callable[[], str]) -> str:
+    """Run this as an ordinary user; what it returns, or its traceback."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setgroups([])
+            os.setresgid(ORDINARY, ORDINARY, ORDINARY)
+            os.setresuid(ORDINARY, ORDINARY, ORDINARY)
+            said = work()
+        except BaseException:  # whatever it is, the parent shows it
+            said = traceback.format_exc()
+        os.write(write, said.encode())
+        os._exit(0)
+    os.close(write)
+    with open(read, encoding="utf-8") as result:
+        said = result.read()
+    os.waitpid(child, 0)
+    return said
+
+
+def test_an_ordinary_user_maps_itself(program: Path, root: Path) -> None:
+    def work() -> str:
+        with Master(program) as master:
+            master.spaces(NEWUSER | NEWNS | NEWPID | NEWNET | NEWTIME, (0, 0, 9, 0))
+            Path(f"/proc/{master.pid}/setgroups").write_text("deny")
+            maps(master.pid, f"0 {ORDINARY} 1", f"0 {ORDINARY} 1")
+            master.mapped(1 | 8 | 16)
+            assert os.stat(f"/proc/{master.pid}/mem").st_uid == 0  # not dumpable from here on
+            master.assemble(root, node=False)
+            wanted = spec("sh", "-c", "id -u; tty; ls /proc/self/fd", groups=None)
+            _, terminal = master.row(protocol.OP_CONSOLE, numbers=(0, 0), flags=1)
+            master.process(wanted)
+            master.go()
+            said = b""
+            while len(said.split()) < 6:
+                said += os.read(terminal, 4096)
+            return said.decode().replace("\r", "") + str(master.wait())
+
+    os.chown(root, ORDINARY, ORDINARY)
+    try:
+        assert in_child(work) == "0\n/dev/pts/0\n0  1  2  3\n0"
+    finally:
+        os.chown(root, 0, 0)
 
 
 def test_an_unmapped_user_is_named(master: Master, root: Path) -> None:
