@@ -77,7 +77,9 @@ def compile_bundle(
     root = posixpath.normpath(posixpath.join(bundle, config["root"].get("path", "")))
     warnings: list[str] = []
     spaces = compile_spaces(linux, host)
-    wish = _cgroup_wish(config, spaces, host, options)
+    if host.rootless:
+        _check_rootless(spaces)
+    wish = _cgroup_wish(config, spaces, options)
     compiler = MountCompiler(bundle, root, linux.get("mountLabel", ""), spaces, host)
     mounts = compiler.compile(config.get("mounts", []), wish)
     if mounts.cgroup_writable and wish.private_namespace:
@@ -93,8 +95,6 @@ def compile_bundle(
     sysctls = compile_sysctls(linux.get("sysctl", {}), spaces, host)
     if "intelRdt" in linux:
         check_resctrl(linux["intelRdt"], host)
-    if host.rootless:
-        _check_rootless(spaces)
     spec = compile_process(
         process,
         linux,
@@ -185,9 +185,7 @@ def compile_tenant(
     )
 
 
-def _cgroup_wish(
-    config: dict[str, Any], spaces: Spaces, host: HostFacts, options: CreateOptions
-) -> CgroupWish:
+def _cgroup_wish(config: dict[str, Any], spaces: Spaces, options: CreateOptions) -> CgroupWish:
     linux = config.get("linux", {})
     path = linux.get("cgroupsPath", "")
     resources = linux.get("resources", {})

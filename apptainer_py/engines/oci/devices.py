@@ -89,6 +89,10 @@ def _own_node(device: dict[str, Any], *, bind: bool) -> Row:
         )
     if why:
         raise ConfigWrong(key="linux.devices", text=IN_INIT + _SAYS.replace("{error}", why))
+    if path == "/dev/null" and (bits, major, minor) != (_S_IFCHR, 1, 3):
+        why = "can't reopen /dev/null: container's /dev/null is invalid"
+        text = f"{IN_INIT}error reopening /dev/null inside container: {why}"
+        raise ConfigWrong(key="linux.devices", text=text)
     mode = bits | device.get("fileMode", 0o666) & ~_S_IFMT & 0o7777
     owner = device.get("uid", 0), device.get("gid", 0)
     return _node(path, mode, major, minor, owner=owner, bind=bind)

@@ -43,11 +43,15 @@ class V2(Manager):
         """The directory, "" where it could not be made."""
         return self.paths.get("", "")
 
-    def create(self) -> None:
+    def create(self, pid: int = 0) -> None:
         """Make the directory and those above it, with all controllers that can be had there."""
+        self.check_unused()
+        self.make_groups()
+
+    def make_groups(self) -> None:
+        """Do so, whoever is in one already."""
         resources = self.wish.resources or {}
         try:
-            self._check_unused()
             self._create(resources)
             self._delegate()
         except CgroupError as error:
@@ -62,7 +66,12 @@ class V2(Manager):
                 raise CgroupError(text=text) from None
             del self.paths[""]
 
-    def _check_unused(self) -> None:
+    def check_unused(self) -> None:
+        """Refuse a group that others are in.
+
+        Raises:
+            CgroupError: it has processes, or is frozen.
+        """
         if not os.path.isdir(self.path):
             return
         if self.frozen():
