@@ -196,7 +196,8 @@ static void describe(struct hook_result *r, int status, const struct output out[
                    (int)out[0].used, out[0].text, (int)out[1].used, out[1].text);
 }
 
-static int finish(const struct hook_strings *k, pid_t pid, struct output out[2], struct hook_result *r) {
+static int finish(const struct hook_strings *k, pid_t pid, struct output out[2],
+                  struct hook_result *r) {
     int pidfd = (int)syscall(SYS_pidfd_open, pid, 0), status = 0;
     bool in_time = pidfd >= 0 && watch(pidfd, out, k->entry.timeout_ms);
     if (!in_time)

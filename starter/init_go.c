@@ -13,6 +13,10 @@
 
 #include "init.h"
 
+#ifndef AT_EACCESS
+#define AT_EACCESS 0x200
+#endif
+
 static char *arguments[PROCESS_STRINGS_MAX + 1], *variables[PROCESS_STRINGS_MAX + 1];
 static char program[LIMIT_PATH_BYTES];
 
@@ -110,18 +114,34 @@ static int wait_for_start(int fifo, int proc) {
     }
 }
 
+/* Now there is somebody to tell.  A filter may not know the call: then the open will show it. */
+static int check_fifo(const struct init *s, enum go_step *step) {
+    *step = GOSTEP_FIFO;
+    if (s->passed < 0 ||
+        syscall(SYS_faccessat2, s->passed, "", W_OK, AT_EACCESS | AT_EMPTY_PATH) == 0)
+        return 0;
+    return errno == EACCES || errno == EROFS ? -1 : 0;
+}
+
 /* With a fifo the channel is closed first: `create` ends, and whatever fails now has nobody to tell
  * but stderr. */
 static void wait_if_asked(struct init *s) {
     if (s->passed < 0)
         return;
     init_close(&s->socket);
-    init_close(&s->root_fd);
-    init_close(&s->host_proc_fd);
     if (wait_for_start(s->passed, s->proc_fd) < 0)
         die("cannot wait for the start: ", "exec.fifo", errno);
     init_close(&s->passed);
     init_close(&s->proc_fd);
+}
+
+/* What is left is the channel and, to wait at the fifo, that and a procfs: a working directory that
+ * names a descriptor of ours finds nothing (CVE-2024-21626). */
+static void close_the_rest(struct init *s) {
+    init_close(&s->root_fd);
+    init_close(&s->host_proc_fd);
+    if (s->passed < 0)
+        init_close(&s->proc_fd);
 }
 
 static void become(struct init *s, enum go_step *step) {
@@ -134,9 +154,11 @@ static void become(struct init *s, enum go_step *step) {
     if ((s->passed >= 0 && init_proc(s) < 0) || mark_descriptors(s, step) < 0 ||
         set_label(s, step) < 0)
         return;
+    close_the_rest(s);
     /* Without no_new_privs the filter needs a capability that the payload may not have. */
     if ((early && install_filter(s, step) < 0) || identity_take(s, step) < 0 ||
-        lookup_program(arguments, variables, program, sizeof(program), step) < 0)
+        lookup_program(arguments, variables, program, sizeof(program), step) < 0 ||
+        check_fifo(s, step) < 0)
         return;
     if (p->header.flags & PROCESS_SET_UMASK)
         (void)umask(p->header.umask);

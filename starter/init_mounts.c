@@ -163,7 +163,8 @@ int init_attr(struct init *s, const struct op_request *q, struct op_reply *a) {
     if (s->passed >= 0 && (hand_make(s, true) < 0 || map_in_hand(s, q) < 0))
         return init_failed(a);
     int code = change_flags(s->mount_fd, q, set, q->num[3], a);
-    if (code == ERR_OK && q->num[2] != 0 && mount_propagation(s->mount_fd, q->num[2]) < 0)
+    uint64_t propagation = q->num[2] | (q->flags & ATTR_RECURSIVE ? MS_REC : 0);
+    if (code == ERR_OK && q->num[2] != 0 && mount_propagation(s->mount_fd, propagation) < 0)
         return init_failed(a);
     return code;
 }

@@ -61,9 +61,9 @@ const char *lean_variable(char *const envp[], const char *name);
 
 /* lean_log.c: messages in runc's three forms */
 int lean_log_open(struct lean *l);
-__attribute__((format(printf, 2, 3))) void lean_error(const struct lean *l, const char *format, ...);
-__attribute__((format(printf, 2, 3))) void lean_warning(const struct lean *l, const char *format,
-                                                        ...);
+#define LIKE_PRINTF __attribute__((format(printf, 2, 3)))
+LIKE_PRINTF void lean_error(const struct lean *l, const char *format, ...);
+LIKE_PRINTF void lean_warning(const struct lean *l, const char *format, ...);
 const char *lean_errno_text(int error);
 
 /* lean_container.c; tell: LEAN_DONE, LEAN_FAILED after a message, or LEAN_TO_PYTHON */

@@ -1,4 +1,5 @@
-/* A container's state directory: found, read, locked, removed; its status is derived, not stored. */
+/* A container's state directory: found, read, locked and removed.
+ * Its status is derived, not stored. */
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>

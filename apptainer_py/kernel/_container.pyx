@@ -20,6 +20,7 @@ cdef extern from *:
     #include <signal.h>
     #include <stdint.h>
     #include <stdio.h>
+    #include <stdlib.h>
     #include <string.h>
     #include <sys/ioctl.h>
     #include <sys/mman.h>
@@ -194,6 +195,29 @@ cdef extern from *:
         return result < 0 ? -1 : fd;
     }
 
+    /* A socket of another network namespace.  The calling process, which has one thread, is in that
+     * namespace for two system calls; if it could not come back it would be of no use any more. */
+    static int apy_socket_in(int space, int family, int type, int protocol) {
+        if (space < 0)
+            return socket(family, type | SOCK_CLOEXEC, protocol);
+        int own = open("/proc/self/ns/net", O_RDONLY | O_CLOEXEC);
+        if (own < 0)
+            return -1;
+        int fd = -1;
+        int failed = 0;
+        if (setns(space, CLONE_NEWNET) == 0) {
+            fd = socket(family, type | SOCK_CLOEXEC, protocol);
+            failed = errno;
+            if (setns(own, CLONE_NEWNET) < 0)
+                abort();
+        } else {
+            failed = errno;
+        }
+        close(own);
+        errno = failed;
+        return fd;
+    }
+
     static ssize_t apy_send_fd(int fd, const void *data, size_t size, int passed) {
         union { struct cmsghdr header; char space[CMSG_SPACE(sizeof(int))]; } control;
         struct iovec part = {(void *)(uintptr_t)data, size};
@@ -309,6 +333,7 @@ cdef extern from *:
     int apy_userns_holder()
     void apy_end_child(int pid)
     int apy_connect(const char *path)
+    int apy_socket_in(int space, int family, int type, int protocol)
     ssize_t apy_send_fd(int fd, const void *data, size_t size, int passed)
     const char *apy_seccomp_open()
 
@@ -485,6 +510,14 @@ def connect_unix(bytes path not None):
     cdef int fd = apy_connect(_text(path, "the path"))
     if fd < 0:
         raise _failed(path)
+    return fd
+
+
+def socket_in(int space, int family, int kind, int protocol):
+    """Return a socket of the network namespace of a descriptor, of our own for -1; close-on-exec."""
+    cdef int fd = apy_socket_in(space, family, kind, protocol)
+    if fd < 0:
+        raise _failed()
     return fd
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 
 TYPE_CHECKING = False
@@ -36,7 +35,9 @@ def _entry(hook: Hook) -> bytes:
     arguments = hook.arguments or (hook.path,)
     own = hook.environment is not None
     environment = hook.environment or ()
-    words = [os.fsencode(word) for word in (hook.path, *arguments, *environment)]
+    words = [
+        word.encode("utf-8", "surrogateescape") for word in (hook.path, *arguments, *environment)
+    ]
     if any(b"\0" in word for word in words):
         raise ValueError("a hook's path, argument or variable has a NUL in it")
     strings = b"".join(word + b"\0" for word in words)

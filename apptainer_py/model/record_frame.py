@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 
 from apptainer_py.base.record import Record
@@ -49,10 +48,10 @@ def record_frame(record: RecordData) -> bytes:
         ValueError: a string has a NUL in it.
     """
     strings: list[list[bytes]] = [
-        [os.fsencode(record.container_id)],
+        [_encode(record.container_id)],
         list(record.state),
-        [os.fsencode(record.freezer)] if record.freezer else [],
-        [os.fsencode(path) for path in record.cgroups],
+        [_encode(record.freezer)] if record.freezer else [],
+        [_encode(path) for path in record.cgroups],
     ]
     if any(b"\0" in text for part in strings for text in part):
         raise ValueError("a string of the record has a NUL in it")
@@ -100,7 +99,7 @@ def read_record(data: bytes) -> RecordData:
     if [len(texts[0]), len(texts[1])] != [1, 3] or len(texts[2]) > 1:
         raise BadRecord("the record is malformed")
     return RecordData(
-        container_id=os.fsdecode(texts[0][0]),
+        container_id=_decode(texts[0][0]),
         phase=phase,
         flags=flags,
         creator_pid=creator,
@@ -109,11 +108,19 @@ def read_record(data: bytes) -> RecordData:
         init_start=times[1],
         created_ns=times[2],
         state=(texts[1][0], texts[1][1], texts[1][2]),
-        freezer=os.fsdecode(texts[2][0]) if texts[2] else "",
-        cgroups=tuple(map(os.fsdecode, texts[3])),
+        freezer=_decode(texts[2][0]) if texts[2] else "",
+        cgroups=tuple(map(_decode, texts[3])),
         poststart=parts[4],
         poststop=parts[5],
     )
+
+
+def _encode(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _decode(text: bytes) -> str:
+    return text.decode("utf-8", "surrogateescape")
 
 
 def _strings(part: bytes, count: int) -> list[bytes]:

@@ -147,7 +147,8 @@ class Init:
     def root(self, path: Path, spaces: int = NEWNS | NEWPID | NEWUTS | NEWIPC | NEWNET) -> Init:
         """Make the namespaces and take a directory as the root."""
         self.born(spaces)
-        self.row("PROPAGATION")
+        # Private: what other tests mount or unmount meanwhile is not to be seen in here.
+        self.row("PROPAGATION", None, None, MS_PRIVATE | MS_REC)
         self.row("ROOT_BUNDLE", str(path), flags=1)
         return self
 

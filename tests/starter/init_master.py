@@ -33,7 +33,15 @@ EVERY_CAP = 0x1FFFFFFFFFF
 READ_ONLY, NO_SUID, NO_DEV, NO_EXEC = 1, 2, 4, 8
 FLAGS = "-std=gnu11 -O1 -D_GNU_SOURCE= -fPIE -static-pie".split()
 SHARED = ("wire.c", "report.c", "process.c", "hook.c")
-APPLETS = "sh true cat ls id sleep env grep readlink stat tty stty pwd kill ps mount touch".split()
+# Puts the descriptors given by number at 3, 4 ..., as a caller of --preserve-fds has them.
+KEEP = """
+import fcntl, os, sys
+program, socket, *kept = sys.argv[1:]
+for at, fd in enumerate([fcntl.fcntl(int(fd), fcntl.F_DUPFD_CLOEXEC, 500) for fd in kept]):
+    os.dup2(fd, at + 3)
+os.execv(program, [program, socket])
+"""
+APPLETS = "sh true echo cat ls id sleep env grep readlink stat tty stty pwd kill ps mount touch".split()
 
 
 class RowRefused(Exception):
@@ -91,7 +99,7 @@ def spec(*words: str, **fields: object) -> ProcessSpec:
 class Master:
     """One launch; use as a context, which ends whatever is still there."""
 
-    def __init__(self, program: Path, *, preserve: Sequence[int] = (), stdin: int = -1) -> None:
+    def __init__(self, program: Path, *, keep: Sequence[int] = (), stdin: int = -1) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         high = fcntl.fcntl(theirs.fileno(), fcntl.F_DUPFD, 1000)
         theirs.close()
@@ -100,13 +108,16 @@ class Master:
         self.pid = 0
         self.status: int | None = None
         self.output, out = os.pipe()
+        command = [str(program), str(high)]
+        if keep:
+            command = ["/usr/bin/python3", "-ISBc", KEEP, *command, *map(str, keep)]
         self.forerunner = subprocess.Popen(
-            [program, str(high)],
+            command,
             stdin=subprocess.DEVNULL if stdin < 0 else stdin,
             stdout=out,
             stderr=out,
             env={},
-            pass_fds=(high, *preserve),
+            pass_fds=(high, *keep),
         )
         os.close(high)
         os.close(out)

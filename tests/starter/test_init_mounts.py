@@ -365,6 +365,22 @@ def test_a_user_namespace(program: Path, root: Path) -> None:
         assert (root / "home/somebody").stat().st_uid == 100000
 
 
+def test_mounts_of_the_root_stay_in_the_namespace(program: Path, root: Path) -> None:
+    with Init(program) as c:
+        c.born()
+        c.row("PROPAGATION")
+        c.row("ROOT_BUNDLE", str(root), flags=1)
+        basic(c)
+        assert f"{root}/" not in Path("/proc/self/mountinfo").read_text()
+        shared = [
+            line
+            for line in Path(f"/proc/{c.pid}/mountinfo").read_text().splitlines()
+            if str(root) in line and " shared:" in line
+        ]
+        assert shared == []
+        c.enter()
+
+
 @pytest.mark.parametrize("how", [0, 1])
 def test_the_old_root_is_gone(program: Path, root: Path, how: int) -> None:
     with Init(program) as c:

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 _PREP_OOM, _PREP_ALL_CPUS, _PREP_CPUS = 1, 2, 4
 _MAPPED_BECOME_ROOT, _MAPPED_NO_GROUPS, _MAPPED_CGROUP = 1, 2, 4
 _MAPPED_SESSION, _MAPPED_LOOPBACK = 8, 16
-_ROOT_PRIVATE_PARENT = 1
+_ROOT_PRIVATE_PARENT, _ROOT_UNBOUND = 1, 2
 _ENTER_PIVOT, _ENTER_MOVE, _ENTER_CHROOT = 0, 1, 2
 _CONSOLE_BIND = 1
 _NAME_DOMAIN = 1
@@ -77,7 +77,9 @@ def compile_bundle(
     root = posixpath.normpath(posixpath.join(bundle, config["root"].get("path", "")))
     warnings: list[str] = []
     spaces = compile_spaces(linux, host)
-    wish = _cgroup_wish(config, spaces, host, options)
+    if host.rootless:
+        _check_rootless(spaces)
+    wish = _cgroup_wish(config, spaces, options)
     compiler = MountCompiler(bundle, root, linux.get("mountLabel", ""), spaces, host)
     mounts = compiler.compile(config.get("mounts", []), wish)
     if mounts.cgroup_writable and wish.private_namespace:
@@ -93,8 +95,6 @@ def compile_bundle(
     sysctls = compile_sysctls(linux.get("sysctl", {}), spaces, host)
     if "intelRdt" in linux:
         check_resctrl(linux["intelRdt"], host)
-    if host.rootless:
-        _check_rootless(spaces)
     spec = compile_process(
         process,
         linux,
@@ -185,9 +185,7 @@ def compile_tenant(
     )
 
 
-def _cgroup_wish(
-    config: dict[str, Any], spaces: Spaces, host: HostFacts, options: CreateOptions
-) -> CgroupWish:
+def _cgroup_wish(config: dict[str, Any], spaces: Spaces, options: CreateOptions) -> CgroupWish:
     linux = config.get("linux", {})
     path = linux.get("cgroupsPath", "")
     resources = linux.get("resources", {})
@@ -322,7 +320,7 @@ def _setup(
     rows.append(
         Row(
             op=protocol.OP_ROOT_BUNDLE,
-            flags=_ROOT_PRIVATE_PARENT if own_mounts else 0,
+            flags=_ROOT_PRIVATE_PARENT if own_mounts else _ROOT_UNBOUND,
             first=path_bytes(root, "root.path", "invalid rootfs: {error}", where=""),
             says=says,
         )

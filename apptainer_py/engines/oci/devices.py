@@ -34,6 +34,7 @@ _SAYS = "configuring container /dev: error creating device nodes: {error}"
 _SAYS_PTMX = "configuring container /dev: error setting up ptmx: {error}"
 _SAYS_LINK = "configuring container /dev: error setting up /dev symlinks: {error}"
 _MKNOD_BINDS = 1
+_LINK_REPLACES = 1
 _MAJOR_MAX, _MINOR_MAX = (1 << 12) - 1, (1 << 20) - 1
 
 
@@ -51,7 +52,15 @@ def compile_devices(linux: dict[str, Any], *, bind: bool, kcore: bool) -> tuple[
         if path not in taken
     ]
     rows += [_own_node(device, bind=bind) for device in own]
-    rows.append(Row(op=protocol.OP_LINK, first=b"pts/ptmx", second=b"/dev/ptmx", says=_SAYS_PTMX))
+    rows.append(
+        Row(
+            op=protocol.OP_LINK,
+            flags=_LINK_REPLACES,
+            first=b"pts/ptmx",
+            second=b"/dev/ptmx",
+            says=_SAYS_PTMX,
+        )
+    )
     links = (*_LINKS, ("/proc/kcore", "/dev/core")) if kcore else _LINKS
     for text, path in links:
         rows.append(
@@ -80,6 +89,10 @@ def _own_node(device: dict[str, Any], *, bind: bool) -> Row:
         )
     if why:
         raise ConfigWrong(key="linux.devices", text=IN_INIT + _SAYS.replace("{error}", why))
+    if path == "/dev/null" and (bits, major, minor) != (_S_IFCHR, 1, 3):
+        why = "can't reopen /dev/null: container's /dev/null is invalid"
+        text = f"{IN_INIT}error reopening /dev/null inside container: {why}"
+        raise ConfigWrong(key="linux.devices", text=text)
     mode = bits | device.get("fileMode", 0o666) & ~_S_IFMT & 0o7777
     owner = device.get("uid", 0), device.get("gid", 0)
     return _node(path, mode, major, minor, owner=owner, bind=bind)

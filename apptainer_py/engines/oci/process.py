@@ -190,7 +190,7 @@ def _environment(words: list[str]) -> tuple[bytes, ...]:
             why = "name cannot be empty"
         elif "\0" in word:
             why = "contains nul byte (\\x00)"
-            name = quoted(word)
+            name = quoted(name)
             raise ConfigWrong(
                 key="process.env", text=f"{IN_INIT}invalid environment variable {name}: {why}"
             )

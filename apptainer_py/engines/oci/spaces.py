@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from apptainer_py.base.record import Record
 from apptainer_py.engines.oci.keys import ConfigWrong
-from apptainer_py.engines.oci.texts import IN_INIT, errno_text, quoted
+from apptainer_py.engines.oci.texts import IN_INIT, quoted
 from apptainer_py.model.oci_plan import IdMap
 
 TYPE_CHECKING = False
@@ -160,7 +160,8 @@ def _with_joined_maps(
     try:
         real_uids, real_gids = host.joined_maps(path)
     except OSError as error:
-        text = f"failed to cache mappings for userns: {path}: {errno_text(error.errno or 0)}"
+        text = f"userns spawn: open userns path {path} failed: {error.strerror}"
+        text = f"failed to cache mappings for userns: {text}"
         raise ConfigWrong(key="linux.namespaces", text=text) from None
     spaces = spaces.replace(host_uids=real_uids, host_gids=real_gids)
     if not uids and not gids:

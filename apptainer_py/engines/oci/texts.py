@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from errno import ENOENT
 
 from apptainer_py.engines.oci.keys import ConfigWrong
 from apptainer_py.model import protocol
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from apptainer_py.model.oci_plan import Row
     from apptainer_py.runtime.nest import RowFailed
+
+    from apptainer_py.model.oci_plan import Row
 
 # What stands before every failure that runc meets after it has started the container's first
 # process; many a value is wrong for runc only there, while compiling sees it before anything is.
@@ -23,17 +25,16 @@ _LONGEST_PATH = 4095
 
 def row_failure(failed: RowFailed) -> str:
     """Return runc's sentence for a row that was refused, without what stands before it."""
-    return row_failed(failed.row, failed.code, failed.errno, failed.value)
+    return row_failed(failed.row, failed.code, failed.errno)
 
 
-def row_failed(row: Row, code: int, errno: int, value: int = 0) -> str:
-    """Return the same for a row, an ERR_*, an errno and the number that came with them."""
-    says = row.says
-    if row.op == protocol.OP_MASK_PATH or not errno:
-        error = errno_text(errno) if errno else protocol.ERR_TEXTS.get(code, "unknown error")
-    else:
-        error = errno_text(errno)
-    return says.replace("{error}", error)
+def row_failed(row: Row, code: int, errno: int) -> str:
+    """Return the same for a row, an ERR_* and an errno."""
+    if row.op == protocol.OP_SYSCTL and errno == ENOENT:
+        name = (row.first or b"").decode().replace("/", ".")
+        return f"open sysctl {name} file: {errno_text(errno)}"
+    error = errno_text(errno) if errno else protocol.ERR_TEXTS.get(code, "unknown error")
+    return row.says.replace("{error}", error)
 
 
 def errno_text(number: int) -> str:

@@ -33,7 +33,8 @@ def rows_for(
     read_only = _RDONLY if "ro" in options else 0
     if tree.unified_only:
         (one,) = tree.hierarchies
-        return _unified_rows(one, paths, target, read_only, private_namespace, says)
+        shown = None if private_namespace else paths.get("") or one.own_directory()
+        return _unified_rows(shown, target, read_only, says)
     rows = [
         Row(op=protocol.OP_FS, first=b"tmpfs", second=b"tmpfs", says=says),
         Row(op=protocol.OP_FSOPT, first=b"mode", second=b"755", says=says),
@@ -91,24 +92,14 @@ def _hierarchy_rows(
     return rows
 
 
-def _unified_rows(
-    one: Hierarchy,
-    paths: dict[str, str],
-    target: str,
-    read_only: int,
-    private_namespace: bool,  # noqa: FBT001
-    says: str,
-) -> list[Row]:
-    attributes = Row(op=protocol.OP_ATTR, numbers=(_SAFE | read_only, 0, 0), says=says)
-    place = Row(op=protocol.OP_PLACE, first=_bytes(target), says=says)
-    if private_namespace:
-        new = Row(op=protocol.OP_FS, first=b"cgroup2", second=b"cgroup", says=says)
-        return [new, attributes, place]
-    # A container in its host's cgroup namespace sees only its own directory, and without rights
-    # over it (T-R09).
-    shown = paths.get("") or one.own_directory()
+def _unified_rows(shown: str | None, target: str, read_only: int, says: str) -> list[Row]:
+    # A container in its host's cgroup namespace sees only its own directory (T-R09).
+    if shown is None:
+        first = Row(op=protocol.OP_FS, first=b"cgroup2", second=b"cgroup", says=says)
+    else:
+        first = Row(op=protocol.OP_TREE, flags=_RECURSIVE, first=_bytes(shown), says=says)
     return [
-        Row(op=protocol.OP_TREE, flags=_RECURSIVE, first=_bytes(shown), says=says),
-        attributes,
-        place,
+        first,
+        Row(op=protocol.OP_ATTR, numbers=(_SAFE | read_only, 0, 0), says=says),
+        Row(op=protocol.OP_PLACE, first=_bytes(target), says=says),
     ]

@@ -43,12 +43,15 @@ class Tree(Record):
         """Return by controller the directory that `path` names in each hierarchy.
 
         An absolute path begins where the hierarchy is mounted, a relative one at our own group; no
-        path leads above (T-C04).
+        path leads above (T-C04). With cgroup2 alone it begins beside our own group: one that has
+        processes cannot hand controllers down.
         """
         inner = clean_path(path)
         found = {}
         for one in self.hierarchies:
             above = one.target if path.startswith("/") else one.own_directory()
+            if self.unified_only and above != one.target:
+                above = above.rpartition("/")[0]
             for controller in one.controllers:
                 found[controller] = f"{above}{inner}" if inner != "/" else above
         return found

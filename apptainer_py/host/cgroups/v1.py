@@ -43,15 +43,15 @@ NO_UNIFIED = "invalid configuration: cannot use unified on cgroup v1"
 class V1(Manager):
     """A directory in each hierarchy; `paths` has cgroup2's, where there is one, under ""."""
 
-    def create(self) -> None:
+    def create(self, pid: int = 0) -> None:
         """Make a directory in each hierarchy, and what must be set before a process joins."""
+        self.check_unused()
+        self.make_groups()
+
+    def make_groups(self) -> None:
+        """Do so, whoever is in one already."""
         resources = self.wish.resources or {}
-        if resources.get("unified"):
-            raise CgroupError(text=NO_UNIFIED)
-        if "devices" not in self.paths and not self.rootless:
-            raise CgroupError(text="cgroup: subsystem does not exist: devices")
         try:
-            self._check_unused()
             for controller, path in list(self.paths.items()):
                 try:
                     self._create_one(controller, path, resources)
@@ -63,7 +63,16 @@ class V1(Manager):
             self._undo()
             raise
 
-    def _check_unused(self) -> None:
+    def check_unused(self) -> None:
+        """Refuse a group that others are in.
+
+        Raises:
+            CgroupError: it has processes or is frozen, or cannot do what is wanted at all.
+        """
+        if self.wish.resources and self.wish.resources.get("unified"):
+            raise CgroupError(text=NO_UNIFIED)
+        if "devices" not in self.paths and not self.rootless:
+            raise CgroupError(text="cgroup: subsystem does not exist: devices")
         path = self.paths.get("devices")
         if path is None or not os.path.isdir(path):
             return

@@ -34,7 +34,9 @@ def run_classic(code: bytes, number: int, *arguments: int, architecture: int = _
             place += if_true if tests[operation] else if_false
 
 
-def run_device(code: bytes, kind: int, access: int, major: int, minor: int) -> int:
+def run_device(  # noqa: C901
+    code: bytes, kind: int, access: int, major: int, minor: int
+) -> int:
     """Return what a BPF_PROG_TYPE_CGROUP_DEVICE program answers for one access."""
     memory = struct.pack("=III", access << 16 | kind, major, minor)
     program = [struct.unpack_from("=BBhi", code, at) for at in range(0, len(code), 8)]
@@ -54,6 +56,8 @@ def run_device(code: bytes, kind: int, access: int, major: int, minor: int) -> i
             registers[target] &= value & 0xFFFFFFFF
         elif operation == 0x74:
             registers[target] >>= value
+        elif operation == 0x15:
+            place += offset if registers[target] == value else 0
         elif operation == 0x55:
             place += offset if registers[target] != value else 0
         elif operation == 0x5D:
