@@ -232,9 +232,7 @@ class Creation:
         frames = self.hook_state.frames(self.plan.hooks, "startContainer", "created")
         data = process_frame(spec, self.program[0], frames, program_flags=self.program[1])
         steps.send_frame(nest, Row(op=protocol.OP_PROCESS), data, "process")
-        steps.set_limits(
-            self.pid, self.plan.rlimits, "error setting rlimits for ready process: "
-        )
+        steps.set_limits(self.pid, self.plan.rlimits, "error setting rlimits for ready process: ")
 
     def _record_created(self) -> None:
         assert self.state is not None

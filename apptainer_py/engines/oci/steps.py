@@ -270,9 +270,7 @@ def send_pidfd(socket: int, pid: int, kind: bytes) -> None:
         os.close(socket)
 
 
-def seccomp_program(
-    plan: OciPlan, environment: Mapping[str, str], uid: int
-) -> tuple[bytes, int]:
+def seccomp_program(plan: OciPlan, environment: Mapping[str, str], uid: int) -> tuple[bytes, int]:
     """Return the plan's seccomp filter and its flags, from the cache of this user if it is there."""
     if plan.seccomp is None:
         return b"", 0
