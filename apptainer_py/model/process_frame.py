@@ -49,9 +49,8 @@ def process_frame(
     Raises:
         FrameRefused: a string has a NUL in it, a number does not fit, or it is too long.
     """
-    groups = spec.groups or ()
     parts = [
-        (struct.pack(f"={len(groups)}I", *groups), len(groups)),
+        _numbers(spec.groups or ()),
         (program, len(program) // _FILTER_BYTES),
         _strings(spec.arguments),
         _strings(spec.environment),
@@ -71,6 +70,13 @@ def process_frame(
     except (struct.error, OverflowError):
         raise FrameRefused(why="a number is out of range") from None
     return head + body
+
+
+def _numbers(numbers: tuple[int, ...]) -> tuple[bytes, int]:
+    try:
+        return struct.pack(f"={len(numbers)}I", *numbers), len(numbers)
+    except struct.error:
+        raise FrameRefused(why="a group id is out of range") from None
 
 
 def _strings(strings: tuple[bytes, ...]) -> tuple[bytes, int]:
