@@ -41,7 +41,9 @@ def dumps(value: Any, indent: str = "", level: str = "\n") -> str:
     if isinstance(value, dict):
         if not value:
             return "{}"
-        parts = [f"{quoted(name)}{colon}{dumps(part, indent, deeper)}" for name, part in value.items()]
+        parts = [
+            f"{quoted(name)}{colon}{dumps(part, indent, deeper)}" for name, part in value.items()
+        ]
         ends = "{}"
     else:
         if not value:

@@ -6,7 +6,7 @@ import struct
 
 from apptainer_py.base.build import BUILD_ID
 from apptainer_py.base.errors import ApptainerError
-from apptainer_py.model.protocol import GOSTEP_TEXTS
+from apptainer_py.model.protocol import GOSTEP_GID, GOSTEP_TEXTS, GOSTEP_UID
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,6 +30,11 @@ _SET_MEMORY_POLICY = 128
 _TENANT = 256
 _USERNS = 512
 _LISTENER = 1024
+# What EINVAL means there.
+_UNMAPPED = {
+    GOSTEP_UID: "unable to setup user: cannot setuid to unmapped uid {uid} in user namespace",
+    GOSTEP_GID: "unable to setup user: cannot setgid to unmapped gid {gid} in user namespace",
+}
 
 
 class FrameRefused(ApptainerError):
@@ -49,9 +54,8 @@ def process_frame(
     Raises:
         FrameRefused: a string has a NUL in it, a number does not fit, or it is too long.
     """
-    groups = spec.groups or ()
     parts = [
-        (struct.pack(f"={len(groups)}I", *groups), len(groups)),
+        _numbers(spec.groups or ()),
         (program, len(program) // _FILTER_BYTES),
         _strings(spec.arguments),
         _strings(spec.environment),
@@ -71,6 +75,13 @@ def process_frame(
     except (struct.error, OverflowError):
         raise FrameRefused(why="a number is out of range") from None
     return head + body
+
+
+def _numbers(numbers: tuple[int, ...]) -> tuple[bytes, int]:
+    try:
+        return struct.pack(f"={len(numbers)}I", *numbers), len(numbers)
+    except struct.error:
+        raise FrameRefused(why="a group id is out of range") from None
 
 
 def _strings(strings: tuple[bytes, ...]) -> tuple[bytes, int]:
@@ -128,12 +139,16 @@ def _header(spec: ProcessSpec, program_flags: int, counts: list[int], ends: list
 def failure_text(spec: ProcessSpec, step: int, reason: str) -> str:
     """Return runc's text for a PROCESS or GO that failed; `step` is the value of the reply."""
     template = GOSTEP_TEXTS.get(step, "{error}")
+    if reason == "invalid argument":
+        template = _UNMAPPED.get(step, template)
     program = spec.arguments[0].decode(errors="backslashreplace")
     return template.format(
         error=reason,
         cwd=_quoted(spec.cwd.decode(errors="backslashreplace")),
         program=_quoted(program),
         path=program,
+        uid=spec.uid,
+        gid=spec.gid,
     )
 
 

@@ -126,7 +126,9 @@ class StateDir:
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
                 raise NoContainer from None
-            raise ContainerError(text=f"{error.filename}: {(error.strerror or '').lower()}") from None
+            raise ContainerError(
+                text=f"{error.filename}: {(error.strerror or '').lower()}"
+            ) from None
 
     def lock(self, *, wait: bool = True) -> bool:
         """Keep others from changing the container until this process ends; False if one does.

@@ -64,9 +64,7 @@ class Nest:
             self._fetch()
         numbers = tuple([number & _WORD for number in row.numbers])
         try:
-            _starter.send_operation(
-                self._fd, row.op, row.flags, numbers, row.first, row.second, fd
-            )
+            _starter.send_operation(self._fd, row.op, row.flags, numbers, row.first, row.second, fd)
         except ValueError as error:
             raise LaunchError(text=f"{error}") from None
         except OSError:

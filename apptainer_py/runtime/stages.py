@@ -295,9 +295,7 @@ class Master:
         self._trigger_helper(1)
 
 
-def run_caller(
-    info: StageInfo, parse: ParseCall, load_builtin: LoadBuiltin, report: Report
-) -> int:
+def run_caller(info: StageInfo, parse: ParseCall, load_builtin: LoadBuiltin, report: Report) -> int:
     """Run a launch of the flow CALLER, whose only stage this is; returns the exit status.
 
     `report` tells the user of a failure in the form of the command line, and returns its status.
@@ -355,8 +353,10 @@ class Caller:
             protocol.HOOK_MONITOR_CONTAINER, operations.monitor_container, monitor
         )
         self._clean_up()
-        return os.WEXITSTATUS(self.status) if os.WIFEXITED(self.status) else (
-            128 + os.WTERMSIG(self.status)
+        return (
+            os.WEXITSTATUS(self.status)
+            if os.WIFEXITED(self.status)
+            else (128 + os.WTERMSIG(self.status))
         )
 
     def _clean_up(self) -> None:

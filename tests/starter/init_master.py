@@ -41,11 +41,13 @@ for at, fd in enumerate([fcntl.fcntl(int(fd), fcntl.F_DUPFD_CLOEXEC, 500) for fd
     os.dup2(fd, at + 3)
 os.execv(program, [program, socket])
 """
-APPLETS = "sh true echo cat ls id sleep env grep readlink stat tty stty pwd kill ps mount touch".split()
+APPLETS = """
+sh true echo mkdir wc uname cat ls id sleep env grep readlink stat tty stty pwd kill ps mount touch
+""".split()
 
 
 class RowRefused(Exception):
-    """A row that was not done: its operation, the reply's code, errno and value, and its descriptor."""
+    """A row that was not done, with what the reply holds."""
 
     def __init__(self, op: int, code: int, error: int, value: int, fd: int) -> None:
         super().__init__(f"{protocol.OP_NAMES[op]}: {code}, {os.strerror(error)}, {value}")
@@ -58,6 +60,7 @@ class Ended(Exception):
 
 def build(folder: Path, *extra: str) -> Path:
     """Return starter-init, compiled from the tree."""
+    folder.chmod(0o755)  # ordinary users run it too
     target = folder / "starter-init"
     sources = [*sorted(STARTER.glob("init*.c")), *(STARTER / name for name in SHARED)]
     subprocess.run(["gcc", *FLAGS, *extra, *map(str, sources), "-o", str(target)], check=True)
@@ -66,6 +69,7 @@ def build(folder: Path, *extra: str) -> Path:
 
 def make_root(folder: Path) -> Path:
     """Return a root directory with busybox and what a runtime mounts on."""
+    folder.chmod(0o755)  # root of a user namespace has no rights above it
     root = folder / "rootfs"
     for name in ("bin", "proc", "sys", "dev", "etc", "tmp"):
         (root / name).mkdir(parents=True)
@@ -173,10 +177,10 @@ class Master:
         assert done == op
         return value, fd
 
-    def spaces(self, flags: int = NEWNS | NEWPID, **more: object) -> None:
-        """Clone init."""
-        numbers = (flags, *more.pop("offsets", ()))  # type: ignore[misc]
-        self.pid, _ = self.row(protocol.OP_SPACES, numbers=numbers, **more)
+    def spaces(self, kinds: int = NEWNS | NEWPID, offsets: tuple[int, ...] = ()) -> None:
+        """Clone init; `offsets` are those of a time namespace."""
+        numbers = (kinds, *offsets)
+        self.pid, _ = self.row(protocol.OP_SPACES, numbers=numbers, flags=bool(offsets))
         assert self.forerunner.wait(timeout=20) == 0
 
     def mapped(self, flags: int = 8) -> None:
@@ -190,7 +194,7 @@ class Master:
         self.row(protocol.OP_ATTR, numbers=(NO_SUID | NO_EXEC, 0, 0))
         self.row(protocol.OP_PLACE, target)
 
-    def assemble(self, root: Path) -> None:
+    def assemble(self, root: Path, *, node: bool = True) -> None:
         """Make a root with /proc and a /dev of its own, and enter it."""
         self.row(protocol.OP_PROPAGATION)
         self.root_fd = self.row(protocol.OP_ROOT_BUNDLE, str(root), flags=1)[1]
@@ -199,9 +203,9 @@ class Master:
         self.mount("tmpfs", "/dev", [("mode", "755"), ("size", "65536k")])
         options = [("newinstance", None), ("ptmxmode", "0666"), ("mode", "0620")]
         self.mount("devpts", "/dev/pts", options)
-        self.row(
-            protocol.OP_MKNOD, "/dev/null", numbers=(0o020666, 1 << 32 | 3, 0, 0)
-        )
+        if node:
+            numbers = (0o020666, 1 << 32 | 3, 0, 0)
+            self.row(protocol.OP_MKNOD, "/dev/null", numbers=numbers)
         self.row(protocol.OP_LINK, "pts/ptmx", "/dev/ptmx")
         self.row(protocol.OP_ENTER, numbers=(0, 0))
 

@@ -174,9 +174,7 @@ def parse(
     try:
         options, arguments = _scan(ordered, flags)
     except _Wrong as why:
-        raise OciUsage(
-            f"{why}", command=command, shown=f"Incorrect Usage: {why}\n\n"
-        ) from None
+        raise OciUsage(f"{why}", command=command, shown=f"Incorrect Usage: {why}\n\n") from None
     if options.pop("help", False):
         raise HelpWanted(command)
     call = OciCall(
@@ -211,6 +209,8 @@ def parse_typed(words: Sequence[str], environment: Mapping[str, str], *, uid: in
         OciUsage: it is wrong.
         HelpWanted: help or the version is asked for.
     """
-    apptainer = len(words) > 1 and words[1] == "oci" and not words[0].endswith("-oci")
+    apptainer = (
+        len(words) > 1 and words[1] == "oci" and words[0].rpartition("/")[2] == "apptainer-py"
+    )
     typed = [words[0], *words[2:]] if apptainer else words
     return parse(typed, environment, own_user=uid != 0, apptainer=apptainer)

@@ -85,7 +85,9 @@ def _now() -> str:
     now = time.time()
     parts = time.localtime(now)
     away = parts.tm_gmtoff // 60
-    zone = "Z" if not away else f"{'+' if away > 0 else '-'}{abs(away) // 60:02}:{abs(away) % 60:02}"
+    zone = (
+        "Z" if not away else f"{'+' if away > 0 else '-'}{abs(away) // 60:02}:{abs(away) % 60:02}"
+    )
     return time.strftime("%Y-%m-%dT%H:%M:%S", parts) + zone
 
 

@@ -37,4 +37,6 @@ def run(info: StageInfo, load_builtin: LoadBuiltin) -> int:
         return stages.run_caller(info, parse, load_builtin, tell)
     except OSError as error:
         # What no step has foreseen is still one line, in the form that clients read.
-        return tell(ApptainerError(text=f"{(error.strerror or '').lower()}: {error.filename or ''}"))
+        return tell(
+            ApptainerError(text=f"{(error.strerror or '').lower()}: {error.filename or ''}")
+        )

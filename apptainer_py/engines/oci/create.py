@@ -90,7 +90,8 @@ class Creation:
         terminal.check_streams(call, terminal=self.plan.terminal, detached=self.detached)
         terminal.check_preserved(call.number("preserve-fds"), listen_fds)
         self.console = terminal.connect(call.text("console-socket"))
-        self.program = _seccomp_program(self.plan, self.environment, self.host.uid)
+        self.pidfd_socket = terminal.connect(call.text("pidfd-socket"))
+        self.program = steps.seccomp_program(self.plan, self.environment, self.host.uid)
         self.hook_state = HookState(
             self.config.get("ociVersion", ""),
             self.name,
@@ -226,13 +227,13 @@ class Creation:
             raise steps.inner_hook_failed(error, "createContainer") from None
 
     def _send_process(self, nest: Nest) -> None:
+        if self.pidfd_socket >= 0:
+            steps.send_pidfd(self.pidfd_socket, self.pid, b"standard")
         spec = steps.with_home(self.plan.process, nest.root_fd)
         frames = self.hook_state.frames(self.plan.hooks, "startContainer", "created")
         data = process_frame(spec, self.program[0], frames, program_flags=self.program[1])
         steps.send_frame(nest, Row(op=protocol.OP_PROCESS), data, "process")
-        steps.set_limits(
-            self.pid, self.plan.rlimits, "error setting rlimits for ready process: "
-        )
+        steps.set_limits(self.pid, self.plan.rlimits, "error setting rlimits for ready process: ")
 
     def _record_created(self) -> None:
         assert self.state is not None
@@ -302,13 +303,3 @@ class Creation:
                 self.hook_state.run(self.plan.hooks, "poststop", "stopped", 0)
             except HookFailed as error:
                 log.warning(f"{error}")
-
-
-def _seccomp_program(plan: OciPlan, environment: Any, uid: int) -> tuple[bytes, int]:
-    if plan.seccomp is None:
-        return b"", 0
-    from apptainer_py.host import seccomp
-
-    above = environment.get("XDG_RUNTIME_DIR", "") if uid else "/run"
-    cache = f"{above}/apptainer-py/seccomp" if above else None
-    return seccomp.program(plan.seccomp, cache)

@@ -250,3 +250,31 @@ def send_listener(pid: int, number: int, path: str, state: Mapping[str, object])
         where = "cannot connect to" if error.errno == errno.ENOENT else "error handing over"
         text = f"{where} {path}: {reason_of(error)}"
         raise StartFailed(reason=text) from None
+
+
+def send_pidfd(socket: int, pid: int, kind: bytes) -> None:
+    """Hand a pidfd of a process to who waits at the other end of a socket, which is closed.
+
+    Raises:
+        StartFailed: nobody takes it.
+    """
+    try:
+        fd = _container.pidfd_open(pid)
+        try:
+            _container.send_fd(socket, kind, fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise StartFailed(reason=f"failed to setup pidfd: {reason_of(error)}") from None
+    finally:
+        os.close(socket)
+
+
+def seccomp_program(plan: OciPlan, environment: Mapping[str, str], uid: int) -> tuple[bytes, int]:
+    """Return the plan's seccomp filter and its flags, from the cache of this user if it is there."""
+    if plan.seccomp is None:
+        return b"", 0
+    from apptainer_py.host import seccomp
+
+    above = environment.get("XDG_RUNTIME_DIR", "") if uid else "/run"
+    return seccomp.program(plan.seccomp, f"{above}/apptainer-py/seccomp" if above else None)
