@@ -64,10 +64,12 @@ int hooks_before_start(const struct process *p, char *const envp[]) {
     if (p->header.count[PROCESS_HOOKS] == 0 ||
         hook_run(frame, size, getpid(), envp, &result) == 0)
         return 0;
-    char text[1024] = "error running startContainer hook #";
+    static char text[HOOK_TEXT_BYTES + 128] = "error running startContainer hook #";
     append_number(text, sizeof(text), result.failed - 1);
     append_text(text, sizeof(text), ": ");
-    append_escaped(text, sizeof(text), result.text, strnlen(result.text, sizeof(result.text)));
-    report("", text);
+    append_text(text, sizeof(text), result.text);
+    append_text(text, sizeof(text), "\n");
+    ssize_t ignored = write(STDERR_FILENO, text, strlen(text));
+    (void)ignored;
     return -1;
 }
