@@ -40,7 +40,7 @@ static int run_at_root(const struct init *s, const char *frame, size_t size) {
     return failed;
 }
 
-/* RUN_HOOKS(memfd with a frame of hook.h): the value of a failed one is the hook's number, from 1. */
+/* RUN_HOOKS(memfd with a frame of hook.h).  The value of a failed one is its number, from 1. */
 int init_run_hooks(struct init *s, const struct op_request *q, struct op_reply *a) {
     struct stat st;
     if (s->passed < 0 || q->flags != 0)
