@@ -483,6 +483,11 @@ class MountCompiler:
                 options.recursive_clear,
                 flags=ATTR_ROW_RECURSIVE,
             )
+        if place == "/proc" and flags & PLACE_PROC and options.flags & BIND:
+            # That it is no procfs is what init refuses here.
+            says = f"{says.partition(': mount src=')[0]}: create mountpoint for {place} mount: "
+            says += f"check proc-safety of {place} mount: {quoted(self._root + place)} cannot be "
+            says += "mounted because it is not of type proc"
         last = 0
         if options.propagation:
             *first, last = options.propagation

@@ -100,7 +100,7 @@ def compile_process(
         gid=gid,
         groups=None if host.rootless else tuple(user.get("additionalGids", ())),
         umask=user.get("umask", None if tenant else _DEFAULT_UMASK),
-        capabilities=_capabilities(process.get("capabilities", {}), host, warnings),
+        capabilities=_capabilities(process.get("capabilities"), host, warnings),
         no_new_privileges=process.get("noNewPrivileges", False),
         apparmor_profile=process.get("apparmorProfile", ""),
         selinux_label=process.get("selinuxLabel", ""),
@@ -204,9 +204,11 @@ def _environment(words: list[str]) -> tuple[bytes, ...]:
 
 
 def _capabilities(
-    sets: dict[str, list[str]], host: HostFacts, warnings: list[str]
-) -> tuple[int, int, int, int, int]:
-    """Without the key, all are dropped; a name that this kernel lacks is only warned of."""
+    sets: dict[str, list[str]] | None, host: HostFacts, warnings: list[str]
+) -> tuple[int, int, int, int, int] | None:
+    """Without the key none is dropped, as by runc; a name that this kernel lacks is warned of."""
+    if sets is None:
+        return None
     unknown: set[str] = set()
     masks: dict[str, int] = {}
     for name in _SETS:
