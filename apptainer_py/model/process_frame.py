@@ -6,7 +6,7 @@ import struct
 
 from apptainer_py.base.build import BUILD_ID
 from apptainer_py.base.errors import ApptainerError
-from apptainer_py.model.protocol import GOSTEP_TEXTS
+from apptainer_py.model.protocol import GOSTEP_GID, GOSTEP_TEXTS, GOSTEP_UID
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,6 +30,11 @@ _SET_MEMORY_POLICY = 128
 _TENANT = 256
 _USERNS = 512
 _LISTENER = 1024
+# What EINVAL means there.
+_UNMAPPED = {
+    GOSTEP_UID: "unable to setup user: cannot setuid to unmapped uid {uid} in user namespace",
+    GOSTEP_GID: "unable to setup user: cannot setgid to unmapped gid {gid} in user namespace",
+}
 
 
 class FrameRefused(ApptainerError):
@@ -134,12 +139,16 @@ def _header(spec: ProcessSpec, program_flags: int, counts: list[int], ends: list
 def failure_text(spec: ProcessSpec, step: int, reason: str) -> str:
     """Return runc's text for a PROCESS or GO that failed; `step` is the value of the reply."""
     template = GOSTEP_TEXTS.get(step, "{error}")
+    if reason == "invalid argument":
+        template = _UNMAPPED.get(step, template)
     program = spec.arguments[0].decode(errors="backslashreplace")
     return template.format(
         error=reason,
         cwd=_quoted(spec.cwd.decode(errors="backslashreplace")),
         program=_quoted(program),
         path=program,
+        uid=spec.uid,
+        gid=spec.gid,
     )
 
 

@@ -41,11 +41,13 @@ for at, fd in enumerate([fcntl.fcntl(int(fd), fcntl.F_DUPFD_CLOEXEC, 500) for fd
     os.dup2(fd, at + 3)
 os.execv(program, [program, socket])
 """
-APPLETS = "sh true echo mkdir wc uname cat ls id sleep env grep readlink stat tty stty pwd kill ps mount touch".split()
+APPLETS = """
+sh true echo mkdir wc uname cat ls id sleep env grep readlink stat tty stty pwd kill ps mount touch
+""".split()
 
 
 class RowRefused(Exception):
-    """A row that was not done: its operation, the reply's code, errno and value, and its descriptor."""
+    """A row that was not done, with what the reply holds."""
 
     def __init__(self, op: int, code: int, error: int, value: int, fd: int) -> None:
         super().__init__(f"{protocol.OP_NAMES[op]}: {code}, {os.strerror(error)}, {value}")

@@ -112,7 +112,9 @@ def test_ids_groups_and_capabilities_are_exact(master: Master, root: Path) -> No
     assert found["Umask"] == "0027"
     assert found["NoNewPrivs"] == "1"
     # execve of a user's program: permitted and effective are what is ambient.
-    assert {name: int(found[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {
+    assert {
+        name: int(found[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
+    } == {
         "CapInh": net_raw,
         "CapPrm": net_raw,
         "CapEff": net_raw,
@@ -174,9 +176,21 @@ def test_program_lookup_says_what_go_says(program: Path, root: Path) -> None:
     (root / "etc/broken").write_text("x")
     (root / "etc/broken").chmod(0o755)
     cases = {
-        "nosuch": (protocol.GOSTEP_NOT_FOUND, errno.ENOENT, 'exec: "nosuch": executable file not found in $PATH'),
-        "/etc/nosuch": (protocol.GOSTEP_STAT, errno.ENOENT, 'exec: "/etc/nosuch": stat /etc/nosuch: no such file or directory'),
-        "/etc/plain": (protocol.GOSTEP_ACCESS, errno.EACCES, 'exec: "/etc/plain": permission denied'),
+        "nosuch": (
+            protocol.GOSTEP_NOT_FOUND,
+            errno.ENOENT,
+            'exec: "nosuch": executable file not found in $PATH',
+        ),
+        "/etc/nosuch": (
+            protocol.GOSTEP_STAT,
+            errno.ENOENT,
+            'exec: "/etc/nosuch": stat /etc/nosuch: no such file or directory',
+        ),
+        "/etc/plain": (
+            protocol.GOSTEP_ACCESS,
+            errno.EACCES,
+            'exec: "/etc/plain": permission denied',
+        ),
         "/bin": (protocol.GOSTEP_ACCESS, errno.EISDIR, 'exec: "/bin": is a directory'),
     }
     for name, (step, error, text) in cases.items():
@@ -295,7 +309,9 @@ def test_a_fifo_that_the_payload_may_not_open_is_named(master: Master, root: Pat
     assert (failure.value, failure.error) == (protocol.GOSTEP_FIFO, errno.EACCES)
 
 
-def test_a_start_that_dies_half_way_is_followed_by_another(master: Master, root: Path, fifo) -> None:
+def test_a_start_that_dies_half_way_is_followed_by_another(
+    master: Master, root: Path, fifo
+) -> None:
     path, fd = fifo
     master.create(root)
     master.process(spec("echo", "started"))
@@ -345,7 +361,9 @@ MKDIR, UNAME = 83, 63
 
 
 @pytest.mark.parametrize("no_new_privileges", [False, True])
-def test_a_filter_holds_for_the_payload(master: Master, root: Path, no_new_privileges: bool) -> None:
+def test_a_filter_holds_for_the_payload(
+    master: Master, root: Path, no_new_privileges: bool
+) -> None:
     master.create(root)
     wanted = spec(
         *("sh", "-c", "grep Seccomp: /proc/self/status; touch /tmp/a && mkdir /tmp/d"),
@@ -400,7 +418,7 @@ def test_the_listener_is_handed_over_before_the_payload_starts(master: Master, r
 def test_the_terminal_is_the_payloads(master: Master, root: Path) -> None:
     master.create(root)
     _, terminal = master.row(protocol.OP_CONSOLE, numbers=(33, 77), flags=1)
-    script = "tty; stty size; stat -c %t /dev/console; readlink /proc/self/fd/0; echo $(cat /proc/self/stat)"
+    script = "tty; stty size; stat -c %t /dev/console; readlink /proc/1/fd/0; cat /proc/1/stat"
     master.process(spec("sh", "-c", script, uid=1000, gid=5))
     master.go()
     said = b""
@@ -457,12 +475,17 @@ def test_every_namespace_is_new(master: Master, root: Path) -> None:
     master.assemble(root)
     kinds = "mnt pid uts ipc net cgroup time".split()
     script = "; ".join(f"readlink /proc/self/ns/{kind}" for kind in kinds)
-    code, said = master.run(spec("sh", "-c", f"{script}; cat /proc/net/dev /proc/self/timens_offsets"))
+    code, said = master.run(
+        spec("sh", "-c", f"{script}; cat /proc/net/dev /proc/self/timens_offsets")
+    )
     lines = said.splitlines()
     for kind, line in zip(kinds, lines, strict=False):
         assert line != os.readlink(f"/proc/self/ns/{kind}")
     assert code == 0
-    assert [line.split() for line in lines[-2:]] == [["monotonic", "86400", "0"], ["boottime", "0", "5"]]
+    assert [line.split() for line in lines[-2:]] == [
+        ["monotonic", "86400", "0"],
+        ["boottime", "0", "5"],
+    ]
 
 
 def maps(pid: int, uid: str, gid: str) -> None:
@@ -477,7 +500,9 @@ def test_a_user_namespace_with_clocks_of_its_own(master: Master, root: Path) -> 
     master.mapped(1 | 2 | 8 | 16)
     master.assemble(root)
     script = "id; cat /proc/self/timens_offsets /proc/self/uid_map"
-    code, said = master.run(spec("sh", "-c", script, uid=5, gid=6, groups=(7,), in_user_namespace=True))
+    code, said = master.run(
+        spec("sh", "-c", script, uid=5, gid=6, groups=(7,), in_user_namespace=True)
+    )
     assert (code, said.split()) == (
         0,
         "uid=5 gid=6 groups=7 monotonic 0 0 boottime 500 0 0 100000 65536".split(),
@@ -494,7 +519,7 @@ def in_child(work: Callable[[], str]) -> str:
             os.setresgid(ORDINARY, ORDINARY, ORDINARY)
             os.setresuid(ORDINARY, ORDINARY, ORDINARY)
             said = work()
-        except BaseException:  # whatever it is, the parent shows it
+        except Exception:  # noqa: BLE001
             said = traceback.format_exc()
         os.write(write, said.encode())
         os._exit(0)
@@ -552,7 +577,9 @@ def test_one_more_process_joins_by_pidfd(program: Path, master: Master, root: Pa
         tenant.spaces(0)
         tenant.mapped(8)
         tenant.row(protocol.OP_TENANT)
-        wanted = spec("sh", "-c", "echo $$; cat /proc/sys/kernel/hostname; ls /proc/self/fd", tenant=True)
+        wanted = spec(
+            "sh", "-c", "echo $$; cat /proc/sys/kernel/hostname; ls /proc/self/fd", tenant=True
+        )
         assert tenant.run(wanted) == (0, "2\ninside\n0\n1\n2\n3\n")
     os.close(pidfd)
 
@@ -574,7 +601,9 @@ def test_joins_wait_for_the_user_namespace(program: Path, master: Master, root: 
         tenant.spaces(0)
         tenant.mapped(1 | 2 | 8)
         tenant.row(protocol.OP_TENANT)
-        assert tenant.run(spec("sh", "-c", "echo $$; id -u; cat /proc/self/uid_map | wc -l", tenant=True)) == (0, "2\n0\n1\n")
+        assert tenant.run(
+            spec("sh", "-c", "echo $$; id -u; cat /proc/self/uid_map | wc -l", tenant=True)
+        ) == (0, "2\n0\n1\n")
 
 
 def test_a_wrong_namespace_is_named(master: Master) -> None:
@@ -625,7 +654,9 @@ def test_hooks_of_the_container(master: Master, root: Path) -> None:
     master.row(protocol.OP_PROPAGATION)
     os.close(master.row(protocol.OP_ROOT_BUNDLE, str(root), flags=1)[1])
     state = (b'{"pid":', b"}")
-    ok = Hook(kind="createContainer", path="/bin/sh", arguments=("sh", "-c", "cat; test $(pwd) != /"))
+    ok = Hook(
+        kind="createContainer", path="/bin/sh", arguments=("sh", "-c", "cat; test $(pwd) != /")
+    )
     bad = Hook(kind="createContainer", path="/bin/sh", arguments=("sh", "-c", "cat; exit 3"))
     frame = sealed(hook_frames((ok, bad), state))
     failure = refused(lambda: master.row(protocol.OP_RUN_HOOKS, fd=frame))
@@ -637,7 +668,9 @@ def test_hooks_of_the_container(master: Master, root: Path) -> None:
 
 def test_the_last_hook_has_the_payloads_environment(master: Master, root: Path) -> None:
     master.create(root)
-    hook = Hook(kind="startContainer", path="/bin/sh", arguments=("sh", "-c", "echo $MINE > /tmp/hook"))
+    hook = Hook(
+        kind="startContainer", path="/bin/sh", arguments=("sh", "-c", "echo $MINE > /tmp/hook")
+    )
     wanted = spec("cat", "/tmp/hook", environment=(b"PATH=/bin", b"MINE=yes"))
     assert master.run(wanted, hooks=hook_frames((hook,), (b"{}", b""))) == (0, "yes\n")
 

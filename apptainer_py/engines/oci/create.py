@@ -195,7 +195,8 @@ class Creation:
         try:
             self.cgroup.apply(self.plan.cgroup.resources)
         except ApptainerError as error:
-            text = f"error setting cgroup config for procHooks process: {error}"
+            text = "error during container init: error setting cgroup config for procHooks process"
+            text = f"{text}: {error}"
             raise StartFailed(reason=text) from None
         if self.plan.hooks:
             try:

@@ -78,10 +78,11 @@ class Rules:
         for wider in ((kind, ANY, minor), (kind, major, ANY), (kind, ANY, ANY)):
             known = self.exceptions.get(wider, "")
             if wider != device and set(known) & set(access):
+                exception = "deny" if self.default_allow else "allow"
                 text = (
-                    f"requested rule [{describe(device)} {access}] not supported by devices "
-                    f"cgroupv1 (cannot punch hole in existing wildcard rule "
-                    f"[{describe(wider)} {known}])"
+                    f"unable to remove '{exception}' exception: requested rule "
+                    f"[{_internal(device)} {access}] not supported by devices cgroupv1 (cannot "
+                    f"punch hole in existing wildcard rule [{_internal(wider)} {known}])"
                 )
                 raise CgroupError(text=text)
         rest = "".join(letter for letter in self.exceptions.get(device, "") if letter not in access)
@@ -97,15 +98,21 @@ class Rules:
         if self.default_allow != target.default_allow:
             lines.append((target.default_allow, "a"))
             old = {}
-        for device, access in old.items():
+        for device, access in sorted(old.items()):
             gone = "".join(c for c in access if c not in target.exceptions.get(device, ""))
             if gone:
                 lines.append((target.default_allow, f"{describe(device)} {gone}"))
-        for device, access in target.exceptions.items():
+        for device, access in sorted(target.exceptions.items()):
             new = "".join(c for c in access if c not in old.get(device, ""))
             if new:
                 lines.append((not target.default_allow, f"{describe(device)} {new}"))
         return lines
+
+
+def _internal(device: Device) -> str:
+    # As runc prints its own structure: the kind's character code, then the numbers.
+    kind, major, minor = device
+    return f"{{{ord(kind)} {major} {minor}}}"
 
 
 def describe(device: Device) -> str:

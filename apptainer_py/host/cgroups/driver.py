@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from apptainer_py.model.oci_plan import CgroupWish
 
+# Other users may look at groups, whatever umask we were called with.
+GROUP_UMASK = 0o022
 # A group is busy until the last process in it has been taken off its lists, and v1 tells nobody.
 _REMOVE_DELAYS_MS = (1, 2, 4, 8, 16, 32, 64, 64, 64, 64, 64, 64)
 _FILE_BYTES_MAX = 1 << 20
@@ -49,7 +51,7 @@ def read_file(directory: str, name: str) -> str:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError as error:
-        raise failure("open", path, error) from None
+        raise failure("openat2", path, error) from None
     try:
         parts = []
         while part := os.read(fd, 65536):
@@ -83,7 +85,7 @@ def write_file(directory: str, name: str, value: str) -> None:
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_TRUNC)
     except OSError as error:
-        raise failure("open", path, error) from None
+        raise failure("openat2", path, error) from None
     try:
         os.write(fd, value.encode("utf-8", "surrogateescape"))
     except OSError as error:

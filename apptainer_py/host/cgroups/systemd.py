@@ -7,6 +7,7 @@ import os
 from apptainer_py.host.cgroups.driver import CgroupError, Manager
 from apptainer_py.host.cgroups.tree import clean_path
 from apptainer_py.host.dbus import SYSTEM_BUS, DbusError, Systemd, user_bus
+from apptainer_py.kernel import _starter
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -237,6 +238,9 @@ class Unit(Manager):
             CgroupError: systemd refuses, or one of the groups cannot be made.
         """
         self.inner.check_unused()
+        # A scope cannot be empty; the process that will clone the container's first is there.
+        if not pid and _starter.in_stage():
+            pid = _starter.stage()["init_pid"]
         self._with_systemd("start", self._properties(pid))
         try:
             self.inner.make_groups()

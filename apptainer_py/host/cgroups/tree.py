@@ -33,7 +33,7 @@ class Hierarchy(Record):
 
 
 class Tree(Record):
-    """All hierarchies of a machine: those of v1 in the order of /proc/self/cgroup, then cgroup2."""
+    """All hierarchies of a machine: those of v1 in the order of their mounts, then cgroup2."""
 
     hierarchies: tuple[Hierarchy, ...]
     unified: str
@@ -95,6 +95,7 @@ def parse_tree(mountinfo: str, own: str) -> Tree:
         CgroupError: no hierarchy is mounted.
     """
     mounts = _mounts(mountinfo)
+    places = [target for _, target, _, _ in mounts]
     found = []
     unified = None
     for controllers, path in own_groups(own):
@@ -115,6 +116,7 @@ def parse_tree(mountinfo: str, own: str) -> Tree:
             found.append(one)
     if not found and unified is None:
         raise CgroupError(text="no cgroup mount found in mountinfo")
+    found.sort(key=lambda one: places.index(one.target))
     unified_only = unified is not None and (not found or unified.target == USUAL_PLACE)
     if unified is not None:
         found = [unified] if unified_only else [*found, unified]

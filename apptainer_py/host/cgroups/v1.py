@@ -7,6 +7,7 @@ import os
 
 from apptainer_py.host.cgroups.devices import read_rules, wanted_rules
 from apptainer_py.host.cgroups.driver import (
+    GROUP_UMASK,
     CgroupError,
     Manager,
     group_row,
@@ -51,6 +52,7 @@ class V1(Manager):
     def make_groups(self) -> None:
         """Do so, whoever is in one already."""
         resources = self.wish.resources or {}
+        before = os.umask(GROUP_UMASK)
         try:
             for controller, path in list(self.paths.items()):
                 try:
@@ -62,6 +64,8 @@ class V1(Manager):
         except BaseException:
             self._undo()
             raise
+        finally:
+            os.umask(before)
 
     def check_unused(self) -> None:
         """Refuse a group that others are in.

@@ -6,6 +6,7 @@ import errno
 import os
 
 from apptainer_py.host.cgroups.driver import (
+    GROUP_UMASK,
     CgroupError,
     Manager,
     processes_below,
@@ -51,6 +52,7 @@ class V2(Manager):
     def make_groups(self) -> None:
         """Do so, whoever is in one already."""
         resources = self.wish.resources or {}
+        before = os.umask(GROUP_UMASK)
         try:
             self._create(resources)
             self._delegate()
@@ -65,6 +67,8 @@ class V2(Manager):
                 )
                 raise CgroupError(text=text) from None
             del self.paths[""]
+        finally:
+            os.umask(before)
 
     def check_unused(self) -> None:
         """Refuse a group that others are in.

@@ -518,8 +518,8 @@ def test_rows_of_a_mount(monkeypatch, private):
     assert ops[:4] == [protocol.OP_FS, protocol.OP_FSOPT, protocol.OP_ATTR, protocol.OP_PLACE]
     placed = [row.first for row in rows if row.op == protocol.OP_PLACE]
     assert placed[1:] == [
-        b"/sys/fs/cgroup/memory",
         b"/sys/fs/cgroup/cpu,cpuacct",
+        b"/sys/fs/cgroup/memory",
         b"/sys/fs/cgroup/systemd",
     ]
     links = [(row.first, row.second) for row in rows if row.op == protocol.OP_LINK]
@@ -533,7 +533,7 @@ def test_rows_of_a_mount(monkeypatch, private):
         assert trees == []
         assert (b"name", b"systemd") in options
     else:
-        assert trees[0] == b"/sys/fs/cgroup/memory/box"
+        assert trees[1] == b"/sys/fs/cgroup/memory/box"
     assert ops[-1] == protocol.OP_REMOUNT
 
 
