@@ -10,9 +10,8 @@ from apptainer_py.model import protocol
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from apptainer_py.runtime.nest import RowFailed
-
     from apptainer_py.model.oci_plan import Row
+    from apptainer_py.runtime.nest import RowFailed
 
 # What stands before every failure that runc meets after it has started the container's first
 # process; many a value is wrong for runc only there, while compiling sees it before anything is.

@@ -306,7 +306,8 @@ class TestCgroup:
             ("linux/namespaces", spaces(*SPACES, "user", "cgroup")),
         )
         assert plan_of(edited(*base, ("process/user/uid", 7))).cgroup.owner == (100007, -1)
-        assert plan_of(edited(*base, ("process/user/uid", 99999))).cgroup.owner is None
+        with pytest.raises(ConfigWrong, match="cannot setuid to unmapped uid 99999"):
+            plan_of(edited(*base, ("process/user/uid", 99999)))
         read_only = [{**mount, "options": ["ro"]}]
         assert plan_of(edited(*base, ("mounts", read_only))).cgroup.owner is None
 
