@@ -91,7 +91,7 @@ def test_bundle_of_runc_spec() -> None:
         ("MKNOD", 0, (0o20666, 5 << 32, 0, 0), "/dev/tty"),
         ("MKNOD", 0, (0o20666, 1 << 32 | 5, 0, 0), "/dev/zero"),
         ("MKNOD", 0, (0o20666, 1 << 32 | 9, 0, 0), "/dev/urandom"),
-        ("LINK", 0, (), "pts/ptmx", "/dev/ptmx"),
+        ("LINK", 1, (), "pts/ptmx", "/dev/ptmx"),
         ("LINK", 0, (), "/proc/self/fd", "/dev/fd"),
         ("LINK", 0, (), "/proc/self/fd/0", "/dev/stdin"),
         ("LINK", 0, (), "/proc/self/fd/1", "/dev/stdout"),
