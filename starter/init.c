@@ -136,7 +136,7 @@ int main(int argc, char *argv[]) {
         fcntl(s->socket, F_SETFD, FD_CLOEXEC) < 0)
         fail("starter-init is not for direct use; run apptainer-py-oci", 0);
     init_shield(s);
-    (void)umask(022);
+    s->umask = umask(022);
     while (serve(s))
         ;
     _exit(s->forerunner_ends ? 0 : 255);
