@@ -39,7 +39,7 @@ def place_json() -> None:
     if "_json" in sys.builtin_module_names or "_json" in sys.modules:
         return
     try:
-        module = _imp.create_dynamic(_Place("_json"))
+        module = _imp.create_dynamic(_Place("_json"))  # type: ignore[arg-type]
         _imp.exec_dynamic(module)
     except ImportError:
         _starter.complete_interpreter()
