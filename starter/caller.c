@@ -13,7 +13,11 @@
 
 #include "starter.h"
 
+#ifdef APY_TEST_STEPS
+#define INIT_FILE APY_LIBEXECDIR "/starter-init-steps"
+#else
 #define INIT_FILE APY_LIBEXECDIR "/starter-init"
+#endif
 /* Above what --preserve-fds and LISTEN_FDS can mean: those numbers are the caller's. */
 #define FIRST_OWN_FD 1000
 
@@ -69,14 +73,12 @@ static const char *number_text(char *end, int number) {
     return end;
 }
 
-/* As runc: hang-up and interrupt stay ignored where they were (nohup), nothing else does. */
-static void restore_signals(struct launch *l) {
-    l->inherited.ignored &= (uint64_t)1 << (SIGHUP - 1) | (uint64_t)1 << (SIGINT - 1);
-}
-
 NO_RETURN static void become_init(struct launch *l, pid_t master) {
     char digits[16], name[] = "apptainer-py-init";
-    char *arguments[] = {name, NULL, NULL}, *environment[] = {NULL};
+    char *arguments[] = {name, NULL, NULL}, *environment[] = {NULL, NULL};
+#ifdef APY_TEST_STEPS
+    environment[0] = test_variable(); /* where it is to die */
+#endif
     step_begin(STEP_EXEC_INIT);
     int program = sealed_copy();
     if (program < 0)
@@ -85,7 +87,7 @@ NO_RETURN static void become_init(struct launch *l, pid_t master) {
         fail("cannot start " INIT_FILE, errno);
     const char *text = number_text(digits + sizeof(digits), l->init_socket[0]);
     memcpy(&arguments[1], &text, sizeof(text));
-    restore_signals(l);
+    l->inherited.ignored = 0; /* as runc: what is blocked stays so, what is ignored does not */
     sanitize_restore_for_payload(l);
     (void)umask(l->inherited.umask);
     if (prctl(PR_SET_PDEATHSIG, SIGKILL) < 0 || getppid() != master)
@@ -133,5 +135,7 @@ NO_RETURN void caller_main(struct launch *l, int argc, char *const argv[]) {
         fail("this request is not for this starter", 0);
     step_end(STEP_KEEPER_START);
     start_init(l);
+    /* What it makes, cgroups and state, is for others to look at as far as the caller lets them. */
+    (void)umask(l->inherited.umask);
     stage_run(l, STAGE_MASTER);
 }

@@ -128,11 +128,29 @@ static int check_fifo(const struct init *s, enum go_step *step) {
 static void wait_if_asked(struct init *s) {
     if (s->passed < 0)
         return;
+    step_begin(STEP_GO);
     init_close(&s->socket);
     if (wait_for_start(s->passed, s->proc_fd) < 0)
         die("cannot wait for the start: ", "exec.fifo", errno);
     init_close(&s->passed);
     init_close(&s->proc_fd);
+}
+
+/* The caller's too: whoever waits for the end of a pipe must not have to wait for `start`. */
+static void close_unlisted(const struct init *s) {
+    const int kept[] = {s->socket, s->passed, s->proc_fd};
+    unsigned from = 3 + s->process.header.keep_fds;
+    for (;;) {
+        unsigned next = ~0U;
+        for (size_t i = 0; i < ARRAY_SIZE(kept); i++)
+            if (kept[i] >= 0 && (unsigned)kept[i] >= from && (unsigned)kept[i] < next)
+                next = (unsigned)kept[i];
+        if (next > from)
+            (void)syscall(SYS_close_range, from, next == ~0U ? next : next - 1, 0);
+        if (next == ~0U)
+            return;
+        from = next + 1;
+    }
 }
 
 /* What is left is the channel and, to wait at the fifo, that and a procfs: a working directory that
@@ -142,6 +160,7 @@ static void close_the_rest(struct init *s) {
     init_close(&s->host_proc_fd);
     if (s->passed < 0)
         init_close(&s->proc_fd);
+    close_unlisted(s);
 }
 
 static void become(struct init *s, enum go_step *step) {
@@ -160,8 +179,7 @@ static void become(struct init *s, enum go_step *step) {
         lookup_program(arguments, variables, program, sizeof(program), step) < 0 ||
         check_fifo(s, step) < 0)
         return;
-    if (p->header.flags & PROCESS_SET_UMASK)
-        (void)umask(p->header.umask);
+    (void)umask(p->header.flags & PROCESS_SET_UMASK ? p->header.umask : s->umask);
     (void)sigaction(SIGPIPE, &ignore, &before);
     (void)prctl(PR_SET_PDEATHSIG, 0);
     if (!early && install_filter(s, step) < 0)
@@ -170,6 +188,7 @@ static void become(struct init *s, enum go_step *step) {
     (void)sigaction(SIGPIPE, &before, NULL);
     if (hooks_before_start(p, variables) < 0)
         _exit(255);
+    step_begin(STEP_EXEC_PAYLOAD);
     (void)execve(program, arguments, variables);
     die("exec ", program, errno); /* started, and over: as runc, this is the container's own end */
 }

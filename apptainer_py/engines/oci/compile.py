@@ -8,7 +8,12 @@ from apptainer_py.engines.oci import mounts as mount_words
 from apptainer_py.engines.oci.devices import compile_devices
 from apptainer_py.engines.oci.keys import ConfigWrong
 from apptainer_py.engines.oci.mounts import MountCompiler
-from apptainer_py.engines.oci.process import check_affinity, compile_process, compile_rlimits
+from apptainer_py.engines.oci.process import (
+    check_affinity,
+    check_mapped,
+    compile_process,
+    compile_rlimits,
+)
 from apptainer_py.engines.oci.spaces import (
     NEWCGROUP,
     NEWNET,
@@ -103,6 +108,7 @@ def compile_bundle(
         preserve_fds=options.preserve_fds,
         tenant=False,
     )
+    check_mapped(process, spaces.host_uids, spaces.host_gids)
     size = process.get("consoleSize", {})
     return OciPlan(
         join_paths=spaces.paths,
@@ -137,11 +143,22 @@ def compile_tenant(
 ) -> OciPlan:
     """Compile one more process for the container whose configuration is `config`.
 
-    Without capabilities of its own it has those of the container's process.
+    Without capabilities or umask of its own it has those of the container's process.
 
     Raises:
         ConfigWrong: with the key and runc's sentence.
     """
+    try:
+        return _compile_tenant(config, process, host, options)
+    except ConfigWrong as wrong:
+        # It is no container's init that runc would have found it in.
+        text = str(wrong).replace(IN_INIT, STARTING)
+        raise ConfigWrong(key=wrong.key, text=text) from None
+
+
+def _compile_tenant(
+    config: dict[str, Any], process: dict[str, Any], host: HostFacts, options: ExecOptions
+) -> OciPlan:
     check_tenant_keys(process)
     check_process(process, selinux=host.selinux)
     config = check_config(config)
@@ -150,6 +167,9 @@ def compile_tenant(
     spaces = compile_spaces(linux, host)
     if "capabilities" not in process and "capabilities" in config["process"]:
         process = {**process, "capabilities": config["process"]["capabilities"]}
+    user, umask = process.get("user", {}), config["process"].get("user", {}).get("umask")
+    if "umask" not in user and umask is not None:
+        process = {**process, "user": {**user, "umask": umask}}
     spec = compile_process(
         process,
         linux,
@@ -158,6 +178,7 @@ def compile_tenant(
         preserve_fds=options.preserve_fds,
         tenant=True,
     )
+    check_mapped(process, spaces.host_uids, spaces.host_gids)
     size = process.get("consoleSize", {})
     affinity = check_affinity(process.get("execCPUAffinity", {}))
     inside = _console(process, size, flags=0)

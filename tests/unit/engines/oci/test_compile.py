@@ -117,7 +117,7 @@ def test_the_smallest_configuration() -> None:
     }
     plan = plan_of(config)
     assert plan.new_spaces == 0
-    assert plan.process.capabilities == (0, 0, 0, 0, 0)
+    assert plan.process.capabilities is None
     assert [row.op for row in plan.inside] == [protocol.OP_ENTER]
     assert plan.inside[0].numbers[0] == 2  # chroot: there is no mount namespace
     assert not rows(plan.setup, protocol.OP_PROPAGATION)
@@ -306,7 +306,8 @@ class TestCgroup:
             ("linux/namespaces", spaces(*SPACES, "user", "cgroup")),
         )
         assert plan_of(edited(*base, ("process/user/uid", 7))).cgroup.owner == (100007, -1)
-        assert plan_of(edited(*base, ("process/user/uid", 99999))).cgroup.owner is None
+        with pytest.raises(ConfigWrong, match="cannot setuid to unmapped uid 99999"):
+            plan_of(edited(*base, ("process/user/uid", 99999)))
         read_only = [{**mount, "options": ["ro"]}]
         assert plan_of(edited(*base, ("mounts", read_only))).cgroup.owner is None
 
@@ -504,6 +505,21 @@ class TestTenant:
             ("TENANT", 0, ()),
         ]
         assert [short(row) for row in plan.inside] == [("CONSOLE", 0, (0, 0))]
+
+    def test_umask_of_the_container(self) -> None:
+        config = edited(("process/user/umask", 0o77))
+        process: dict[str, Any] = {"args": ["id"], "cwd": "/", "user": {"uid": 1}}
+        assert compile_tenant(config, process, HOST, self.OPTIONS).process.umask == 0o77
+        process["user"]["umask"] = 0
+        assert compile_tenant(config, process, HOST, self.OPTIONS).process.umask == 0
+
+    def test_sentence_of_no_init(self) -> None:
+        process = {"args": ["id"], "cwd": "/", "env": ["x"]}
+        with pytest.raises(ConfigWrong) as caught:
+            compile_tenant(edited(), process, HOST, self.OPTIONS)
+        assert str(caught.value) == (
+            "unable to start container process: invalid environment variable: missing '='"
+        )
 
     def test_own_capabilities(self) -> None:
         process = {"args": ["id"], "cwd": "/", "capabilities": {"bounding": ["CAP_CHOWN"]}}
