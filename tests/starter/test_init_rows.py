@@ -40,7 +40,8 @@ OUTSIDE = ("FS", "FSOPT", "TREE", "ATTR", "COPYUP", "PLACE", "REMOUNT", "MKNOD",
 WORDS = (
     b"", b"/", b".", b"..", b"/..", b"//", b"/proc", b"/proc/sys/x", b"/sys", b"/dev/null",
     b"a/" * 2000, b"x" * 300, b"/" + b"y" * 255 + b"/z", b"/loop", b"/link/made", b"tmpfs",
-    b"proc", b"mode", b"size=1", b"lo", b"net/ipv4/ip_forward", b"\xff\n", b"/" * 4095, b"overlay", b"fuse.x",
+    b"proc", b"mode", b"size=1", b"lo", b"net/ipv4/ip_forward", b"\xff\n", b"/" * 4095,
+    b"overlay", b"fuse.x",
 )  # fmt: skip
 NUMBERS = (0, 1, 2, 3, 4, 8, 0x20, 0x70, 0o20666, 1 << 20, 1 << 32 | 3, 1 << 63, (1 << 64) - 1)
 
