@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-from apptainer_py.base.errors import ApptainerError
 from apptainer_py.engines.oci import texts
 from apptainer_py.kernel import _container, _starter
 from apptainer_py.model import protocol
@@ -17,6 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from apptainer_py.base.errors import ApptainerError
     from apptainer_py.model.oci_plan import IdMap, OciPlan, ProcessSpec
     from apptainer_py.runtime.nest import Nest
 
@@ -341,7 +341,7 @@ def send_pidfd(socket: int, pid: int, kind: bytes) -> None:
 
 
 def seccomp_program(plan: OciPlan, environment: Mapping[str, str], uid: int) -> tuple[bytes, int]:
-    """Return the plan's seccomp filter and its flags, from the cache of this user if it is there."""
+    """Return the plan's seccomp filter and its flags, from the user's cache if it is there."""
     if plan.seccomp is None:
         return b"", 0
     from apptainer_py.host import seccomp
