@@ -58,6 +58,8 @@ def test_a_namespace_to_join(bed, bundle, kind):
     second = bed.create(bundle.args("true"))
     assert spaces_of(second.pid)[kind] == spaces_of(first.pid)[kind]
     second.delete("--force")
+    # A pid namespace does not end before the last of its processes is reaped.
+    second.wait()
 
 
 def test_a_user_namespace_to_join(bed, bundle):
@@ -103,7 +105,7 @@ def test_a_namespace_path_that_is_relative(bed, bundle):
 
 def test_an_unknown_namespace(bed, bundle):
     bundle.space("unheard")
-    assert 'namespace "unheard" does not exist' in bed.refused(bundle)
+    assert "does not exist" in bed.refused(bundle)
 
 
 def test_a_namespace_listed_twice(bed, bundle):
@@ -131,11 +133,9 @@ def test_id_maps(bed, bundle):
 
 def test_id_maps_of_many_lines(bed, bundle):
     """T-C05: more than fits into a small buffer."""
-    bundle.user_space(100000, 65536)
+    bundle.user_space(1000)
     for name in ("uidMappings", "gidMappings"):
-        bundle.linux[name] = [
-            {"containerID": n, "hostID": 100000 + n, "size": 1} for n in range(330)
-        ]
+        bundle.linux[name] = [{"containerID": n, "hostID": 1000 + n, "size": 1} for n in range(330)]
     said = bed.output(bundle.shell("wc -l </proc/self/uid_map; wc -l </proc/self/gid_map"))
     assert said.split() == ["330", "330"]
 
@@ -154,13 +154,13 @@ def test_maps_without_a_user_namespace(bed, bundle):
 
 def test_a_user_namespace_without_maps(bed, bundle):
     bundle.space("user")
-    assert "no namespace path to join nor mappings" in bed.refused(bundle)
+    assert "user namespaces enabled, but no" in bed.refused(bundle)
 
 
 def test_an_unmapped_user(bed, bundle):
     bundle.user_space(100000, 10)
     bundle.process["user"] = {"uid": 4242, "gid": 0}
-    assert "unmapped" in bed.refused(bundle) or "invalid argument"
+    assert "cannot setuid to unmapped uid 4242 in user namespace" in bed.refused(bundle)
 
 
 def test_devices_in_a_user_namespace(bed, bundle):
@@ -223,6 +223,7 @@ def test_dev_is_left_alone_when_it_is_a_bind(bed, bundle):
         one for one in bundle.config["mounts"] if not one["destination"].startswith("/dev")
     ]
     bundle.mount("/dev", "bind", str(folder), "bind")
+    bundle.linux["maskedPaths"] = []
     bed.output(bundle.args("true"))
     assert os.listdir(folder) == []
 
@@ -247,6 +248,9 @@ def test_a_device_has_mode_0666_by_default(bed, bundle):
 def test_a_default_device_that_is_configured(bed, bundle):
     device = {"path": "/dev/null", "type": "c", "major": 1, "minor": 3, "fileMode": 0o600}
     bundle.linux["devices"] = [device]
+    bundle.linux["resources"]["devices"].append(
+        {"allow": True, "type": "c", "major": 1, "minor": 3, "access": "rwm"}
+    )
     assert bed.output(bundle.args("stat", "-c", "%a", "/dev/null")) == "600\n"
 
 
@@ -269,7 +273,7 @@ def test_a_masked_directory(bed, bundle):
 
 
 def test_a_masked_path_that_is_not_there(bed, bundle):
-    bundle.linux["maskedPaths"] = ["/no/such", "/etc/passwd/below"]
+    bundle.linux["maskedPaths"] = ["/no/such", "/proc/no/such"]
     bed.output(bundle.args("true"))
 
 
