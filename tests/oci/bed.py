@@ -322,6 +322,22 @@ class Container:
             self.exit = code if code >= 0 else 128 - code
         return self.exit
 
+    def finish(self) -> None:
+        """Kill it, reap all its processes that have come to us, and delete it.
+
+        A pid namespace, and so its first process, ends when the last of its processes is reaped.
+        """
+        self.kill()
+
+        def gone() -> bool:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == self.pid:
+                self.exit = status
+            return pid == self.pid
+
+        eventually(gone, "the first process is reaped")
+        self.delete()
+
     def said(self) -> str:
         """Return what the payload has written to its standard output and error so far."""
         return self.output.read_text()
@@ -450,6 +466,8 @@ class Bed:
         """Delete everything that a test has made."""
         for name in self.ids:
             if (self.root / name).exists():
+                self.call("kill", name, "KILL")
+                reap()
                 self.call("delete", "--force", name)
         reap()
 

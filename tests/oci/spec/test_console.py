@@ -111,7 +111,7 @@ def test_exec_with_a_terminal(bed, bundle):
         master = receive()
     assert b"/dev/pts/" in said_on(master, b"end")
     os.close(master)
-    container.delete("--force")
+    container.finish()
 
 
 def test_the_pidfd_socket(bed, bundle):

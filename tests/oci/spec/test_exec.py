@@ -162,7 +162,7 @@ def test_detached(container, bed):
     assert sorted(json.loads(bed.good("ps", "-f", "json", container.id).stdout)) == sorted(
         [container.pid, pid]
     )
-    container.delete("--force")
+    container.finish()
 
 
 def test_standard_streams(container):
