@@ -34,12 +34,12 @@ static int set_number(int fs, const char *key, uint64_t number) {
     return set_string(fs, key, text);
 }
 
-/* Creates the super block and returns a detached mount, or -1. */
 /* Only root may leave set-user-id bits alive (--allow-setuid), and not in a user namespace. */
 static unsigned nosuid(const struct launch *l) {
     return l->flow == FLOW_ROOT && l->plan.flags & PLAN_SETUID ? 0 : MOUNT_ATTR_NOSUID;
 }
 
+/* Creates the super block and returns a detached mount, or -1. */
 static int make_mount(int fs, unsigned flags) {
     if (syscall(SYS_fsconfig, fs, FSCONFIG_CMD_CREATE, NULL, NULL, 0) < 0)
         return -1;

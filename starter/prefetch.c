@@ -1,5 +1,6 @@
-/* Reads ahead what the loader of a program will touch, so that the image server unpacks it while
- * the interpreters still start.  No privilege; whatever is odd is simply not read ahead. */
+/* Reads ahead what a launch and the loader of its program will touch, so that the image server
+ * unpacks while the interpreters still start.  No privilege; what is odd is not read ahead. */
+#include <dirent.h>
 #include <elf.h>
 #include <fcntl.h>
 #include <linux/openat2.h>
@@ -132,8 +133,45 @@ static void prefetch_file(int fd, struct wanted *w) {
     }
 }
 
+/* What every launch looks at before its payload starts: names first, as each is one question to
+ * the image server that would wait behind a block's unpacking. */
+static void prefetch_names(int root) {
+    static const char *const names[] = {
+        "etc/resolv.conf", "etc/hosts", "etc/localtime", "proc", "sys", "dev", "tmp", "var/tmp",
+        "home", "root", "bin/sh", ".singularity.d/runscript"};
+    static const char *const files[] = {"etc/passwd", "etc/group"};
+    static char content[BLOCK_BYTES];
+    int fd;
+    for (size_t i = 0; i < ARRAY_SIZE(names); i++) {
+        struct open_how how = {.flags = O_PATH | O_CLOEXEC,
+                               .resolve = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS};
+        fd = (int)syscall(SYS_openat2, root, names[i], &how, sizeof(how));
+        if (fd >= 0)
+            close(fd);
+    }
+    for (size_t i = 0; i < ARRAY_SIZE(files); i++)
+        if ((fd = open_inside(root, files[i])) >= 0) {
+            (void)!pread(fd, content, sizeof(content), 0);
+            close(fd);
+        }
+    fd = open_inside(root, ".singularity.d/env");
+    DIR *d = fd >= 0 ? fdopendir(fd) : NULL;
+    const struct dirent *e;
+    for (int n = 0; d && n < 32 && (e = readdir(d)) != NULL; n++) {
+        char path[NAME_BYTES + 32] = ".singularity.d/env/";
+        if (e->d_name[0] == '.')
+            continue;
+        append_text(path, sizeof(path), e->d_name);
+        if ((fd = open_inside(root, path)) >= 0) {
+            (void)!pread(fd, content, sizeof(content), 0);
+            close(fd);
+        }
+    }
+}
+
 void prefetch_program(int root_fd, const char *name) {
     static struct wanted w;
+    prefetch_names(root_fd);
     int fd = open_in_any(root_fd, program_directories, ARRAY_SIZE(program_directories), name);
     if (fd < 0)
         return;

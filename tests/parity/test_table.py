@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from apptainer_py.engines.apptainer import shellenv
 from tests import images
 from tests.parity import sample
 from tests.parity.place import make_place
@@ -104,3 +105,10 @@ def test_same(
     assert not stale, "these do not differ any more: take them out of the table"
     mine, theirs = explained(case, ours, real)
     assert mine == theirs
+
+
+def test_the_file_for_apps_is_known(tmp_path: Path) -> None:
+    tree = images.real_sandbox(tmp_path)
+    text = (tree / ".singularity.d/env/95-apps.sh").read_text()
+    assert "SINGULARITY_APPNAME" in text
+    assert shellenv._is_for_apps(text)

@@ -28,6 +28,8 @@ FUZZERS = {
     "fuzz_bearer": (),
     "fuzz_grants": (),
     "fuzz_image": ("report.c",),
+    "fuzz_process": (),
+    "fuzz_record": (),
     "fuzz_request": ("report.c",),
     "fuzz_rpc": ("report.c", "wire.c", "policy_mounts.c", *CONFIG),
 }
@@ -36,6 +38,8 @@ SHORT = {
     "fuzz_bearer": 10_000,
     "fuzz_grants": 500_000,
     "fuzz_image": 100_000,
+    "fuzz_process": 200_000,
+    "fuzz_record": 300_000,
     "fuzz_request": 2_000_000,
     "fuzz_rpc": 50_000,
 }
@@ -43,6 +47,8 @@ LONG = {
     "fuzz_bearer": 100_000,
     "fuzz_grants": 5_000_000,
     "fuzz_image": 300_000,
+    "fuzz_process": 1_500_000,
+    "fuzz_record": 3_000_000,
     "fuzz_request": 20_000_000,
     "fuzz_rpc": 400_000,
 }

@@ -7,7 +7,6 @@ import pwd
 
 from apptainer_py.base import log
 from apptainer_py.base.errors import BindError, LaunchError
-from apptainer_py.engines.apptainer import binds
 from apptainer_py.model import protocol
 from apptainer_py.model.plan import Mount
 
@@ -15,6 +14,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from apptainer_py.engines.apptainer import binds
     from apptainer_py.engines.apptainer.prepare import Prepared
     from apptainer_py.model.request import ActionRequest
     from apptainer_py.runtime.contexts import Facts, PrepareContext
@@ -175,6 +175,10 @@ def plan(prepared: Prepared, action: ActionRequest, context: PrepareContext) -> 
 
 
 def _user_binds(p: _Plan) -> list[binds.Bind]:
+    if not p.action.bind and not p.action.mount:
+        return []
+    from apptainer_py.engines.apptainer import binds
+
     found = binds.parse_all(p.action.bind, p.action.mount, p.cwd)
     if found and not p.configuration["user bind control"]:
         log.warning(

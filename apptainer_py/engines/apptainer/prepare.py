@@ -6,7 +6,7 @@ import os
 
 from apptainer_py.base import build, log
 from apptainer_py.base.errors import ApptainerError, LaunchError
-from apptainer_py.engines.apptainer import capabilities, environ, mounts, policy, process
+from apptainer_py.engines.apptainer import environ, mounts, policy, process
 from apptainer_py.image.detect import CannotOpen, open_image
 from apptainer_py.model import protocol
 from apptainer_py.model.plan import ContainerPlan
@@ -146,6 +146,8 @@ def check_options(action: ActionRequest, facts: Facts) -> None:
         return
     for option in ("keep_privs", "allow_setuid"):
         if getattr(action, option):
+            from apptainer_py.engines.apptainer import capabilities
+
             raise capabilities.RootOnly(option="--" + option.replace("_", "-"))
 
 
@@ -289,6 +291,10 @@ def check_hostname(name: str) -> str:
 
 def choose_capabilities(action: ActionRequest, facts: Facts) -> tuple[int, int, int, int, int]:
     """Return the payload's five capability sets."""
+    if facts.uid != 0 and not action.add_caps and not action.drop_caps:
+        return (0, 0, 0, 0, 0)
+    from apptainer_py.engines.apptainer import capabilities
+
     userns = facts.flow == protocol.FLOW_USERNS
     if facts.uid == 0:
         return capabilities.for_root(
@@ -301,11 +307,17 @@ def choose_capabilities(action: ActionRequest, facts: Facts) -> tuple[int, int, 
     )
 
 
+def _default_of_root(action: ActionRequest, default: str) -> str:
+    from apptainer_py.engines.apptainer import capabilities
+
+    return capabilities.default_of_root(action.asdict(), default)
+
+
 def choose_privileges(action: ActionRequest, facts: Facts) -> int:
     """Return the plan's flags about what the payload may gain: something for root alone."""
     default = str(facts.configuration["root default capabilities"])
     flags = 0
-    if facts.uid != 0 or capabilities.default_of_root(action.asdict(), default) == "no":
+    if facts.uid != 0 or _default_of_root(action, default) == "no":
         flags |= protocol.PLANFLAG_NO_NEW_PRIVS
     # In a namespace of its own root may not lift what the host's mounts have.
     if action.allow_setuid and facts.flow == protocol.FLOW_ROOT:

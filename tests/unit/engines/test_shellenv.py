@@ -5,6 +5,7 @@ import random
 import re
 import shutil
 import subprocess
+from binascii import crc32
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -956,6 +957,22 @@ def test_environment_of_an_image_from_docker(place: Path) -> None:
     assert found["PREFIXED"] == "/home/u/x"
     assert found["PS1"] == "Apptainer> "
     assert "NO_VALUE" in found
+
+
+@pytest.mark.parametrize("facts", ACTIONS)
+def test_the_file_for_apps_is_passed_over_where_it_does_nothing(
+    facts: Mapping[str, object], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {"10-docker2singularity.sh": DOCKER, "95-apps.sh": APPS, "99-base.sh": BASE}
+    read = answered(request_with(facts), files, place)
+    monkeypatch.setattr(shellenv, "_FOR_APPS", {len(APPS): crc32(APPS.encode())})
+    broken = {**files, "95-apps.sh": APPS.replace("fi\n", "no\n")}
+    assert answered(request_with(facts), files, place) == read
+    with pytest.raises(NotSimple):
+        answered(request_with(facts), broken, place)
+    chosen = {**files, "01-base.sh": "export SINGULARITY_APPNAME=foo\n"}
+    with pytest.raises(NotSimple):
+        answered(request_with(facts), chosen, place)
 
 
 @pytest.mark.parametrize(

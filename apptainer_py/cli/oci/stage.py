@@ -1,0 +1,42 @@
+"""Where a launch of the `oci` engine enters Python: its parser, its messages, its engine."""
+
+from __future__ import annotations
+
+from apptainer_py.base.errors import ApptainerError, UsageError
+from apptainer_py.cli.oci import report
+from apptainer_py.cli.oci.parse import parse_typed
+from apptainer_py.runtime import stages
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from apptainer_py.kernel._starter import StageInfo
+    from apptainer_py.model.oci_call import OciCall
+    from apptainer_py.runtime.stages import LoadBuiltin
+
+
+def run(info: StageInfo, load_builtin: LoadBuiltin) -> int:
+    """Run the launch; returns the exit status."""
+    calls: list[OciCall] = []
+
+    def parse(words: list[str], environment: Mapping[str, str]) -> OciCall:
+        call = parse_typed(words, environment, uid=info["uid"])
+        calls.append(call)
+        report.begin(call)
+        return call
+
+    def tell(error: ApptainerError) -> int:
+        if isinstance(error, UsageError):
+            from apptainer_py.cli.oci import help as texts
+
+            return texts.show(error)
+        return report.show(error, calls[0] if calls else None)
+
+    try:
+        return stages.run_caller(info, parse, load_builtin, tell)
+    except OSError as error:
+        # What no step has foreseen is still one line, in the form that clients read.
+        return tell(
+            ApptainerError(text=f"{(error.strerror or '').lower()}: {error.filename or ''}")
+        )
