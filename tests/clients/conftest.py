@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,13 +61,67 @@ def program(name: str) -> str:
     return found
 
 
+# The first process of a pid namespace: clients wait for what they have orphaned to be reaped at
+# once, and not every process 1 does so. All that a client leaves ends with it.
+REAPER = """
+import os, signal
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+os.write(1, b"ready")
+while True:
+    signal.sigwait({signal.SIGCHLD})
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
+"""
+
+
+class Household:
+    """Namespaces of mounts and processes in which a client runs."""
+
+    def __init__(self) -> None:
+        argv = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        self.process = subprocess.Popen(
+            [*argv, sys.executable, "-c", REAPER], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+        )
+        assert self.process.stdout is not None
+        assert self.process.stdout.read(5) == b"ready"
+        children = f"/proc/{self.process.pid}/task/{self.process.pid}/children"
+        self.first = int(Path(children).read_text())
+
+    def enter(self) -> list[str]:
+        """Return the words before a command that runs in it."""
+        return ["nsenter", "--target", str(self.first), "--mount", "--pid"]
+
+    def end(self) -> None:
+        """End all of it."""
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture(scope="session")
+def household(require_root: None) -> Iterator[Household]:
+    made = Household()
+    yield made
+    made.end()
+
+
 class Client:
     """A client of the runtime's, with everything that it writes below one directory."""
 
-    def __init__(self, place: Path, argv: list[str], environment: dict[str, str]) -> None:
+    def __init__(
+        self, household: Household, place: Path, name: str, environment: dict[str, str]
+    ) -> None:
+        self.household = household
         self.place = place
-        self.argv = argv
+        self.argv = [*household.enter(), name]
         self.environment = environment
+
+    def read(self, path: str) -> str:
+        """Return the content of a file as the client sees it."""
+        argv = [*self.household.enter(), "cat", path]
+        return subprocess.run(argv, capture_output=True, text=True, check=True).stdout
 
     def call(self, *words: str | Path, **how: Any) -> subprocess.CompletedProcess[str]:
         """Run a command of the client's."""
@@ -123,21 +178,24 @@ def containers_environment(place: Path, runtime_program: str) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def client_place(runtime: beds.Runtime) -> Iterator[Path]:
-    """A directory for one client with one runtime."""
-    made = Path(tempfile.mkdtemp(prefix=f"clients-{runtime.name}-", dir=beds.shared_folder()))
-    (made / "tmp").mkdir()
+    """A directory for the clients of one runtime.
+
+    Its name is short: with a longer one podman 4.3 waits twenty seconds for each container's end,
+    because the socket that conmon tells it on has a path that does not fit.
+    """
+    made = Path(tempfile.mkdtemp(prefix="apy", dir="/var/tmp"))
+    made.chmod(0o755)
     yield made
-    for point in sorted(beds.mounts_below(made), reverse=True):
-        subprocess.run(["umount", "--lazy", point], check=False, capture_output=True)
     shutil.rmtree(made, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
-def podman(runtime: beds.Runtime, client_place: Path) -> Iterator[Client]:
+def podman(runtime: beds.Runtime, client_place: Path, household: Household) -> Iterator[Client]:
     """podman with an image named busybox."""
-    place = client_place / "podman"
+    place = client_place / "p"
     (place / "tmp").mkdir(parents=True)
-    made = Client(place, [program("podman")], containers_environment(place, runtime.program))
+    environment = containers_environment(place, runtime.program)
+    made = Client(household, place, program("podman"), environment)
     made.good("pull", "--quiet", f"oci-archive:{images.archive()}")
     identifier = made.good("images", "--quiet", "--no-trunc").split()[0]
     made.good("tag", identifier, images.NAME)
@@ -147,12 +205,12 @@ def podman(runtime: beds.Runtime, client_place: Path) -> Iterator[Client]:
 
 
 @pytest.fixture(scope="session")
-def buildah(runtime: beds.Runtime, client_place: Path) -> Iterator[Client]:
+def buildah(runtime: beds.Runtime, client_place: Path, household: Household) -> Iterator[Client]:
     """buildah with an image named busybox."""
-    place = client_place / "buildah"
+    place = client_place / "b"
     (place / "tmp").mkdir(parents=True)
     environment = containers_environment(place, runtime.program)
-    made = Client(place, [program("buildah")], environment)
+    made = Client(household, place, program("buildah"), environment)
     made.good("pull", "--quiet", f"oci-archive:{images.archive()}")
     identifier = made.good("images", "--quiet", "--no-trunc").split()[0]
     made.good("tag", identifier, images.NAME)
@@ -179,14 +237,16 @@ disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.snapshotter.v1.z
 def containerd(runtime: beds.Runtime) -> Iterator[Client]:
     """ctr with a daemon of its own, an image, and the options that choose the runtime."""
     daemon, ctr = program("containerd"), program("ctr")
+    household = Household()
     # Paths of sockets are short.
     place = Path(tempfile.mkdtemp(prefix="apyc-", dir="/run"))
     (place / "config.toml").write_text(CONTAINERD.format(place=place))
     environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": str(place)}
     with open(place / "log", "w") as log:
-        argv = [daemon, "--config", str(place / "config.toml")]
+        argv = [*household.enter(), daemon, "--config", str(place / "config.toml")]
         process = subprocess.Popen(argv, env=environment, stdout=log, stderr=log)
-    made = Client(place, [ctr, "--address", str(place / "s")], environment)
+    made = Client(household, place, ctr, environment)
+    made.argv += ["--address", str(place / "s")]
     try:
         beds.eventually(
             lambda: made.call("version").returncode == 0, (place / "log").read_text()[-500:]
@@ -197,10 +257,8 @@ def containerd(runtime: beds.Runtime) -> Iterator[Client]:
             made.call("tasks", "delete", "--force", name)
             made.call("containers", "delete", name)
     finally:
-        process.terminate()
+        household.end()
         process.wait(timeout=30)
-        for point in sorted(beds.mounts_below(place), reverse=True):
-            subprocess.run(["umount", "--lazy", point], check=False, capture_output=True)
         shutil.rmtree(place, ignore_errors=True)
 
 

@@ -29,8 +29,8 @@ def test_a_dockerfile(build, buildah):
     assert "/tmp" in done.stdout.split("\n")
     name = buildah.good("from", "localhost/made").strip()
     folder = buildah.good("mount", name).strip()
-    with open(f"{folder}/one") as one, open(f"{folder}/tmp/two") as two:
-        assert (one.read(), two.read()) == ("one\n", "1000\n")
+    assert buildah.read(f"{folder}/one") == "one\n"
+    assert buildah.read(f"{folder}/tmp/two") == "1000\n"
     buildah.good("umount", name)
     buildah.good("rm", name)
 

@@ -99,8 +99,7 @@ def test_the_processes_of_a_task(containerd, running):
     lines = containerd.good("tasks", "ps", running).splitlines()
     assert len(lines) == 2
     pid = int(lines[1].split()[0])
-    with open(f"/proc/{pid}/cmdline") as stream:
-        assert stream.read() == "sleep\x00600\x00"
+    assert containerd.read(f"/proc/{pid}/cmdline") == "sleep\x00600\x00"
 
 
 def test_pause_and_resume(containerd, running):

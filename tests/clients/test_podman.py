@@ -151,7 +151,8 @@ def test_the_network_of_the_host(podman):
 
 def test_the_pid_namespace_of_the_host(podman):
     done = run(podman, "--pid", "host", images.NAME, "readlink", "/proc/self/ns/pid")
-    assert done.stdout.strip() == os.readlink("/proc/self/ns/pid"), done.stderr
+    expected = os.readlink(f"/proc/{podman.household.first}/ns/pid")
+    assert done.stdout.strip() == expected, done.stderr
 
 
 def test_a_user_namespace(podman):
@@ -246,10 +247,11 @@ def test_update(podman, detached):
         pytest.skip("did not run: this podman has no update")
     podman.good("update", "--memory", "32m", name)
     pid = inspected(podman, name, "{{.State.Pid}}")
-    group = [line.split(":")[2] for line in open(f"/proc/{pid}/cgroup") if ":memory:" in line]
+    lines = podman.read(f"/proc/{pid}/cgroup").splitlines()
+    group = [line.split(":")[2] for line in lines if ":memory:" in line]
     if group:
-        path = f"/sys/fs/cgroup/memory{group[0].strip()}/memory.limit_in_bytes"
-        assert open(path).read() == f"{32 << 20}\n"
+        path = f"/sys/fs/cgroup/memory{group[0]}/memory.limit_in_bytes"
+        assert podman.read(path) == f"{32 << 20}\n"
 
 
 def test_restart(podman, detached):
