@@ -133,5 +133,7 @@ NO_RETURN void caller_main(struct launch *l, int argc, char *const argv[]) {
         fail("this request is not for this starter", 0);
     step_end(STEP_KEEPER_START);
     start_init(l);
+    /* What it makes, cgroups and state, is for others to look at as far as the caller lets them. */
+    (void)umask(l->inherited.umask);
     stage_run(l, STAGE_MASTER);
 }

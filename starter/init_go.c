@@ -135,6 +135,23 @@ static void wait_if_asked(struct init *s) {
     init_close(&s->proc_fd);
 }
 
+/* The caller's too: whoever waits for the end of a pipe must not have to wait for `start`. */
+static void close_unlisted(const struct init *s) {
+    const int kept[] = {s->socket, s->passed, s->proc_fd};
+    unsigned from = 3 + s->process.header.keep_fds;
+    for (;;) {
+        unsigned next = ~0U;
+        for (size_t i = 0; i < ARRAY_SIZE(kept); i++)
+            if (kept[i] >= 0 && (unsigned)kept[i] >= from && (unsigned)kept[i] < next)
+                next = (unsigned)kept[i];
+        if (next > from)
+            (void)syscall(SYS_close_range, from, next == ~0U ? next : next - 1, 0);
+        if (next == ~0U)
+            return;
+        from = next + 1;
+    }
+}
+
 /* What is left is the channel and, to wait at the fifo, that and a procfs: a working directory that
  * names a descriptor of ours finds nothing (CVE-2024-21626). */
 static void close_the_rest(struct init *s) {
@@ -142,6 +159,7 @@ static void close_the_rest(struct init *s) {
     init_close(&s->host_proc_fd);
     if (s->passed < 0)
         init_close(&s->proc_fd);
+    close_unlisted(s);
 }
 
 static void become(struct init *s, enum go_step *step) {

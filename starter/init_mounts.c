@@ -20,8 +20,16 @@ enum tree_flag { TREE_RECURSIVE = 1, TREE_NO_FOLLOW = 2 };
 enum attr_flag { ATTR_RECURSIVE = 1 };
 enum place_flag { PLACE_FILE = 1, PLACE_COPY_MODE = 2, PLACE_BELOW_PROC = 4, PLACE_MAY_FAIL = 8 };
 /* Why a row failed, where errno does not say it. */
-enum why { WHY_ERRNO, WHY_CLEARED_LOCKED, WHY_LOCKED_ATIME, WHY_IS_ROOT, WHY_INSIDE_PROC,
-           WHY_NOT_ORDINARY };
+enum why {
+    WHY_ERRNO,
+    WHY_CLEARED_LOCKED,
+    WHY_LOCKED_ATIME,
+    WHY_IS_ROOT,
+    WHY_INSIDE_PROC,
+    WHY_PROC_NOT_ORDINARY,
+    WHY_SYSFS_NOT_ORDINARY,
+    WHY_NOT_PROC
+};
 
 bool row_is_plain(const struct op_request *q, uint32_t flags, int nums, bool first, bool second) {
     if (q->flags & ~flags || (q->length[0] > 0) != first || (q->length[1] > 0) != second)
@@ -225,7 +233,7 @@ static enum why check_place(struct init *s, const struct op_request *q, int targ
     }
     errno = EPERM;
     if (where == 1 && !hand_is(s, "proc") && (s->mount_fd < 0 || !is_proc(s->mount_fd)))
-        return WHY_INSIDE_PROC;
+        return WHY_NOT_PROC;
     if (where == 2 && !(q->flags & PLACE_BELOW_PROC))
         return WHY_INSIDE_PROC;
     errno = 0;
@@ -279,7 +287,8 @@ static int place_at(struct init *s, const struct op_request *q, int target, bool
 static int place(struct init *s, const struct op_request *q, struct op_reply *a) {
     bool made = false;
     if (check_ordinary(s, wire_string(q, 0)) < 0)
-        return init_failed_at(a, WHY_NOT_ORDINARY);
+        return init_failed_at(a, hand_is(s, "proc") ? WHY_PROC_NOT_ORDINARY
+                                                    : WHY_SYSFS_NOT_ORDINARY);
     int target = target_make(s->root_fd, wire_string(q, 0), is_directory_in_hand(s), &made);
     if (target < 0)
         return init_failed(a);

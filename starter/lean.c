@@ -18,7 +18,7 @@
 /* Above what --preserve-fds and LISTEN_FDS can mean: those numbers are the caller's. */
 #define FIRST_OWN_FD 1000
 /* Of the runtime specification: the newest whose configuration is understood. */
-#define SPEC_VERSION "1.3.0"
+#define SPEC_VERSION "1.2.1"
 
 __attribute__((noreturn)) static void fatal(struct lean *l, const char *what, const char *why) {
     if (l->log_fd < 0)

@@ -218,6 +218,33 @@ cdef extern from *:
         return fd;
     }
 
+    /* A copy of a mount as a container's namespace has it, by the caller's own right to reach it.
+     * Cloned there, its flags stay locked for the container; the process, which has one thread, is
+     * away for one system call, and comes back to its own root and directory. */
+    static int apy_tree_in(int space, const char *path, unsigned flags) {
+        int own = open("/proc/self/ns/mnt", O_RDONLY | O_CLOEXEC);
+        int here = open(".", O_PATH | O_DIRECTORY | O_CLOEXEC);
+        int root = open("/", O_PATH | O_DIRECTORY | O_CLOEXEC);
+        int fd = -1;
+        if (own >= 0 && here >= 0 && root >= 0 && setns(space, CLONE_NEWNS) == 0) {
+            fd = apy_open_tree(AT_FDCWD, path, flags);
+            int failed = errno;
+            if (setns(own, CLONE_NEWNS) < 0 || fchdir(root) < 0 || chroot(".") < 0 ||
+                fchdir(here) < 0)
+                abort();
+            errno = failed;
+        }
+        int failed = errno;
+        if (own >= 0)
+            close(own);
+        if (here >= 0)
+            close(here);
+        if (root >= 0)
+            close(root);
+        errno = failed;
+        return fd;
+    }
+
     static ssize_t apy_send_fd(int fd, const void *data, size_t size, int passed) {
         union { struct cmsghdr header; char space[CMSG_SPACE(sizeof(int))]; } control;
         struct iovec part = {(void *)(uintptr_t)data, size};
@@ -334,6 +361,7 @@ cdef extern from *:
     void apy_end_child(int pid)
     int apy_connect(const char *path)
     int apy_socket_in(int space, int family, int type, int protocol)
+    int apy_tree_in(int space, const char *path, unsigned flags)
     ssize_t apy_send_fd(int fd, const void *data, size_t size, int passed)
     const char *apy_seccomp_open()
 
@@ -480,6 +508,14 @@ def umount2(bytes target not None, int flags):
 def open_tree(int directory, bytes path not None, unsigned flags):
     """Return a descriptor of a mount, or with OPEN_TREE_CLONE of a copy; close-on-exec."""
     cdef int fd = apy_open_tree(directory, _text(path, "the path"), flags)
+    if fd < 0:
+        raise _failed(path)
+    return fd
+
+
+def tree_in(int space, bytes path not None, unsigned flags):
+    """Return what open_tree() does, in the mount namespace of a descriptor."""
+    cdef int fd = apy_tree_in(space, _text(path, "the path"), flags)
     if fd < 0:
         raise _failed(path)
     return fd

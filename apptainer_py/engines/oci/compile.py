@@ -8,7 +8,12 @@ from apptainer_py.engines.oci import mounts as mount_words
 from apptainer_py.engines.oci.devices import compile_devices
 from apptainer_py.engines.oci.keys import ConfigWrong
 from apptainer_py.engines.oci.mounts import MountCompiler
-from apptainer_py.engines.oci.process import check_affinity, compile_process, compile_rlimits
+from apptainer_py.engines.oci.process import (
+    check_affinity,
+    check_mapped,
+    compile_process,
+    compile_rlimits,
+)
 from apptainer_py.engines.oci.spaces import (
     NEWCGROUP,
     NEWNET,
@@ -103,6 +108,7 @@ def compile_bundle(
         preserve_fds=options.preserve_fds,
         tenant=False,
     )
+    check_mapped(process, spaces.host_uids, spaces.host_gids)
     size = process.get("consoleSize", {})
     return OciPlan(
         join_paths=spaces.paths,
@@ -158,6 +164,7 @@ def compile_tenant(
         preserve_fds=options.preserve_fds,
         tenant=True,
     )
+    check_mapped(process, spaces.host_uids, spaces.host_gids)
     size = process.get("consoleSize", {})
     affinity = check_affinity(process.get("execCPUAffinity", {}))
     inside = _console(process, size, flags=0)

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from apptainer_py.runtime.nest import Nest
 
 _CONFIG_BYTES = 64 << 20
+_CAP_SYS_ADMIN = 21
+_LIMITS = "error during container init: error setting rlimits for ready process: "
 _CLONE_NEWUSER = 0x10000000
 
 
@@ -186,7 +188,8 @@ class Creation:
         nest.row(plan.mapped)
 
     def _assemble(self, nest: Nest) -> None:
-        self.passed = steps.Passed(self.plan, self.pid)
+        reaches_more = not self.host.rootless and bool(self.host.permitted >> _CAP_SYS_ADMIN & 1)
+        self.passed = steps.Passed(self.plan, self.pid, reaches_more=reaches_more)
         for row in (*self.plan.setup, *self.plan.assemble):
             self.passed.send(nest, row)
         nest.settle()
@@ -233,7 +236,7 @@ class Creation:
         frames = self.hook_state.frames(self.plan.hooks, "startContainer", "created")
         data = process_frame(spec, self.program[0], frames, program_flags=self.program[1])
         steps.send_frame(nest, Row(op=protocol.OP_PROCESS), data, "process")
-        steps.set_limits(self.pid, self.plan.rlimits, "error setting rlimits for ready process: ")
+        steps.set_limits(self.pid, self.plan.rlimits, _LIMITS)
 
     def _record_created(self) -> None:
         assert self.state is not None

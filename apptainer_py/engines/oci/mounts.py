@@ -490,7 +490,18 @@ class MountCompiler:
                 recursive = ATTR_ROW_RECURSIVE if kind & REC else 0
                 numbers = (0, 0, kind & ~REC)
                 self._add(protocol.OP_ATTR, says, flags=recursive, numbers=numbers)
+        says = says.partition(": mount src=")[0] + self._place_says(options, place)
         self._add(protocol.OP_PLACE, says, place, flags=flags, numbers=(last,))
+
+    def _place_says(self, options: MountOptions, place: str) -> str:
+        """What fails last is nearly always to make what the mount goes on."""
+        text = f": create mountpoint for {place} mount: "
+        where = self._root + place
+        if place == "/proc" and options.flags & BIND:
+            # That it is no procfs is what init refuses here.
+            text += f"check proc-safety of {place} mount: {quoted(where)} cannot be mounted because"
+            return text + " it is not of type proc"
+        return text + f"make mountpoint {quoted(place)}: mkdirat {where}: {{error}}"
 
     def _attr(
         self, says: str, to_set: int, to_clear: int, *, explicit: int = 0, flags: int = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from apptainer_py.engines.oci.keys import ConfigWrong
+from apptainer_py.engines.oci.spaces import outside
 from apptainer_py.engines.oci.texts import IN_INIT, path_bytes, quoted
 from apptainer_py.model import protocol
 from apptainer_py.model.oci_plan import ProcessSpec
@@ -11,7 +12,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from apptainer_py.model.oci_plan import HostFacts
+    from apptainer_py.model.oci_plan import HostFacts, IdMap
 
 CAPABILITIES = {
     f"CAP_{name[11:]}": number
@@ -100,7 +101,7 @@ def compile_process(
         gid=gid,
         groups=None if host.rootless else tuple(user.get("additionalGids", ())),
         umask=user.get("umask", None if tenant else _DEFAULT_UMASK),
-        capabilities=_capabilities(process.get("capabilities", {}), host, warnings),
+        capabilities=_capabilities(process.get("capabilities"), host, warnings),
         no_new_privileges=process.get("noNewPrivileges", False),
         apparmor_profile=process.get("apparmorProfile", ""),
         selinux_label=process.get("selinuxLabel", ""),
@@ -155,6 +156,25 @@ def check_affinity(affinity: dict[str, Any]) -> tuple[str, str]:
     return affinity.get("initial", ""), affinity.get("final", "")
 
 
+def check_mapped(process: dict[str, Any], uids: tuple[IdMap, ...], gids: tuple[IdMap, ...]) -> None:
+    """Check that a process in a user namespace with these maps can have its ids.
+
+    Raises:
+        ConfigWrong: one is not mapped.
+    """
+    user = process.get("user", {})
+    uid, gid = user.get("uid", 0), user.get("gid", 0)
+    text = ""
+    if gids and any(outside(gids, group) is None for group in user.get("additionalGids", ())):
+        text = "setgroups: invalid argument"
+    elif gids and outside(gids, gid) is None:
+        text = f"cannot setgid to unmapped gid {gid} in user namespace"
+    elif uids and outside(uids, uid) is None:
+        text = f"cannot setuid to unmapped uid {uid} in user namespace"
+    if text:
+        raise ConfigWrong(key="process.user", text=f"{IN_INIT}unable to setup user: {text}")
+
+
 def _check_ids(uid: int, gid: int, groups: tuple[int, ...], host: HostFacts) -> None:
     text = ""
     if uid == _NO_ID:
@@ -204,9 +224,11 @@ def _environment(words: list[str]) -> tuple[bytes, ...]:
 
 
 def _capabilities(
-    sets: dict[str, list[str]], host: HostFacts, warnings: list[str]
-) -> tuple[int, int, int, int, int]:
-    """Without the key, all are dropped; a name that this kernel lacks is only warned of."""
+    sets: dict[str, list[str]] | None, host: HostFacts, warnings: list[str]
+) -> tuple[int, int, int, int, int] | None:
+    """Without the key none is dropped, as by runc; a name that this kernel lacks is warned of."""
+    if sets is None:
+        return None
     unknown: set[str] = set()
     masks: dict[str, int] = {}
     for name in _SETS:

@@ -7,7 +7,6 @@ import os
 
 from apptainer_py.base.errors import ApptainerError
 from apptainer_py.engines.oci import texts
-from apptainer_py.engines.oci.facts import read_file
 from apptainer_py.kernel import _container, _starter
 from apptainer_py.model import protocol
 from apptainer_py.model.oci_plan import Row
@@ -26,6 +25,9 @@ _NAMES = {
     0x00020000: "mnt", 0x02000000: "cgroup", 0x04000000: "uts", 0x08000000: "ipc",
     0x10000000: "user", 0x20000000: "pid", 0x40000000: "net", 0x00000080: "time",
 }  # fmt: skip
+_NEWNS, _NEWUSER = 0x00020000, 0x10000000
+_OPEN_TREE_CLONE = 1
+_AT_SYMLINK_NOFOLLOW, _AT_EMPTY_PATH, _AT_RECURSIVE = 0x100, 0x1000, 0x8000
 _RESOLVE_IN_ROOT = 0x10
 _PASSWD_BYTES = 1 << 20
 
@@ -99,17 +101,74 @@ def send_frame(nest: Nest, row: Row, frame: bytes, name: str) -> tuple[int, int]
 class Passed:
     """The descriptors that rows name, made when the first row wants one."""
 
-    def __init__(self, plan: OciPlan, pid: int) -> None:
+    def __init__(self, plan: OciPlan, pid: int, *, reaches_more: bool = False) -> None:
         self._maps = {name: (uids, gids) for name, uids, gids in plan.idmaps}
         self._pid = pid
         self._open: dict[str, int] = {}
+        # A container with ids of its own cannot reach all that its maker can, nor map ids of it:
+        # then the sources of binds are opened here.
+        spaces = plan.new_spaces
+        for kind, _ in plan.join_paths:
+            spaces |= kind
+        wanted = _NEWUSER | _NEWNS
+        self._opens_sources = reaches_more and spaces & wanted == wanted
+        self._held: tuple[Row, int] | None = None
 
     def send(self, nest: Nest, row: Row) -> None:
         """Send a row, with its descriptor if it names one."""
+        if self._opens_sources:
+            if self._held and row.op == protocol.OP_ATTR and row.fd:
+                self._map_held(row)
+                return
+            self._send_held(nest)
+            if row.op == protocol.OP_TREE and row.first is not None:
+                # Those before it may have mounted what it is a path through.
+                nest.settle()
+                self._held = (row, self._source(row))
+                return
         nest.row(row, self._descriptor(row.fd) if row.fd else -1)
+
+    def _send_held(self, nest: Nest) -> None:
+        if self._held:
+            row, fd = self._held
+            self._held = None
+            try:
+                nest.row(row.replace(first=None, flags=0), fd)
+            finally:
+                os.close(fd)
+
+    def _source(self, row: Row) -> int:
+        flags = _OPEN_TREE_CLONE | os.O_CLOEXEC
+        flags |= _AT_RECURSIVE if row.flags & 1 else 0
+        flags |= _AT_SYMLINK_NOFOLLOW if row.flags & 2 else 0
+        try:
+            if "mnt" not in self._open:
+                path = f"/proc/{self._pid}/ns/mnt"
+                self._open["mnt"] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            return _container.tree_in(self._open["mnt"], row.first or b"", flags)
+        except OSError as error:
+            raise _failed_here(row, error) from None
+
+    def _map_held(self, row: Row) -> None:
+        assert self._held is not None
+        flags = _AT_EMPTY_PATH | (_AT_RECURSIVE if row.flags & 1 else 0)
+        try:
+            _container.mount_setattr(
+                self._held[1],
+                b"",
+                flags,
+                attr_set=row.numbers[0],
+                attr_clear=0,
+                userns_fd=self._descriptor(row.fd),
+            )
+        except OSError as error:
+            raise _failed_here(row, error) from None
 
     def close(self) -> None:
         """Close what was made; what is in flight has it already."""
+        if self._held:
+            os.close(self._held[1])
+            self._held = None
         for fd in self._open.values():
             os.close(fd)
         self._open.clear()
@@ -129,6 +188,11 @@ class Passed:
             return os.open(name, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise StartFailed(reason=f"{name}: {reason_of(error)}") from None
+
+
+def _failed_here(row: Row, error: OSError) -> StartFailed:
+    text = texts.row_failed(row, protocol.ERR_SYSTEM, error.errno or 0)
+    return StartFailed(reason=f"error during container init: {text}")
 
 
 def _lines(maps: Sequence[IdMap]) -> bytes:

@@ -10,9 +10,8 @@ from apptainer_py.model import protocol
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from apptainer_py.runtime.nest import RowFailed
-
     from apptainer_py.model.oci_plan import Row
+    from apptainer_py.runtime.nest import RowFailed
 
 # What stands before every failure that runc meets after it has started the container's first
 # process; many a value is wrong for runc only there, while compiling sees it before anything is.
@@ -22,19 +21,52 @@ IN_INIT = f"{STARTING}error during container init: "
 
 _LONGEST_PATH = 4095
 
+# Values of replies.
+_LOCKED = {
+    1: "cannot clear locked flags: operation not permitted",
+    2: "cannot change locked atime flags: operation not permitted",
+}
+_IS_ROOT = 3
+_IN_PROC = {4: "inside /proc", 7: "not of type proc"}
+_NOT_ORDINARY = {5: "proc", 6: "sysfs"}
+_ENTER_CWD = 3
+
 
 def row_failure(failed: RowFailed) -> str:
     """Return runc's sentence for a row that was refused, without what stands before it."""
-    return row_failed(failed.row, failed.code, failed.errno)
+    return row_failed(failed.row, failed.code, failed.errno, failed.value)
 
 
-def row_failed(row: Row, code: int, errno: int) -> str:
-    """Return the same for a row, an ERR_* and an errno."""
+def row_failed(row: Row, code: int, errno: int, value: int = 0) -> str:
+    """Return the same for a row, and an ERR_*, an errno and the value of its reply."""
+    if code == protocol.ERR_SYSTEM and (why := _reason(row, value)):
+        mount, _, _ = row.says.partition(": mount src=")
+        return f"{mount}: {why}" if row.op != protocol.OP_ENTER else f"{why}{errno_text(errno)}"
     if row.op == protocol.OP_SYSCTL and errno == ENOENT:
         name = (row.first or b"").decode().replace("/", ".")
         return f"open sysctl {name} file: {errno_text(errno)}"
     error = errno_text(errno) if errno else protocol.ERR_TEXTS.get(code, "unknown error")
     return row.says.replace("{error}", error)
+
+
+def _reason(row: Row, value: int) -> str:
+    """Return what starter/init_mounts.c and init_enter.c say by a number (enum why), or ""."""
+    place = os.fsdecode(row.first or b"")
+    if row.op == protocol.OP_ENTER:
+        return f"mkdir {place}: " if value == _ENTER_CWD else ""
+    if row.op == protocol.OP_ATTR:
+        return _LOCKED.get(value, "")
+    if row.op != protocol.OP_PLACE:
+        return ""
+    if value in _NOT_ORDINARY:
+        return f"filesystem {quoted(_NOT_ORDINARY[value])} must be mounted on ordinary directory"
+    create = f"create mountpoint for {place} mount: "
+    if value == _IS_ROOT:
+        return f"{create}mountpoint {quoted(place)} is on the top of rootfs"
+    if value not in _IN_PROC:
+        return ""
+    safety = f"check proc-safety of {place} mount: {quoted(place)} cannot be mounted because it is"
+    return f"{create}{safety} {_IN_PROC[value]}"
 
 
 def errno_text(number: int) -> str:

@@ -168,6 +168,12 @@ def remove_directory(path: str) -> None:
     raise CgroupError(text=f"failed to remove paths: rmdir {path}: {why(last)}", errno=last.errno)
 
 
+def _can_be_made(path: str) -> bool:
+    while not os.path.isdir(path):
+        path = path.rpartition("/")[0]
+    return os.access(path, os.W_OK)
+
+
 class Manager:
     """The control groups of one container.
 
@@ -292,7 +298,11 @@ class Manager:
         """Return the rows for a mount of type cgroup at `target` in the container."""
         from apptainer_py.host.cgroups.mounting import rows_for
 
-        return rows_for(self.paths, target, options, private_namespace=private_ns)
+        paths = self.paths
+        if self.rootless:
+            # This is asked before create() finds out; who may make none stays where he is.
+            paths = {name: path for name, path in paths.items() if _can_be_made(path)}
+        return rows_for(paths, target, options, private_namespace=private_ns)
 
     def _own_paths(self) -> list[str]:
         # Co-mounted controllers share a directory.

@@ -81,7 +81,9 @@ def _hierarchy_rows(
         return [
             Row(op=protocol.OP_TREE, flags=_RECURSIVE, first=_bytes(shown), says=says),
         ]
-    rows = [Row(op=protocol.OP_FS, first=b"cgroup", second=b"cgroup", says=says)]
+    named = one.controllers[0].startswith("name=")
+    source = b"systemd" if named else b"cgroup"
+    rows = [Row(op=protocol.OP_FS, first=b"cgroup", second=source, says=says)]
     for word in one.controllers:
         if word.startswith("name="):
             rows.append(Row(op=protocol.OP_FSOPT, first=b"none", says=says))

@@ -537,6 +537,16 @@ def test_rows_of_a_mount(monkeypatch, private):
     assert ops[-1] == protocol.OP_REMOUNT
 
 
+def test_who_may_make_no_group_is_shown_his_own(monkeypatch, tmp_path):
+    monkeypatch.setattr(mounting, "find_tree", lambda: parse_tree(HYBRID, HYBRID_OWN))
+    monkeypatch.setattr(driver.os, "access", lambda path, mode: path == str(tmp_path))
+    paths = {"memory": f"{tmp_path}/box", "cpu": "/proc/box", "cpuacct": "/proc/box"}
+    rows = V1(wish(), paths, rootless=True).mount_rows("/x", [], private_ns=False)
+    trees = [row.first.decode() for row in rows if row.op == protocol.OP_TREE]
+    assert trees[0] == "/sys/fs/cgroup/cpu,cpuacct"
+    assert trees[1] == f"{tmp_path}/box"
+
+
 def test_rows_of_a_mount_of_cgroup2(monkeypatch):
     monkeypatch.setattr(mounting, "find_tree", lambda: parse_tree(UNIFIED, "0::/me\n"))
     rows = mounting.rows_for({"": "/sys/fs/cgroup/box"}, "/x", [], private_namespace=True)

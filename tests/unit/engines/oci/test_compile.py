@@ -91,7 +91,7 @@ def test_bundle_of_runc_spec() -> None:
         ("MKNOD", 0, (0o20666, 5 << 32, 0, 0), "/dev/tty"),
         ("MKNOD", 0, (0o20666, 1 << 32 | 5, 0, 0), "/dev/zero"),
         ("MKNOD", 0, (0o20666, 1 << 32 | 9, 0, 0), "/dev/urandom"),
-        ("LINK", 0, (), "pts/ptmx", "/dev/ptmx"),
+        ("LINK", 1, (), "pts/ptmx", "/dev/ptmx"),
         ("LINK", 0, (), "/proc/self/fd", "/dev/fd"),
         ("LINK", 0, (), "/proc/self/fd/0", "/dev/stdin"),
         ("LINK", 0, (), "/proc/self/fd/1", "/dev/stdout"),
@@ -117,7 +117,7 @@ def test_the_smallest_configuration() -> None:
     }
     plan = plan_of(config)
     assert plan.new_spaces == 0
-    assert plan.process.capabilities == (0, 0, 0, 0, 0)
+    assert plan.process.capabilities is None
     assert [row.op for row in plan.inside] == [protocol.OP_ENTER]
     assert plan.inside[0].numbers[0] == 2  # chroot: there is no mount namespace
     assert not rows(plan.setup, protocol.OP_PROPAGATION)
@@ -306,7 +306,8 @@ class TestCgroup:
             ("linux/namespaces", spaces(*SPACES, "user", "cgroup")),
         )
         assert plan_of(edited(*base, ("process/user/uid", 7))).cgroup.owner == (100007, -1)
-        assert plan_of(edited(*base, ("process/user/uid", 99999))).cgroup.owner is None
+        with pytest.raises(ConfigWrong, match="cannot setuid to unmapped uid 99999"):
+            plan_of(edited(*base, ("process/user/uid", 99999)))
         read_only = [{**mount, "options": ["ro"]}]
         assert plan_of(edited(*base, ("mounts", read_only))).cgroup.owner is None
 

@@ -126,6 +126,29 @@ class TestTexts:
         row = Row(op=protocol.OP_FS, says="{x}: {error}")
         assert texts.row_failed(row, protocol.ERR_SYSTEM, 1) == "{x}: operation not permitted"
 
+    @pytest.mark.parametrize(
+        ("value", "shown"),
+        [
+            (0, ": mount src=a, dst=/y: operation not permitted"),
+            (3, ': create mountpoint for /y mount: mountpoint "/y" is on the top of rootfs'),
+            (
+                4,
+                ": create mountpoint for /y mount: check proc-safety of /y mount:"
+                ' "/y" cannot be mounted because it is inside /proc',
+            ),
+            (5, ': filesystem "proc" must be mounted on ordinary directory'),
+        ],
+    )
+    def test_why_a_place_is_refused(self, value: int, shown: str) -> None:
+        says = 'error mounting "a" to rootfs at "/y": mount src=a, dst=/y: {error}'
+        row = Row(op=protocol.OP_PLACE, first=b"/y", says=says)
+        text = texts.row_failed(row, protocol.ERR_SYSTEM, 1, value)
+        assert text == f'error mounting "a" to rootfs at "/y"{shown}'
+
+    def test_a_working_directory_that_cannot_be(self) -> None:
+        row = Row(op=protocol.OP_ENTER, first=b"/f/x", says="jailing: {error}")
+        assert texts.row_failed(row, protocol.ERR_SYSTEM, 20, 3) == "mkdir /f/x: not a directory"
+
     def test_missing_sysctl(self) -> None:
         row = Row(op=protocol.OP_SYSCTL, first=b"net/nope", says="write: {error}")
         assert texts.row_failed(row, protocol.ERR_SYSTEM, 2) == (
