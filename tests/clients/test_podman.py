@@ -115,7 +115,8 @@ def test_limits(podman):
 
 
 def test_ulimits(podman):
-    done = run(podman, "--ulimit", "nofile=100:200", images.NAME, "sh", "-c", "ulimit -n; ulimit -Hn")
+    options = ["--ulimit", "nofile=100:200", "--ulimit", "nproc=4096:4096"]
+    done = run(podman, *options, images.NAME, "sh", "-c", "ulimit -n; ulimit -Hn")
     assert done.stdout.split() == ["100", "200"], done.stderr
 
 
