@@ -391,7 +391,10 @@ class BuildProduct(Command):
 
     def _compile_init(self, compiler: Compiler, folder: Path) -> None:
         shared = [folder / f"{stem}.c" for stem in INIT_SHARED]
-        compiler.static_program("starter-init", [*sorted(folder.glob("init*.c")), *shared])
+        files = [*sorted(folder.glob("init*.c")), *shared]
+        compiler.static_program("starter-init", files)
+        if self.steps:
+            compiler.static_program("starter-init-steps", files, "-DAPY_TEST_STEPS")
 
     def _copy_modules(self, tree: Path) -> None:
         for module in (tree / "apptainer_py").rglob("*.so"):

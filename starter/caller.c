@@ -13,7 +13,11 @@
 
 #include "starter.h"
 
+#ifdef APY_TEST_STEPS
+#define INIT_FILE APY_LIBEXECDIR "/starter-init-steps"
+#else
 #define INIT_FILE APY_LIBEXECDIR "/starter-init"
+#endif
 /* Above what --preserve-fds and LISTEN_FDS can mean: those numbers are the caller's. */
 #define FIRST_OWN_FD 1000
 
@@ -76,7 +80,10 @@ static void restore_signals(struct launch *l) {
 
 NO_RETURN static void become_init(struct launch *l, pid_t master) {
     char digits[16], name[] = "apptainer-py-init";
-    char *arguments[] = {name, NULL, NULL}, *environment[] = {NULL};
+    char *arguments[] = {name, NULL, NULL}, *environment[] = {NULL, NULL};
+#ifdef APY_TEST_STEPS
+    environment[0] = test_variable(); /* where it is to die */
+#endif
     step_begin(STEP_EXEC_INIT);
     int program = sealed_copy();
     if (program < 0)

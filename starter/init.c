@@ -56,8 +56,8 @@ int init_send_reply(const struct init *s, const struct op_reply *a, int fd) {
 }
 
 NO_RETURN static void abandon(int code) {
-    report("FATAL:   ", code == ERR_PHASE   ? "a row came outside its phase; the launch is abandoned"
-                        : code == ERR_TIMES ? "a row came once too often; the launch is abandoned"
+    report("FATAL:   ", code == ERR_PHASE   ? "a row outside its phase; the launch is abandoned"
+                        : code == ERR_TIMES ? "a row once too often; the launch is abandoned"
                                             : "a row is malformed; the launch is abandoned");
     _exit(254);
 }
@@ -77,7 +77,9 @@ static const struct row *find_row(const struct init *s, const struct op_request 
 
 static void run_row(struct init *s, const struct op_request *q, struct op_reply *a) {
     const struct row *row = find_row(s, q);
+    step_operation(q->op, false);
     a->code = row->run(s, q, a);
+    step_operation(q->op, true);
     if (a->code == ERR_MALFORMED)
         abandon(ERR_MALFORMED);
     if (a->code != ERR_OK)
@@ -136,6 +138,9 @@ int main(int argc, char *argv[]) {
         fcntl(s->socket, F_SETFD, FD_CLOEXEC) < 0)
         fail("starter-init is not for direct use; run apptainer-py-oci", 0);
     init_shield(s);
+#ifdef APY_TEST_STEPS
+    test_read_environment();
+#endif
     (void)umask(022);
     while (serve(s))
         ;

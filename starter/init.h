@@ -14,7 +14,15 @@
 #include "starter.h"
 
 /* In the order of a launch; rows name the phases that they belong to, and where they lead. */
-enum init_phase { SPACES = 1, BORN = 2, SETUP = 4, ASSEMBLE = 8, INSIDE = 16, READY = 32, DONE = 64 };
+enum init_phase {
+    SPACES = 1,
+    BORN = 2,
+    SETUP = 4,
+    ASSEMBLE = 8,
+    INSIDE = 16,
+    READY = 32,
+    DONE = 64
+};
 
 #define INIT_JOINS 16
 
@@ -25,7 +33,7 @@ struct init {
     bool forerunner_ends;              /* SPACES is done: init serves from here */
     bool silent;                       /* this row is answered by another process */
     /* of the row at hand */
-    int passed;                        /* descriptor that came with it; a row that keeps it puts -1 */
+    int passed;                        /* came with it; a row that keeps it puts -1 */
     int fd_out;                        /* goes with the reply and is closed, or -1 */
     /* init_spaces.c */
     int joins[INIT_JOINS];             /* namespaces that wait for the user namespace */
@@ -34,7 +42,7 @@ struct init {
     bool offsets_given;
     int64_t offsets[4];                /* monotonic s, ns, boottime s, ns */
     int late_spaces;                   /* CLONE_NEW* kinds that init makes when it has its ids */
-    int host_proc_fd;                  /* the host's procfs, pinned before anything is joined, or -1 */
+    int host_proc_fd;                  /* the host's procfs, pinned before any join, or -1 */
     bool tenant;                       /* one more process in a container (exec) */
     /* of the container */
     int proc_fd;                       /* procfs that no mount of the container covers, or -1 */

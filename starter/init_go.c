@@ -128,6 +128,7 @@ static int check_fifo(const struct init *s, enum go_step *step) {
 static void wait_if_asked(struct init *s) {
     if (s->passed < 0)
         return;
+    step_begin(STEP_GO);
     init_close(&s->socket);
     if (wait_for_start(s->passed, s->proc_fd) < 0)
         die("cannot wait for the start: ", "exec.fifo", errno);
@@ -188,6 +189,7 @@ static void become(struct init *s, enum go_step *step) {
     (void)sigaction(SIGPIPE, &before, NULL);
     if (hooks_before_start(p, variables) < 0)
         _exit(255);
+    step_begin(STEP_EXEC_PAYLOAD);
     (void)execve(program, arguments, variables);
     die("exec ", program, errno); /* started, and over: as runc, this is the container's own end */
 }

@@ -40,7 +40,7 @@ static int run_at_root(const struct init *s, const char *frame, size_t size) {
     return failed;
 }
 
-/* RUN_HOOKS(memfd with a frame of hook.h): the value of a failed one is the hook's number, from 1. */
+/* RUN_HOOKS(memfd with a frame of hook.h).  The value of a failed one is its number, from 1. */
 int init_run_hooks(struct init *s, const struct op_request *q, struct op_reply *a) {
     struct stat st;
     if (s->passed < 0 || q->flags != 0)
@@ -64,10 +64,12 @@ int hooks_before_start(const struct process *p, char *const envp[]) {
     if (p->header.count[PROCESS_HOOKS] == 0 ||
         hook_run(frame, size, getpid(), envp, &result) == 0)
         return 0;
-    char text[1024] = "error running startContainer hook #";
+    static char text[HOOK_TEXT_BYTES + 128] = "error running startContainer hook #";
     append_number(text, sizeof(text), result.failed - 1);
     append_text(text, sizeof(text), ": ");
-    append_escaped(text, sizeof(text), result.text, strnlen(result.text, sizeof(result.text)));
-    report("", text);
+    append_text(text, sizeof(text), result.text);
+    append_text(text, sizeof(text), "\n");
+    ssize_t ignored = write(STDERR_FILENO, text, strlen(text));
+    (void)ignored;
     return -1;
 }

@@ -191,6 +191,7 @@ int init_spaces(struct init *s, const struct op_request *q, struct op_reply *a) 
         return init_failed(a);
     if (pid == 0) {
         init_shield(s);
+        trace_set_role(ROLE_INIT);
         s->silent = true;
         return ERR_OK;
     }

@@ -117,7 +117,7 @@ void process_strings(const struct process *p, enum process_part part, char **out
     size_t size;
     const char *at = process_bytes(p, part, &size);
     for (uint32_t i = 0; i < p->header.count[part]; i++) {
-        memcpy(&out[i], &at, sizeof(at)); /* execve(2) takes strings that it never writes as char * */
+        memcpy(&out[i], &at, sizeof(at)); /* execve(2) takes as char * what it never writes */
         at += strlen(at) + 1;
     }
     out[p->header.count[part]] = NULL;

@@ -46,7 +46,7 @@ enum process_part {
     PROCESS_ENV,                         /* strings */
     PROCESS_CWD,                         /* one string, or none */
     PROCESS_LABEL,                       /* one string for attr/exec, or none */
-    PROCESS_HOOKS,                       /* count is 0 or 1: the bytes of hook.h for startContainer */
+    PROCESS_HOOKS,                       /* count 0 or 1: bytes of hook.h, for startContainer */
     PROCESS_PART_COUNT
 };
 

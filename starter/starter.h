@@ -138,6 +138,7 @@ MUST_USE int grants_read(const char *text, size_t size, grants_match matches, co
 
 #ifdef APY_TEST_STEPS
 void test_read_environment(void);
+char *test_variable(void);
 #endif
 
 /* trace.c */

@@ -22,11 +22,18 @@ enum role trace_role = ROLE_KEEPER;
 #ifdef APY_TEST_STEPS
 /* Only in the build for tests: APY_TEST_DIE="STEP:ROLE:END" names where to die. */
 static int test_die_step = -1, test_die_role = -1, test_die_at_end;
+static char test_die_variable[64];
+
+char *test_variable(void) {
+    return test_die_variable[0] ? test_die_variable : NULL;
+}
 
 void test_read_environment(void) {
     const char *text = getenv("APY_TEST_DIE");
     if (text)
         (void)sscanf(text, "%d:%d:%d", &test_die_step, &test_die_role, &test_die_at_end);
+    if (text)
+        (void)snprintf(test_die_variable, sizeof(test_die_variable), "APY_TEST_DIE=%s", text);
 }
 #endif
 

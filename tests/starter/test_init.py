@@ -741,3 +741,14 @@ def test_init_dies_with_its_master(program: Path, root: Path, until: str) -> Non
         return
     assert select.select([pidfd], [], [], 20)[0]
     os.close(pidfd)
+
+
+def test_a_script_that_names_our_program_gets_nowhere(master: Master, root: Path) -> None:
+    """CVE-2019-5736: `#!/proc/self/exe` runs what started the container."""
+    (root / "etc/script").write_text("#!/proc/self/exe\n")
+    (root / "etc/script").chmod(0o755)
+    master.create(root)
+    assert master.run(spec("/etc/script")) == (
+        255,
+        "FATAL:   starter-init is not for direct use; run apptainer-py-oci\n",
+    )

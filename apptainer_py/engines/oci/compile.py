@@ -143,11 +143,22 @@ def compile_tenant(
 ) -> OciPlan:
     """Compile one more process for the container whose configuration is `config`.
 
-    Without capabilities of its own it has those of the container's process.
+    Without capabilities or umask of its own it has those of the container's process.
 
     Raises:
         ConfigWrong: with the key and runc's sentence.
     """
+    try:
+        return _compile_tenant(config, process, host, options)
+    except ConfigWrong as wrong:
+        # It is no container's init that runc would have found it in.
+        text = str(wrong).replace(IN_INIT, STARTING)
+        raise ConfigWrong(key=wrong.key, text=text) from None
+
+
+def _compile_tenant(
+    config: dict[str, Any], process: dict[str, Any], host: HostFacts, options: ExecOptions
+) -> OciPlan:
     check_tenant_keys(process)
     check_process(process, selinux=host.selinux)
     config = check_config(config)
@@ -156,6 +167,9 @@ def compile_tenant(
     spaces = compile_spaces(linux, host)
     if "capabilities" not in process and "capabilities" in config["process"]:
         process = {**process, "capabilities": config["process"]["capabilities"]}
+    user, umask = process.get("user", {}), config["process"].get("user", {}).get("umask")
+    if "umask" not in user and umask is not None:
+        process = {**process, "user": {**user, "umask": umask}}
     spec = compile_process(
         process,
         linux,

@@ -302,6 +302,9 @@ class Manager:
         if self.rootless:
             # This is asked before create() finds out; who may make none stays where he is.
             paths = {name: path for name, path in paths.items() if _can_be_made(path)}
+            if not private_ns:
+                # What the user may write on the host is not the container's to write (T-R09).
+                options = [*options, "ro"]
         return rows_for(paths, target, options, private_namespace=private_ns)
 
     def _own_paths(self) -> list[str]:

@@ -33,8 +33,8 @@ def rows_for(
     read_only = _RDONLY if "ro" in options else 0
     if tree.unified_only:
         (one,) = tree.hierarchies
-        shown = None if private_namespace else paths.get("") or one.own_directory()
-        return _unified_rows(shown, target, read_only, says)
+        # /proc/PID/cgroup names paths from the root of the cgroup namespace, and so must the mount.
+        return _unified_rows(None if private_namespace else one.target, target, read_only, says)
     rows = [
         Row(op=protocol.OP_FS, first=b"tmpfs", second=b"tmpfs", says=says),
         Row(op=protocol.OP_FSOPT, first=b"mode", second=b"755", says=says),
@@ -95,7 +95,6 @@ def _hierarchy_rows(
 
 
 def _unified_rows(shown: str | None, target: str, read_only: int, says: str) -> list[Row]:
-    # A container in its host's cgroup namespace sees only its own directory (T-R09).
     if shown is None:
         first = Row(op=protocol.OP_FS, first=b"cgroup2", second=b"cgroup", says=says)
     else:

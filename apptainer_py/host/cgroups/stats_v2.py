@@ -89,7 +89,8 @@ def _add_pressure(found: dict[str, Any], path: str, name: str) -> None:
         values: dict[str, Any] = {}
         for word in words:
             key, _, value = word.partition("=")
-            values[key] = int(value) if key == "total" else float(value)
+            number = float(value)
+            values[key] = int(number) if number.is_integer() else number
         lines[kind] = values
     if lines:
         found["psi"] = lines
@@ -113,8 +114,12 @@ def collect(path: str) -> dict[str, Any]:
     Raises:
         CgroupError: a file cannot be read.
     """
+    current = read_number(path, "pids.current")
+    if current is None:
+        # Without the controller they can still be counted.
+        current = len((read_maybe(path, "cgroup.procs") or "").split())
     pids = {
-        "current": read_number(path, "pids.current"),
+        "current": current,
         "limit": read_number(path, "pids.max"),
     }
     return {

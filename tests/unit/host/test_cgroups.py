@@ -552,4 +552,49 @@ def test_rows_of_a_mount_of_cgroup2(monkeypatch):
     rows = mounting.rows_for({"": "/sys/fs/cgroup/box"}, "/x", [], private_namespace=True)
     assert (rows[0].first, rows[-1].first) == (b"cgroup2", b"/x")
     rows = mounting.rows_for({}, "/x", [], private_namespace=False)
-    assert rows[0].first == b"/sys/fs/cgroup/me"
+    assert rows[0].first == b"/sys/fs/cgroup"
+
+
+def test_a_users_own_groups_are_not_his_containers_to_write(monkeypatch, tmp_path):
+    monkeypatch.setattr(mounting, "find_tree", lambda: parse_tree(UNIFIED, "0::/me\n"))
+    manager = V2(wish(), {"": str(tmp_path)}, rootless=True, top="/sys/fs/cgroup")
+    rows = manager.mount_rows("/x", ["rw"], private_ns=False)
+    assert [row.numbers[0] & 1 for row in rows if row.op == protocol.OP_ATTR] == [1]
+    rows = manager.mount_rows("/x", ["rw"], private_ns=True)
+    assert [row.numbers[0] & 1 for row in rows if row.op == protocol.OP_ATTR] == [0]
+
+
+def test_statistics_of_v2(tmp_path):
+    path = tmp_path / "box"
+    path.mkdir()
+    files = {
+        "cpu.stat": "usage_usec 5\nuser_usec 3\nsystem_usec 2\nnr_periods 1\n",
+        "cpu.pressure": "some avg10=0.00 avg60=1.50 avg300=0.00 total=9\n",
+        "memory.stat": "file 7\nanon 8\n",
+        "memory.current": "10",
+        "memory.max": "max",
+        "memory.swap.max": "5",
+        "cgroup.procs": "4\n5\n",
+        "io.stat": "8:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=0\n",
+        "hugetlb.2MB.current": "6",
+        "hugetlb.2MB.events": "max 3",
+    }
+    for name, text in files.items():
+        (path / name).write_text(text)
+    stats = V2(wish(), {"": str(path)}, rootless=False, top=str(tmp_path)).stats()
+    assert stats["cpu"] == {
+        "usage": {"total": 5000, "kernel": 2000, "user": 3000},
+        "throttling": {"periods": 1},
+        "psi": {"some": {"avg10": 0, "avg60": 1.5, "avg300": 0, "total": 9}},
+    }
+    unlimited = (1 << 64) - 1
+    assert stats["memory"]["cache"] == 7
+    assert stats["memory"]["usage"] == {"limit": unlimited, "usage": 10, "failcnt": 0}
+    assert stats["memory"]["swap"] == {"limit": unlimited, "usage": 10, "failcnt": 0}
+    assert stats["pids"] == {"current": 2}
+    assert stats["hugetlb"] == {"2MB": {"usage": 6, "failcnt": 3}}
+    served = stats["blkio"]["ioServicedRecursive"]
+    assert served == [
+        {"major": 8, "op": "Read", "value": 3},
+        {"major": 8, "op": "Write", "value": 4},
+    ]

@@ -506,6 +506,21 @@ class TestTenant:
         ]
         assert [short(row) for row in plan.inside] == [("CONSOLE", 0, (0, 0))]
 
+    def test_umask_of_the_container(self) -> None:
+        config = edited(("process/user/umask", 0o77))
+        process: dict[str, Any] = {"args": ["id"], "cwd": "/", "user": {"uid": 1}}
+        assert compile_tenant(config, process, HOST, self.OPTIONS).process.umask == 0o77
+        process["user"]["umask"] = 0
+        assert compile_tenant(config, process, HOST, self.OPTIONS).process.umask == 0
+
+    def test_sentence_of_no_init(self) -> None:
+        process = {"args": ["id"], "cwd": "/", "env": ["x"]}
+        with pytest.raises(ConfigWrong) as caught:
+            compile_tenant(edited(), process, HOST, self.OPTIONS)
+        assert str(caught.value) == (
+            "unable to start container process: invalid environment variable: missing '='"
+        )
+
     def test_own_capabilities(self) -> None:
         process = {"args": ["id"], "cwd": "/", "capabilities": {"bounding": ["CAP_CHOWN"]}}
         plan = compile_tenant(edited(), process, HOST, self.OPTIONS)
