@@ -161,9 +161,7 @@ def containers_environment(place: Path, runtime_program: str) -> dict[str, str]:
     driver = storage_driver(place)
     texts = {"containers.conf": CONFIGURATION, "storage.conf": STORAGE}
     for name, text in texts.items():
-        (place / name).write_text(
-            text.format(place=place, program=runtime_program, driver=driver)
-        )
+        (place / name).write_text(text.format(place=place, program=runtime_program, driver=driver))
     (place / "home/.config/containers").mkdir(parents=True)
     (place / "home/.config/containers/policy.json").write_text(POLICY)
     return {

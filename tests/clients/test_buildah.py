@@ -50,13 +50,25 @@ def test_a_program_that_is_not_there(build):
 
 def test_run_in_a_working_container(buildah, runtime):
     name = buildah.good("from", *LIMITS, images.NAME).strip()
-    words = ["run", "--runtime", runtime.program, *FLAGS, name, "--", "sh", "-c", "echo ran; exit 3"]
+    words = [
+        "run",
+        "--runtime",
+        runtime.program,
+        *FLAGS,
+        name,
+        "--",
+        "sh",
+        "-c",
+        "echo ran; exit 3",
+    ]
     done = buildah.call(*words)
     buildah.good("rm", name)
     assert (done.returncode, done.stdout) == (3, "ran\n"), done.stderr
 
 
 def test_a_secret_mount(build, tmp_path, buildah):
-    done = build("RUN --mount=type=tmpfs,target=/scratch touch /scratch/x && grep scratch /proc/mounts")
+    done = build(
+        "RUN --mount=type=tmpfs,target=/scratch touch /scratch/x && grep scratch /proc/mounts"
+    )
     assert done.returncode == 0, (done.stdout, done.stderr)
     assert "tmpfs" in done.stdout

@@ -58,7 +58,9 @@ def test_a_program_that_is_not_there(ctr, names):
 
 
 def test_the_environment_and_the_directory(ctr, names):
-    done = ctr("--rm", "--env", "A=b", "--cwd", "/tmp", images.NAME, names[0], "sh", "-c", "echo $A; pwd")
+    done = ctr(
+        "--rm", "--env", "A=b", "--cwd", "/tmp", images.NAME, names[0], "sh", "-c", "echo $A; pwd"
+    )
     assert done.stdout.split() == ["b", "/tmp"], done.stderr
 
 

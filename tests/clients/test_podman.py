@@ -121,19 +121,24 @@ def test_ulimits(podman):
 
 
 def test_a_device(podman):
-    done = run(podman, "--device", "/dev/fuse", images.NAME, "sh", "-c", ": <>/dev/fuse && echo open")
+    done = run(
+        podman, "--device", "/dev/fuse", images.NAME, "sh", "-c", ": <>/dev/fuse && echo open"
+    )
     assert done.stdout == "open\n", done.stderr
 
 
 def test_a_sysctl(podman):
-    done = run(podman, "--sysctl", "kernel.shmmax=65536", images.NAME, "cat", "/proc/sys/kernel/shmmax")
+    done = run(
+        podman, "--sysctl", "kernel.shmmax=65536", images.NAME, "cat", "/proc/sys/kernel/shmmax"
+    )
     assert done.stdout == "65536\n", done.stderr
 
 
 def test_privileged(podman):
     done = run(podman, "--privileged", images.NAME, "sh", "-c",
                "mount -t tmpfs x /mnt 2>/dev/null || mkdir /mnt && mount -t tmpfs x /mnt; "
-               "grep ' /mnt ' /proc/mounts; ls /dev | wc -l; echo 1 >/proc/sys/kernel/shm_rmid_forced")  # fmt: skip
+               "grep ' /mnt ' /proc/mounts; ls /dev | wc -l; "
+               "echo 1 >/proc/sys/kernel/shm_rmid_forced")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "tmpfs" in done.stdout
     assert int(done.stdout.split()[-1]) > 20
@@ -146,7 +151,9 @@ def test_an_init_process(podman):
 
 
 def test_the_network_of_the_host(podman):
-    done = podman.call("run", "--rm", "--network", "host", images.NAME, "readlink", "/proc/self/ns/net")
+    done = podman.call(
+        "run", "--rm", "--network", "host", images.NAME, "readlink", "/proc/self/ns/net"
+    )
     assert done.stdout.strip() == os.readlink("/proc/self/ns/net"), done.stderr
 
 
@@ -171,7 +178,8 @@ def test_a_terminal(podman):
     done = subprocess.run(
         ["script", "--quiet", "--return", "--command",
          " ".join([*podman.argv, "run", "--rm", "--tty", *PLAIN, images.NAME, "tty"]), "/dev/null"],
-        env=podman.environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60,
+        env=podman.environment, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+        timeout=60,
     )  # fmt: skip
     assert "/dev/pts/0" in done.stdout, (done.stdout, done.stderr)
 
@@ -191,7 +199,9 @@ def test_exec(podman, detached):
     assert podman.call("exec", name, "/no/such").returncode == 127
     done = podman.call("exec", "--interactive", name, "cat", input="given")
     assert (done.returncode, done.stdout) == (0, "given"), done.stderr
-    done = podman.call("exec", "--user", "1000", "--workdir", "/tmp", name, "sh", "-c", "id -u; pwd")
+    done = podman.call(
+        "exec", "--user", "1000", "--workdir", "/tmp", name, "sh", "-c", "id -u; pwd"
+    )
     assert done.stdout.split() == ["1000", "/tmp"], done.stderr
 
 
@@ -214,7 +224,9 @@ def test_stop_by_force(podman, detached):
 
 
 def test_kill(podman, detached):
-    name = detached(images.NAME, "sh", "-c", "trap 'exit 6' USR1; echo up; while :; do sleep 0.1; done")
+    name = detached(
+        images.NAME, "sh", "-c", "trap 'exit 6' USR1; echo up; while :; do sleep 0.1; done"
+    )
     eventually(lambda: "up" in podman.good("logs", name), "it is up")
     podman.good("kill", "--signal", "USR1", name)
     assert podman.good("wait", name).strip() == "6"

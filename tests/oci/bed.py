@@ -26,7 +26,8 @@ DEADLINE_S = 20.0
 PR_SET_CHILD_SUBREAPER = 36
 APPLETS = (
     "sh ash cat chmod chown chroot cp dd df echo env expr false find grep head hostname id ip kill "
-    "ln ls mkdir mkfifo mknod mount mv nc nslookup ps pwd readlink rm rmdir sed seq sleep sort stat "
+    "ln ls mkdir mkfifo mknod mount mv nc nslookup ps pwd readlink rm rmdir sed seq sleep "
+    "sort stat "
     "stty sync tail test touch top tr true tty umount uname wc yes"
 )
 FOLDERS = "bin dev etc home proc root run sbin sys tmp usr/bin usr/sbin var/tmp"
@@ -43,9 +44,7 @@ SPEC: dict[str, Any] = {
             "TERM=xterm",
         ],
         "cwd": "/",
-        "capabilities": {
-            name: DEFAULT_CAPABILITIES for name in ("bounding", "effective", "permitted")
-        },
+        "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), DEFAULT_CAPABILITIES),
         "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 1024, "soft": 1024}],
         "noNewPrivileges": True,
     },

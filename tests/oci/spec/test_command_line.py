@@ -10,7 +10,8 @@ import subprocess
 import pytest
 
 COMMANDS = (
-    "checkpoint create delete events exec features kill list pause ps restore resume run spec start "
+    "checkpoint create delete events exec features kill list pause ps restore resume run spec "
+    "start "
     "state update"
 ).split()
 
@@ -90,7 +91,10 @@ def test_an_error_of_create_in_a_file(bed, bundle):
     bundle.args("/no/such").write()
     words = ("--log", log, "--log-format=json", "create", "--bundle", bundle.path, bed.name())
     done = subprocess.run(
-        bed.argv(*words), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        bed.argv(*words),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
     )
     assert done.returncode == 1
     messages = [json.loads(line) for line in log.read_text().splitlines()]
@@ -213,7 +217,9 @@ def test_a_pid_file_that_cannot_be_written(bed, bundle):
     bundle.write()
     words = ("create", "--bundle", bundle.path, "--pid-file", "/no/such/pid", bed.name())
     with open(bed.place / "out", "w") as stream:
-        done = subprocess.run(bed.argv(*words), stdin=subprocess.DEVNULL, stdout=stream, stderr=stream)
+        done = subprocess.run(
+            bed.argv(*words), stdin=subprocess.DEVNULL, stdout=stream, stderr=stream
+        )
     assert done.returncode == 1
     assert not os.path.exists(bed.root / bed.ids[-1])
 

@@ -26,7 +26,9 @@ def facts(container, *flags: str) -> dict:
 
 
 def test_exec_runs_in_all_namespaces(container):
-    done = container.exec("sh", "-c", "hostname; ps | grep -c 'sleep 600'; readlink /proc/self/ns/net")
+    done = container.exec(
+        "sh", "-c", "hostname; ps | grep -c 'sleep 600'; readlink /proc/self/ns/net"
+    )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.split()
     assert lines[0] == "runc"

@@ -228,14 +228,18 @@ def test_kill_sends_the_signal(bed, bundle):
 
 @pytest.mark.parametrize("word", ["USR1", "SIGUSR1", "10", "usr1", "sigusr1"])
 def test_spellings_of_a_signal(bed, bundle, word):
-    container = bed.started(bundle.shell("trap 'exit 9' USR1; echo ready; while :; do sleep 0.1; done"))
+    container = bed.started(
+        bundle.shell("trap 'exit 9' USR1; echo ready; while :; do sleep 0.1; done")
+    )
     container.lines("ready")
     container.kill(word)
     assert container.wait() == 9
 
 
 def test_kill_sends_term_by_default(bed, bundle):
-    container = bed.started(bundle.shell("trap 'exit 4' TERM; echo ready; while :; do sleep 0.1; done"))
+    container = bed.started(
+        bundle.shell("trap 'exit 4' TERM; echo ready; while :; do sleep 0.1; done")
+    )
     container.lines("ready")
     bed.good("kill", container.id)
     assert container.wait() == 4

@@ -210,7 +210,9 @@ def test_the_default_devices(bed, bundle):
 
 
 def test_the_links_in_dev(bed, bundle):
-    said = bed.output(bundle.shell("cd /dev; for n in fd stdin stdout stderr ptmx; do readlink $n; done"))
+    said = bed.output(
+        bundle.shell("cd /dev; for n in fd stdin stdout stderr ptmx; do readlink $n; done")
+    )
     assert said.split() == [
         "/proc/self/fd", "/proc/self/fd/0", "/proc/self/fd/1", "/proc/self/fd/2", "pts/ptmx"
     ]  # fmt: skip
@@ -278,7 +280,9 @@ def test_a_masked_path_that_is_not_there(bed, bundle):
 
 
 def test_the_default_masked_paths(bed, bundle):
-    said = bed.output(bundle.shell("head -c 10 /proc/kcore; ls -A /proc/acpi /sys/firmware; cat /proc/keys"))
+    said = bed.output(
+        bundle.shell("head -c 10 /proc/kcore; ls -A /proc/acpi /sys/firmware; cat /proc/keys")
+    )
     assert not [line for line in said.splitlines() if line and not line.endswith(":")]
 
 
@@ -340,7 +344,9 @@ def test_a_sysctl_that_is_not_the_containers(bed, bundle, key):
     bed.refused(bundle)
 
 
-@pytest.mark.parametrize(("space", "key"), [("network", "net.ipv4.ip_forward"), ("ipc", "kernel.shmmax")])
+@pytest.mark.parametrize(
+    ("space", "key"), [("network", "net.ipv4.ip_forward"), ("ipc", "kernel.shmmax")]
+)
 def test_a_sysctl_of_the_host(bed, bundle, space, key):
     bundle.without_space(space)
     bundle.linux["sysctl"] = {key: "1"}
@@ -350,7 +356,9 @@ def test_a_sysctl_of_the_host(bed, bundle, space, key):
 # ---- the root's propagation ----
 
 
-@pytest.mark.parametrize("name", ["private", "slave", "shared", "unbindable", "rprivate", "rslave", "rshared"])
+@pytest.mark.parametrize(
+    "name", ["private", "slave", "shared", "unbindable", "rprivate", "rslave", "rshared"]
+)
 def test_propagation_of_the_root(bed, bundle, name):
     bundle.linux["rootfsPropagation"] = name
     said = bed.output(bundle.args("cat", "/proc/self/mountinfo"))

@@ -62,7 +62,9 @@ def test_a_cgroup_that_was_there_before(bed, bundle):
     assert container.status() == "running"
 
 
-@pytest.mark.parametrize("path", ["/../../../apytest/{}", "/apytest/../apytest/{}", "apytest/../../../{}"])
+@pytest.mark.parametrize(
+    "path", ["/../../../apytest/{}", "/apytest/../apytest/{}", "apytest/../../../{}"]
+)
 def test_a_cgroups_path_with_dots_stays_below(bed, bundle, path):
     name = bed.name()
     bundle.linux["cgroupsPath"] = path.format(name)
@@ -268,7 +270,12 @@ def test_delete_by_force_of_a_paused_container(bed, bundle):
 
 UPDATES = {
     "memory": (["--memory", "64m"], "memory", "memory.limit_in_bytes", "67108864"),
-    "reservation": (["--memory-reservation", "1m"], "memory", "memory.soft_limit_in_bytes", "1048576"),
+    "reservation": (
+        ["--memory-reservation", "1m"],
+        "memory",
+        "memory.soft_limit_in_bytes",
+        "1048576",
+    ),
     "shares": (["--cpu-share", "100"], "cpu", "cpu.shares", "100"),
     "quota": (["--cpu-quota", "30000"], "cpu", "cpu.cfs_quota_us", "30000"),
     "period": (["--cpu-period", "90000"], "cpu", "cpu.cfs_period_us", "90000"),

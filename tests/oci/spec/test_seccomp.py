@@ -47,15 +47,20 @@ def test_errno_of_a_number(bed, bundle):
 
 def test_the_default_action_and_its_number(bed, bundle):
     allowed = [
-        "read", "write", "close", "fstat", "newfstatat", "lseek", "mmap", "mprotect", "munmap", "brk",
+        "read", "write", "close", "fstat", "newfstatat", "lseek", "mmap", "mprotect", "munmap",
+        "brk",
         "rt_sigaction", "rt_sigprocmask", "ioctl", "access", "execve", "exit", "exit_group",
-        "arch_prctl", "uname", "readlink", "prlimit64", "set_tid_address", "set_robust_list", "rseq",
-        "getrandom", "openat", "fcntl", "futex", "sched_yield", "getpid", "capset", "prctl", "chdir",
-        "setuid", "setgid", "setgroups", "setresuid", "setresgid", "capget", "close_range", "getcwd",
+        "arch_prctl", "uname", "readlink", "prlimit64", "set_tid_address", "set_robust_list",
+        "rseq",
+        "getrandom", "openat", "fcntl", "futex", "sched_yield", "getpid", "capset", "prctl",
+        "chdir",
+        "setuid", "setgid", "setgroups", "setresuid", "setresgid", "capget", "close_range",
+        "getcwd",
         "epoll_ctl", "epoll_pwait", "nanosleep", "tgkill", "madvise", "sigaltstack", "gettid",
         "openat2", "faccessat", "faccessat2", "stat", "lstat", "statx", "fstatfs", "statfs", "poll",
         "ppoll", "rt_sigreturn", "dup", "dup2", "dup3", "getppid", "pread64", "writev", "open",
-        "keyctl", "getdents64", "fchdir", "fchown", "rt_sigtimedwait", "signalfd4", "pipe2", "clone",
+        "keyctl", "getdents64", "fchdir", "fchown", "rt_sigtimedwait", "signalfd4", "pipe2",
+        "clone",
         "getuid", "getgid", "geteuid", "getegid", "eventfd2", "epoll_create1", "waitid", "getxattr",
     ]  # fmt: skip
     bundle.linux["seccomp"] = profile(
@@ -70,7 +75,9 @@ def test_a_call_newer_than_the_profile_is_enosys(bed, bundle):
     assert error_of(bed, bundle, "number", "600") == ENOSYS
 
 
-@pytest.mark.parametrize("action", ["SCMP_ACT_KILL", "SCMP_ACT_KILL_PROCESS", "SCMP_ACT_KILL_THREAD"])
+@pytest.mark.parametrize(
+    "action", ["SCMP_ACT_KILL", "SCMP_ACT_KILL_PROCESS", "SCMP_ACT_KILL_THREAD"]
+)
 def test_kill(bed, bundle, action):
     bundle.linux["seccomp"] = profile(rule(action, "mkdir"))
     assert bed.run(bundle.args(PROBE, "call", "mkdir", "/tmp/x")).returncode == 128 + 31
