@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 
 from apptainer_py.engines.oci import texts
@@ -316,8 +315,8 @@ def send_listener(pid: int, number: int, path: str, state: Mapping[str, object])
     except OSError as error:
         why = reason_of(error)
         if error.filename:
-            text = "failed to connect with seccomp agent specified in the seccomp profile: dial unix"
-            text = f"{text} {path}: connect: {why}"
+            text = "failed to connect with seccomp agent specified in the seccomp profile: "
+            text += f"dial unix {path}: connect: {why}"
         else:
             text = f"error handing over the seccomp listener to {path}: {why}"
         raise StartFailed(reason=f"error during container init: {text}") from None
