@@ -95,6 +95,8 @@ static int begin_bundles(const struct stage_info *info) {
         return bundle_run(&bundles[BUNDLE_START]);
     if (info->stage != STAGE_MASTER)
         return 0;
+    if (info->flow == FLOW_CALLER)
+        return bundle_run(&bundles[BUNDLE_OCI]);
     if (bundle_run(&bundles[BUNDLE_MASTER]) < 0)
         return -1;
     return info->forecast & FORECAST_FUSE ? bundle_run(&bundles[BUNDLE_IMAGE]) : 0;

@@ -39,6 +39,19 @@ _BUNDLES = {
     ),
     # For an image that is a file; the bundle before it is there already.
     "image": ("apptainer_py.image.sif",),
+    # `create`, `run` and `exec` of the oci engine, up to where they part.
+    "oci": (
+        "os",
+        "apptainer_py.cli.stage",
+        "apptainer_py.cli.oci.stage",
+        "apptainer_py.engines.oci",
+        "apptainer_py.engines.oci.create",
+        "apptainer_py.runtime.nest",
+        "apptainer_py.host.cgroups.v1",
+        "apptainer_py.host.cgroups.mounting",
+        "apptainer_py.host.cgroups.devices",
+        "apptainer_py.model.record_frame",
+    ),
     "start": (
         "os",
         "apptainer_py.cli.stage",

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import _imp
+import sys
+
+from apptainer_py.base import build
 from apptainer_py.base.errors import ApptainerError, UsageError
 from apptainer_py.cli.oci import report
 from apptainer_py.cli.oci.parse import parse_typed
+from apptainer_py.kernel import _starter
 from apptainer_py.runtime import stages
 
 TYPE_CHECKING = False
@@ -14,6 +19,36 @@ if TYPE_CHECKING:
     from apptainer_py.kernel._starter import StageInfo
     from apptainer_py.model.oci_call import OciCall
     from apptainer_py.runtime.stages import LoadBuiltin
+
+
+class _Place:
+    """Stands for the spec of an extension module, as far as the interpreter's core reads it."""
+
+    def __init__(self, name: str) -> None:
+        version = sys.version_info
+        folder = f"{sys.prefix}/lib/python{version.major}.{version.minor}/lib-dynload"
+        self.name = name
+        self.origin = f"{folder}/{name}.{build.SOABI}.so"
+
+
+def place_json() -> None:
+    """Load the one module of a file that a launch needs: finding it would complete the interpreter.
+
+    Where Python has it built in, or keeps it elsewhere, the import that follows finds it.
+    """
+    if "_json" in sys.builtin_module_names or "_json" in sys.modules:
+        return
+    try:
+        module = _imp.create_dynamic(_Place("_json"))
+        _imp.exec_dynamic(module)
+    except ImportError:
+        _starter.complete_interpreter()
+        return
+    sys.modules["_json"] = module
+
+
+# Before the modules that come after this one, which import it.
+place_json()
 
 
 def run(info: StageInfo, load_builtin: LoadBuiltin) -> int:

@@ -56,6 +56,9 @@ def explained(error: ApptainerError, spec: ProcessSpec, where: str) -> Apptainer
         return StartFailed(reason=f"{where}{text}")
     if isinstance(error, NestGone):
         return StartFailed(reason=f"{where}{error}")
+    if type(error).__module__.startswith("apptainer_py.host."):
+        # What this machine refuses is said there without knowing what it was wanted for.
+        return StartFailed(reason=str(error))
     return error
 
 
@@ -311,9 +314,13 @@ def send_listener(pid: int, number: int, path: str, state: Mapping[str, object])
             os.close(socket)
             os.close(listener)
     except OSError as error:
-        where = "cannot connect to" if error.errno == errno.ENOENT else "error handing over"
-        text = f"{where} {path}: {reason_of(error)}"
-        raise StartFailed(reason=text) from None
+        why = reason_of(error)
+        if error.filename:
+            text = "failed to connect with seccomp agent specified in the seccomp profile: dial unix"
+            text = f"{text} {path}: connect: {why}"
+        else:
+            text = f"error handing over the seccomp listener to {path}: {why}"
+        raise StartFailed(reason=f"error during container init: {text}") from None
 
 
 def send_pidfd(socket: int, pid: int, kind: bytes) -> None:

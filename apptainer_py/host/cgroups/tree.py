@@ -145,11 +145,17 @@ def _plain(text: str) -> str:
     return first + "".join(chr(int(part[:3], 8)) + part[3:] for part in rest)
 
 
+# A call asks more than once, and the files are long where many containers run.
+_found: list[Tree] = []
+
+
 def find_tree() -> Tree:
-    """Return this machine's tree, as the calling process sees it.
+    """Return this machine's tree, as the calling process saw it when it first asked.
 
     Raises:
         CgroupError: no hierarchy is mounted.
     """
-    own = read_file("/proc/self", "cgroup")
-    return parse_tree(read_file("/proc/self", "mountinfo"), own)
+    if not _found:
+        own = read_file("/proc/self", "cgroup")
+        _found.append(parse_tree(read_file("/proc/self", "mountinfo"), own))
+    return _found[0]
