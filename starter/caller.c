@@ -73,11 +73,6 @@ static const char *number_text(char *end, int number) {
     return end;
 }
 
-/* As runc: hang-up and interrupt stay ignored where they were (nohup), nothing else does. */
-static void restore_signals(struct launch *l) {
-    l->inherited.ignored &= (uint64_t)1 << (SIGHUP - 1) | (uint64_t)1 << (SIGINT - 1);
-}
-
 NO_RETURN static void become_init(struct launch *l, pid_t master) {
     char digits[16], name[] = "apptainer-py-init";
     char *arguments[] = {name, NULL, NULL}, *environment[] = {NULL, NULL};
@@ -92,7 +87,7 @@ NO_RETURN static void become_init(struct launch *l, pid_t master) {
         fail("cannot start " INIT_FILE, errno);
     const char *text = number_text(digits + sizeof(digits), l->init_socket[0]);
     memcpy(&arguments[1], &text, sizeof(text));
-    restore_signals(l);
+    l->inherited.ignored = 0; /* as runc: what is blocked stays so, what is ignored does not */
     sanitize_restore_for_payload(l);
     (void)umask(l->inherited.umask);
     if (prctl(PR_SET_PDEATHSIG, SIGKILL) < 0 || getppid() != master)

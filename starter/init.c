@@ -141,7 +141,7 @@ int main(int argc, char *argv[]) {
 #ifdef APY_TEST_STEPS
     test_read_environment();
 #endif
-    (void)umask(022);
+    s->umask = umask(022);
     while (serve(s))
         ;
     _exit(s->forerunner_ends ? 0 : 255);

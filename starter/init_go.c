@@ -179,8 +179,7 @@ static void become(struct init *s, enum go_step *step) {
         lookup_program(arguments, variables, program, sizeof(program), step) < 0 ||
         check_fifo(s, step) < 0)
         return;
-    if (p->header.flags & PROCESS_SET_UMASK)
-        (void)umask(p->header.umask);
+    (void)umask(p->header.flags & PROCESS_SET_UMASK ? p->header.umask : s->umask);
     (void)sigaction(SIGPIPE, &ignore, &before);
     (void)prctl(PR_SET_PDEATHSIG, 0);
     if (!early && install_filter(s, step) < 0)

@@ -209,48 +209,75 @@ static ssize_t path_of(struct init *s, int fd, char *out, size_t size) {
     return length;
 }
 
-/* 0: not in /proc, 1: /proc itself, 2: below it; or -1. */
-static int place_in_proc(struct init *s, int target) {
+/* The path that leads to an open file in the container, or NULL. */
+static const char *path_inside(struct init *s, int fd) {
     static char root[LIMIT_PATH_BYTES], path[LIMIT_PATH_BYTES];
     ssize_t length = path_of(s, s->root_fd, root, sizeof(root));
-    if (length < 0 || path_of(s, target, path, sizeof(path)) < 0)
-        return -1;
+    if (length < 0 || path_of(s, fd, path, sizeof(path)) < 0)
+        return NULL;
     if (length == 1) /* "/" */
         length = 0;
-    if (strncmp(path, root, (size_t)length) != 0 || strncmp(path + length, "/proc", 5) != 0)
-        return 0;
-    return path[length + 5] == '\0' ? 1 : path[length + 5] == '/' ? 2 : 0;
+    return strncmp(path, root, (size_t)length) == 0 ? path + length : "";
+}
+
+/* What was placed on /proc and /sys.  Whoever shares the directory that holds their names can give
+ * these to something else, so that what is to be masked is looked up from here. */
+static struct {
+    const char *path;
+    int fd;
+} kept[] = {{"/proc", -1}, {"/sys", -1}};
+
+static void keep_mount(int mount_fd, const char *path) {
+    for (size_t i = 0; i < ARRAY_SIZE(kept); i++)
+        if (strcmp(kept[i].path, path) == 0) {
+            init_close(&kept[i].fd);
+            kept[i].fd = fcntl(mount_fd, F_DUPFD_CLOEXEC, 3);
+        }
+}
+
+int mount_below(const struct init *s, const char *path, const char **rest) {
+    *rest = path;
+    for (size_t i = 0; i < ARRAY_SIZE(kept) && !strstr(path, "/.."); i++) {
+        size_t length = strlen(kept[i].path);
+        if (kept[i].fd >= 0 && strncmp(path, kept[i].path, length) == 0 && path[length] == '/') {
+            *rest = path + length;
+            return kept[i].fd;
+        }
+    }
+    return s->root_fd;
 }
 
 /* On /proc there is procfs or nothing; and what is below it shows the kernel's own files. */
-static enum why check_place(struct init *s, const struct op_request *q, int target) {
-    int where = place_in_proc(s, target);
-    if (where < 0)
-        return WHY_ERRNO;
+static enum why check_place(const struct init *s, const struct op_request *q, int target,
+                            const char *path) {
     if (target_same(s->root_fd, target) != 0) {
         errno = EBUSY;
         return WHY_IS_ROOT;
     }
     errno = EPERM;
-    if (where == 1 && !hand_is(s, "proc") && (s->mount_fd < 0 || !is_proc(s->mount_fd)))
+    if (strcmp(path, "/proc") == 0 && !hand_is(s, "proc") &&
+        (s->mount_fd < 0 || !is_proc(s->mount_fd)))
         return WHY_NOT_PROC;
-    if (where == 2 && !(q->flags & PLACE_BELOW_PROC))
+    if (strncmp(path, "/proc/", 6) == 0 && !(q->flags & PLACE_BELOW_PROC))
         return WHY_INSIDE_PROC;
     errno = 0;
     return WHY_ERRNO;
 }
 
-/* procfs and sysfs are looked for by their names: a link there would hide them. */
-static int check_ordinary(struct init *s, const char *path) {
+/* procfs and sysfs lie where their names say: a link there would hide them. */
+static int open_ordinary(const struct init *s, const char *path, bool *made) {
     struct stat st;
-    int fd = hand_is(s, "proc") || hand_is(s, "sysfs")
-                 ? target_open(s->root_fd, path, O_PATH | O_NOFOLLOW)
-                 : -1;
-    int ordinary = fd < 0 || (fstat(fd, &st) == 0 && S_ISDIR(st.st_mode)) ? 0 : -1;
-    init_close(&fd);
-    if (ordinary < 0)
+    int fd = target_open(s->root_fd, path, O_PATH | O_NOFOLLOW);
+    if (fd < 0 && errno == ENOENT) {
+        fd = target_make(s->root_fd, path, true, made);
+        init_close(&fd);
+        fd = target_open(s->root_fd, path, O_PATH | O_NOFOLLOW);
+    }
+    if (fd >= 0 && (fstat(fd, &st) < 0 || !S_ISDIR(st.st_mode))) {
+        init_close(&fd);
         errno = ENOTDIR;
-    return ordinary;
+    }
+    return fd;
 }
 
 /* The kernel compares kinds too, but says EINVAL or ENOENT. */
@@ -284,19 +311,38 @@ static int place_at(struct init *s, const struct op_request *q, int target, bool
     return q->num[0] == 0 ? 0 : mount_propagation(s->mount_fd, q->num[0]);
 }
 
+/* Those that masks rely on are where their names say, and nowhere that a link leads to. */
+static bool is_by_name(const struct init *s, const char *path) {
+    return hand_is(s, "proc") || hand_is(s, "sysfs") || strcmp(path, "/proc") == 0 ||
+           strcmp(path, "/sys") == 0;
+}
+
+static int place_checked(struct init *s, const struct op_request *q, struct op_reply *a,
+                         int target, bool made) {
+    const char *path = path_inside(s, target), *asked = wire_string(q, 0);
+    if (!path)
+        return init_failed(a);
+    enum why why = check_place(s, q, target, path);
+    if (errno != 0)
+        return init_failed_at(a, why);
+    if (place_at(s, q, target, made) < 0)
+        return init_failed(a);
+    keep_mount(s->mount_fd, is_by_name(s, asked) ? asked : path);
+    return ERR_OK;
+}
+
 static int place(struct init *s, const struct op_request *q, struct op_reply *a) {
-    bool made = false;
-    if (check_ordinary(s, wire_string(q, 0)) < 0)
-        return init_failed_at(a, hand_is(s, "proc") ? WHY_PROC_NOT_ORDINARY
-                                                    : WHY_SYSFS_NOT_ORDINARY);
-    int target = target_make(s->root_fd, wire_string(q, 0), is_directory_in_hand(s), &made);
+    const char *path = wire_string(q, 0);
+    bool made = false, by_name = is_by_name(s, path);
+    int target = by_name ? open_ordinary(s, path, &made)
+                         : target_make(s->root_fd, path, is_directory_in_hand(s), &made);
+    if (target < 0 && by_name && errno == ENOTDIR)
+        return init_failed_at(a, hand_is(s, "sysfs") || strcmp(path, "/sys") == 0
+                                     ? WHY_SYSFS_NOT_ORDINARY
+                                     : WHY_PROC_NOT_ORDINARY);
     if (target < 0)
         return init_failed(a);
-    errno = 0;
-    enum why why = check_place(s, q, target);
-    int code = errno != 0                            ? init_failed_at(a, why)
-               : place_at(s, q, target, made) < 0 ? init_failed(a)
-                                                  : ERR_OK;
+    int code = place_checked(s, q, a, target, made);
     init_close(&target);
     return code;
 }
@@ -320,7 +366,8 @@ int init_place(struct init *s, const struct op_request *q, struct op_reply *a) {
 int init_remount(struct init *s, const struct op_request *q, struct op_reply *a) {
     if (!row_is_plain(q, ATTR_RECURSIVE, 2, true, false) || s->root_fd < 0 || s->passed >= 0)
         return ERR_MALFORMED;
-    int target = target_open(s->root_fd, wire_string(q, 0), O_PATH);
+    const char *rest;
+    int from = mount_below(s, wire_string(q, 0), &rest), target = target_open(from, rest, O_PATH);
     if (target < 0)
         return init_failed(a);
     int code = change_flags(target, q, q->num[0], 0, a);

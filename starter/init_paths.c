@@ -20,9 +20,9 @@ void paths_before_enter(void) {
     init_close(&null);
 }
 
-/* Nothing where the path does not exist: 0. */
 static int open_path(const struct init *s, const struct op_request *q) {
-    int fd = target_open(s->root_fd, wire_string(q, 0), O_PATH);
+    const char *rest;
+    int from = mount_below(s, wire_string(q, 0), &rest), fd = target_open(from, rest, O_PATH);
     if (fd >= 0 && target_same(s->root_fd, fd) != 0) {
         close(fd);
         errno = EBUSY;

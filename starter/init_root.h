@@ -20,6 +20,8 @@ MUST_USE int mount_clone(int dir, const char *path, bool recursive);
 MUST_USE int mount_attach(int mount_fd, int target_fd);
 MUST_USE int mount_attributes(int fd, bool recursive, uint64_t set, uint64_t clear);
 MUST_USE int mount_propagation(int fd, uint64_t ms_flags);
+/* Where to look up a path that may lie in the container's procfs or sysfs; what is left of it. */
+MUST_USE int mount_below(const struct init *s, const char *path, const char **rest);
 
 /* init_fs.c */
 void hand_drop(struct init *s);

@@ -17,11 +17,12 @@
 #define MOST_LINKS 40
 #define MOST_TRIES 64
 
-enum missing { MISSING_FAILS, MISSING_DIRECTORY, MISSING_FILE };
+/* What becomes of the last component. */
+enum last { LAST_EXISTS, LAST_NOT_FOLLOWED, LAST_DIRECTORY, LAST_FILE };
 
 static struct walk {
     int root, at;
-    enum missing last;
+    enum last last;
     bool made;
     int links;
     char done[LIMIT_PATH_BYTES];       /* path of `at` beneath the root; without links, dots */
@@ -125,9 +126,9 @@ static int follow(struct walk *w, int link) {
 }
 
 static int make_component(struct walk *w, const char *name) {
-    bool file = w->left[0] == '\0' && w->last == MISSING_FILE;
+    bool file = w->left[0] == '\0' && w->last == LAST_FILE;
     int result = 0;
-    if (w->last == MISSING_FAILS) {
+    if (w->last == LAST_EXISTS || w->last == LAST_NOT_FOLLOWED) {
         errno = ENOENT;
         return -1;
     }
@@ -154,7 +155,8 @@ static int descend(struct walk *w, const char *name) {
     if (fd < 0)
         return -1;
     int result = fstat(fd, &st);
-    if (result == 0 && S_ISLNK(st.st_mode)) {
+    bool end = w->left[0] == '\0' && w->last == LAST_NOT_FOLLOWED;
+    if (result == 0 && S_ISLNK(st.st_mode) && !end) {
         result = follow(w, fd);
         close(fd);
         return result;
@@ -177,7 +179,7 @@ static int step(struct walk *w, const char *name) {
     return strcmp(name, "..") == 0 ? climb(w) : descend(w, name);
 }
 
-static int walk_path(int root, const char *path, enum missing last, bool *made) {
+static int walk_path(int root, const char *path, enum last last, bool *made) {
     struct walk *w = &walk;
     char name[NAME_MAX + 1];
     int more, error;
@@ -206,9 +208,9 @@ static int walk_path(int root, const char *path, enum missing last, bool *made) 
 int target_open(int root, const char *path, uint64_t flags) {
     bool made;
     int fd = open2(root, path, flags, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS);
-    if (fd >= 0 || errno != ENOSYS || flags != O_PATH)
+    if (fd >= 0 || errno != ENOSYS || (flags & ~(uint64_t)O_NOFOLLOW) != O_PATH)
         return fd;
-    return walk_path(root, path, MISSING_FAILS, &made);
+    return walk_path(root, path, flags & O_NOFOLLOW ? LAST_NOT_FOLLOWED : LAST_EXISTS, &made);
 }
 
 int target_make(int root, const char *path, bool directory, bool *made) {
@@ -216,7 +218,7 @@ int target_make(int root, const char *path, bool directory, bool *made) {
     int fd = target_open(root, path, O_PATH);
     if (fd >= 0 || errno != ENOENT)
         return fd;
-    return walk_path(root, path, directory ? MISSING_DIRECTORY : MISSING_FILE, made);
+    return walk_path(root, path, directory ? LAST_DIRECTORY : LAST_FILE, made);
 }
 
 int target_parent(int root, const char *path, char *name, size_t size) {

@@ -35,7 +35,7 @@ def numbers() -> dict[str, int]:
 
 
 def compile_init(folder: Path, edits: Sequence[tuple[str, str, str]] = ()) -> Path:
-    """Build starter-init with sanitizers; `edits` are (file, text, what stands there instead)."""
+    """Build starter-init with sanitizers, or weakened by (file, text, what stands there)."""
     tree = folder / "starter"
     shutil.copytree(STARTER, tree, symlinks=True)
     for name, text, instead in edits:
@@ -45,7 +45,8 @@ def compile_init(folder: Path, edits: Sequence[tuple[str, str, str]] = ()) -> Pa
     files = sorted(tree.glob("init*.c")) + [tree / name for name in SHARED]
     program = folder / "starter-init"
     names = [path.name for path in files if path.exists()]
-    argv = ["gcc", *FLAGS, *SANITIZERS, "-w", "-I.", "-Igenerated", *names, "-o", str(program)]
+    sanitizers = () if edits else SANITIZERS
+    argv = ["gcc", *FLAGS, *sanitizers, "-w", "-I.", "-Igenerated", *names, "-o", str(program)]
     subprocess.run(argv, cwd=tree, check=True)
     return program
 

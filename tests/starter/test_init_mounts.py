@@ -829,6 +829,34 @@ def test_a_race_for_what_masks(program: Path, root: Path) -> None:
             assert found.st_rdev == NULL
 
 
+def check_proc_race(program: Path, root: Path, rounds: int) -> None:
+    """CVE-2019-19921: /proc and a link take turns; what is masked is masked in procfs itself."""
+    for name in ("keys", "timer_list"):
+        (root / "vol" / name).write_text("not procfs")
+    (root / "link").symlink_to("vol")
+    placed = 0
+    with exchange(root / "proc", root / "link"):
+        for _ in range(rounds):
+            with Init(program) as c:
+                c.root(root)
+                with suppress(RowFailedError):
+                    c.mount("proc", "/proc")
+                    placed += 1
+                    c.enter()
+                    c.row("MASK_PATH", "/proc/keys")
+                    c.row("READONLY_PATH", "/proc/sys")
+                    points = {(kind, point) for point, _, kind, _, _ in c.mounts()}
+                    proc = {point for kind, point in points if kind == "proc"}
+                    assert proc <= {"/proc", "/proc/sys", "/link", "/link/sys"}
+                    assert {"/proc/keys", "/link/keys"} & {point for _, point in points}
+                    assert {"/proc/sys", "/link/sys"} & proc
+    assert placed > 0
+
+
+def test_a_race_for_proc(program: Path, root: Path) -> None:
+    check_proc_race(program, root, 150)
+
+
 # ------------------------------------------------ the tests themselves, against weakened builds
 
 OPEN = "open2(root, path, flags, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)"
@@ -843,24 +871,39 @@ def weak(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return build
 
 
+@pytest.mark.long
 def test_weak_look_up(weak: Callable[..., Path], root: Path) -> None:
     program = weak(("init_target.c", OPEN, "open2(root, path + 1, flags, 0)"))
     with pytest.raises(AssertionError):
         check_hostile_links(program, root, "../outside")
 
 
+@pytest.mark.long
 def test_weak_creation(weak: Callable[..., Path], root: Path) -> None:
     program = weak(("init_target.c", FOLLOW, "openat(dir, name, O_PATH | O_CLOEXEC)"))
     with pytest.raises(AssertionError):
         check_hostile_links(program, root, "../outside")
 
 
+@pytest.mark.long
+def test_weak_place_of_proc(weak: Callable[..., Path], root: Path) -> None:
+    program = weak(
+        ("init_mounts.c", 'strcmp(path, "/sys") == 0;\n}', 'strcmp(path, "/sys") == 0 && 0;\n}'),
+        ("init_mounts.c", 'return hand_is(s, "proc") ||', 'return 0 && hand_is(s, "proc") ||'),
+        ("init_mounts.c", "return kept[i].fd;", "return s->root_fd;"),
+    )
+    with pytest.raises(AssertionError):
+        check_proc_race(program, root, 300)
+
+
+@pytest.mark.long
 def test_weak_null(weak: Callable[..., Path], root: Path) -> None:
     program = weak(("init_dev.c", "st.st_rdev == makedev(1, 3)", "1"))
     with pytest.raises(AssertionError):
         check_masks(program, root, "zero")
 
 
+@pytest.mark.long
 def test_weak_proc(weak: Callable[..., Path], root: Path) -> None:
     edit = "int fd = init_proc(s) < 0 ? -1 : open_sysctl(s, key);"
     instead = 's->proc_fd = open("/proc", O_PATH); int fd = open_sysctl(s, key);'
