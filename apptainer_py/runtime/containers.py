@@ -1,6 +1,6 @@
 """Containers on disk: one directory each, a lock, and what is known of the first process.
 
-    ROOT/ID/record       what the launcher reads: processes, control groups, hooks (model/record_frame)
+    ROOT/ID/record       what the launcher reads: processes, control groups, hooks (record_frame)
     ROOT/ID/config.json  the bundle's file as it was
     ROOT/ID/state.json   for tools that read libcontainer's
     ROOT/ID/exec.fifo    while the container waits for `start`

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from typing import final
 
     from apptainer_py.kernel._starter import StageInfo
-    from apptainer_py.model.plan import ContainerPlan
     from apptainer_py.model.oci_call import OciCall
+    from apptainer_py.model.plan import ContainerPlan
     from apptainer_py.model.request import ActionRequest
     from apptainer_py.runtime.mounting import Mounting
     from apptainer_py.runtime.nest import Nest
@@ -85,7 +85,7 @@ class PrepareContext:
         "message",
     )
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 one thing each
         self,
         info: StageInfo,
         facts: Facts,

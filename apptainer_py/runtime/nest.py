@@ -37,7 +37,7 @@ class RowFailed(LaunchError):
 
 
 class NestGone(LaunchError):
-    """The other side ended in the middle, which only a signal or a row out of place brings about."""
+    """The other side ended in the middle: by a signal, or a row out of place."""
 
     message = "the container's first process ended before it was told to start"
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-
 from apptainer_py.runtime.containers import ContainerError, StateDir
 
 TYPE_CHECKING = False
@@ -19,10 +17,12 @@ def refuse(call: OciCall, environment: Mapping[str, str]) -> str:
     Raises:
         ContainerError: always.
     """
+    import shutil
+
     if call.command == "checkpoint":
         state = StateDir.open(call.root, call.arguments[0])
         if state.status(state.read_record()) in ("created", "stopped"):
-            raise ContainerError(text="Container cannot be checkpointed in " + "stopped state")
+            raise ContainerError(text="container cannot be checkpointed in stopped state")
     if shutil.which(call.criu, path=environment.get("PATH")) is None:
         text = f'CRIU version check failed: exec: "{call.criu}": executable file not found in $PATH'
         raise ContainerError(text=text)

@@ -130,7 +130,7 @@ def kill(call: OciCall, environment: Mapping[str, str]) -> str:
     if timeout and not _container.wait_pidfd(first, int(float(timeout) * 1000)):
         _container.pidfd_signal(first, _SIGKILL)
     if number == _SIGKILL and groups.frozen():
-        groups.freeze(False)
+        groups.freeze(on=False)
     return ""
 
 
@@ -195,7 +195,7 @@ def pause(call: OciCall, environment: Mapping[str, str]) -> str:
     record = state.read_record()
     if state.status(record) not in ("running", "created"):
         raise ContainerError(text="container not running")
-    groups_of(record).freeze(True)
+    groups_of(record).freeze(on=True)
     return ""
 
 
@@ -209,5 +209,5 @@ def resume(call: OciCall, environment: Mapping[str, str]) -> str:
     record = state.read_record()
     if state.status(record) != "paused":
         raise ContainerError(text="container not paused")
-    groups_of(record).freeze(False)
+    groups_of(record).freeze(on=False)
     return ""

@@ -123,7 +123,7 @@ def update(call: OciCall, environment: Mapping[str, str]) -> str:
     for name, value in wanted.items():
         before = merged.get(name)
         both = isinstance(before, dict) and isinstance(value, dict)
-        merged[name] = {**before, **value} if both else value
+        merged[name] = {**(before or {}), **value} if both else value
     groups["Resources"] = merged
     known.setdefault("config", {})["cgroups"] = groups
     state.write(STATE, dumps(known).encode())

@@ -5,10 +5,13 @@ from __future__ import annotations
 import sys
 
 from apptainer_py import __version__
-from apptainer_py.base.errors import UsageError
 from apptainer_py.cli.oci import report
 from apptainer_py.cli.oci.parse import HelpWanted, OciUsage
 from apptainer_py.cli.oci.table import APPTAINER, COMMANDS, GLOBAL
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from apptainer_py.base.errors import UsageError
 
 SPEC_VERSION = "1.2.1"
 _PROGRAM = "apptainer-py-oci"

@@ -25,8 +25,9 @@ class _Place:
     """Stands for the spec of an extension module, as far as the interpreter's core reads it."""
 
     def __init__(self, name: str) -> None:
-        version = sys.version_info
-        folder = f"{sys.prefix}/lib/python{version.major}.{version.minor}/lib-dynload"
+        # As stagehost.c sets it: the core of the interpreter knows no paths.
+        version = f"{build.PYTHON_HEX >> 24}.{build.PYTHON_HEX >> 16 & 255}"
+        folder = f"/usr/lib/python{version}/lib-dynload"
         self.name = name
         self.origin = f"{folder}/{name}.{build.SOABI}.so"
 
@@ -39,7 +40,7 @@ def place_json() -> None:
     if "_json" in sys.builtin_module_names or "_json" in sys.modules:
         return
     try:
-        module = _imp.create_dynamic(_Place("_json"))
+        module = _imp.create_dynamic(_Place("_json"))  # type: ignore[arg-type]
         _imp.exec_dynamic(module)
     except ImportError:
         _starter.complete_interpreter()

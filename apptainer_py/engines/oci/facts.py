@@ -79,7 +79,10 @@ def host_facts(call: OciCall, environment: Mapping[str, str]) -> HostFacts:
     permitted = status.partition(b"\nCapPrm:")[2].split(None, 1)[0]
 
     def mount_cgroups(
-        wish: CgroupWish, target: str, options: tuple[str, ...], private: bool
+        wish: CgroupWish,
+        target: str,
+        options: tuple[str, ...],
+        private: bool,  # noqa: FBT001 as HostFacts says
     ) -> list[Row]:
         from apptainer_py.host.cgroups import find_manager
 

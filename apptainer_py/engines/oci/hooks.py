@@ -1,7 +1,7 @@
 """Hooks that run outside the container: prestart, createRuntime, poststart, poststop (config.md).
 
-A hook gets the container's state on stdin, and exactly the environment that it names; starter/hook.c
-starts it and keeps its time.
+A hook gets the container's state on stdin, and exactly the environment that it names;
+starter/hook.c starts it and keeps its time.
 """
 
 from __future__ import annotations

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import os
 
-from apptainer_py.base.errors import ApptainerError
 from apptainer_py.engines.oci import texts
 from apptainer_py.kernel import _container, _starter
 from apptainer_py.model import protocol
@@ -18,6 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from apptainer_py.base.errors import ApptainerError
     from apptainer_py.model.oci_plan import IdMap, OciPlan, ProcessSpec
     from apptainer_py.runtime.nest import Nest
 
@@ -316,8 +315,8 @@ def send_listener(pid: int, number: int, path: str, state: Mapping[str, object])
     except OSError as error:
         why = reason_of(error)
         if error.filename:
-            text = "failed to connect with seccomp agent specified in the seccomp profile: dial unix"
-            text = f"{text} {path}: connect: {why}"
+            text = "failed to connect with seccomp agent specified in the seccomp profile: "
+            text += f"dial unix {path}: connect: {why}"
         else:
             text = f"error handing over the seccomp listener to {path}: {why}"
         raise StartFailed(reason=f"error during container init: {text}") from None
@@ -342,7 +341,7 @@ def send_pidfd(socket: int, pid: int, kind: bytes) -> None:
 
 
 def seccomp_program(plan: OciPlan, environment: Mapping[str, str], uid: int) -> tuple[bytes, int]:
-    """Return the plan's seccomp filter and its flags, from the cache of this user if it is there."""
+    """Return the plan's seccomp filter and its flags, from the user's cache if it is there."""
     if plan.seccomp is None:
         return b"", 0
     from apptainer_py.host import seccomp

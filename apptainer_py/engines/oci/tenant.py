@@ -18,7 +18,7 @@ from apptainer_py.engines.oci.subgroups import group_rows, parse_subgroups, subg
 from apptainer_py.kernel import _container, _starter
 from apptainer_py.model import protocol
 from apptainer_py.model.json_text import loads
-from apptainer_py.model.oci_plan import CgroupWish, ExecOptions, Row
+from apptainer_py.model.oci_plan import ExecOptions, Row
 from apptainer_py.model.process_frame import process_frame
 from apptainer_py.runtime.containers import (
     CONFIG,

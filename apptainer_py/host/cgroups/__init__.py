@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from apptainer_py.host.cgroups.driver import CgroupError, Disabled, Manager
-from apptainer_py.host.cgroups.tree import find_tree
-
+# Its modules import this package; it can import them only when it is there (frozen bundles).
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from apptainer_py.host.cgroups.driver import Manager as Manager
     from apptainer_py.host.cgroups.tree import Tree
     from apptainer_py.model.oci_plan import CgroupWish
-
-__all__ = ["CgroupError", "Manager", "find_manager", "open_manager"]
 
 
 def find_manager(kind: str, wish: CgroupWish, *, rootless: bool) -> Manager:
@@ -25,7 +22,9 @@ def find_manager(kind: str, wish: CgroupWish, *, rootless: bool) -> Manager:
         CgroupError: this machine has no control groups, or no systemd.
     """
     if kind == "disabled":
-        return Disabled(wish, {}, rootless=rootless)
+        return _disabled(wish, rootless=rootless)
+    from apptainer_py.host.cgroups.tree import find_tree
+
     tree = find_tree()
     if kind == "systemd":
         from apptainer_py.host.cgroups.systemd import find_unit
@@ -39,13 +38,21 @@ def open_manager(
 ) -> Manager:
     """Return the driver of a container that exists, by the directories that its record names."""
     if kind == "disabled" or not directories:
-        return Disabled(wish, {}, rootless=rootless)
+        return _disabled(wish, rootless=rootless)
+    from apptainer_py.host.cgroups.tree import find_tree
+
     tree = find_tree()
     if kind == "systemd":
         from apptainer_py.host.cgroups.systemd import open_unit
 
         return open_unit(tree, wish, directories, rootless=rootless)
     return _driver(tree, wish, directories, rootless=rootless)
+
+
+def _disabled(wish: CgroupWish, *, rootless: bool) -> Manager:
+    from apptainer_py.host.cgroups.driver import Disabled
+
+    return Disabled(wish, {}, rootless=rootless)
 
 
 def _driver(
