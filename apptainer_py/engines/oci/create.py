@@ -110,6 +110,7 @@ class Creation:
         if not self.detached:
             _starter.relay_begin()
         self.failed = True
+        self.has_cgroup = False
         self.cgroup = find_manager(
             call.cgroup_manager, self.plan.cgroup, rootless=self.host.rootless
         )
@@ -139,6 +140,7 @@ class Creation:
             self.fifo = self.state.make_fifo(*self._container_root())
         try:
             self.cgroup.create()
+            self.has_cgroup = True
         except ApptainerError as error:
             text = f"unable to apply cgroup configuration: {error}"
             raise StartFailed(reason=text) from None
@@ -300,6 +302,10 @@ class Creation:
         from apptainer_py.engines.oci.cleanup import destroy
 
         self.state.lock()
+        if not self.has_cgroup:
+            # What is in a group that was refused to us is another container.
+            self.state.remove()
+            return
         destroy(self.state, self.cgroup, self.pid, self.started_at, self.plan)
         if not self.failed:
             try:

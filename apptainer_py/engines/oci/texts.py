@@ -29,6 +29,7 @@ _LOCKED = {
 _IS_ROOT = 3
 _IN_PROC = {4: "inside /proc", 7: "not of type proc"}
 _NOT_ORDINARY = {5: "proc", 6: "sysfs"}
+_MOUNTING = 8
 _ENTER_CWD = 3
 
 
@@ -39,8 +40,8 @@ def row_failure(failed: RowFailed) -> str:
 
 def row_failed(row: Row, code: int, errno: int, value: int = 0) -> str:
     """Return the same for a row, and an ERR_*, an errno and the value of its reply."""
-    if code == protocol.ERR_SYSTEM and (why := _reason(row, value)):
-        mount, _, _ = row.says.partition(": mount src=")
+    if code == protocol.ERR_SYSTEM and (why := _reason(row, value, errno)):
+        mount = row.says.partition(": mount src=")[0].partition(": create mountpoint for ")[0]
         return f"{mount}: {why}" if row.op != protocol.OP_ENTER else f"{why}{errno_text(errno)}"
     if row.op == protocol.OP_SYSCTL and errno == ENOENT:
         name = (row.first or b"").decode().replace("/", ".")
@@ -49,7 +50,7 @@ def row_failed(row: Row, code: int, errno: int, value: int = 0) -> str:
     return row.says.replace("{error}", error)
 
 
-def _reason(row: Row, value: int) -> str:
+def _reason(row: Row, value: int, errno: int) -> str:
     """Return what starter/init_mounts.c and init_enter.c say by a number (enum why), or ""."""
     place = os.fsdecode(row.first or b"")
     if row.op == protocol.OP_ENTER:
@@ -58,6 +59,8 @@ def _reason(row: Row, value: int) -> str:
         return _LOCKED.get(value, "")
     if row.op != protocol.OP_PLACE:
         return ""
+    if value == _MOUNTING:
+        return errno_text(errno)
     if value in _NOT_ORDINARY:
         return f"filesystem {quoted(_NOT_ORDINARY[value])} must be mounted on ordinary directory"
     create = f"create mountpoint for {place} mount: "
