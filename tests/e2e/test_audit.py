@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests import images, own_install
+from tests import own_install
 from tests.own_install import Installation
 
 HOSTILE = [
@@ -31,22 +31,6 @@ HOSTILE = [
     "<13>forged: priority",
     "long " + "x" * 240,
 ]
-
-
-@pytest.fixture(scope="module")
-def installed(require_root) -> Installation:
-    return own_install.installation()
-
-
-@pytest.fixture
-def own(installed) -> Iterator[Installation]:
-    yield installed
-    installed.restore()
-
-
-@pytest.fixture(scope="module")
-def sif(installed) -> Path:
-    return images.own_sif(images.shared_folder())
 
 
 @pytest.fixture

@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests import images, own_install
-from tests.own_install import Household, Installation, eventually, household, read_until
+from tests.own_install import Household, Installation, eventually, read_until
 
 OPTIONS = {"plain": (), "pid": ("-p",), "userns": ("-u",), "userns pid": ("-u", "-p")}
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1]
@@ -27,24 +26,16 @@ TRAPS = (
 )
 
 
-@pytest.fixture(scope="module")
-def own(require_root) -> Iterator[Installation]:
-    made = own_install.installation()
-    made.configure("")
-    yield made
-    made.restore()
-
-
-@pytest.fixture(scope="module")
-def sif(own) -> Path:
-    return images.own_sif(images.shared_folder())
+@pytest.fixture
+def own(own) -> Installation:
+    own.configure()
+    return own
 
 
 @pytest.fixture
-def home(own) -> Iterator[Household]:
-    with household() as found:
-        yield found
-        eventually(lambda: not found.alive(), f"nothing is left of {found.alive()}", 1)
+def home(home) -> Iterator[Household]:
+    yield home
+    eventually(lambda: not home.alive(), f"nothing is left of {home.alive()}", 1)
 
 
 @pytest.fixture(params=list(OPTIONS))

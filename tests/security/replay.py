@@ -1,15 +1,17 @@
 """I-1 from a log of system calls: replays who each process is, and what it executes or maps.
 
 The log is strace's (`strace -f -y --decode-pids=pidns`). Each process starts as a copy of its
-parent at the call that made it; the order of lines of different processes does not matter.
+parent at the call that made it; the order of lines of different processes does not matter. Of a log
+that holds more than a launch, only what ordinary users started of ours is judged.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 CALLS = (
@@ -22,6 +24,12 @@ _RESUMED = re.compile(r"^<\.\.\. \w+ resumed>(.*)$")
 _CALL = re.compile(r"^(\w+)\((.*)\) += (-?\d+|\?|0x[0-9a-f]+)(.*)$", re.DOTALL)
 _OUTER_PID = re.compile(r"/\* (\d+) in strace's PID NS \*/")
 _INTERPRETER = re.compile(r"/(lib)?python[0-9.]*(\.so[0-9.]*)?$")
+_OURS = re.compile(r"/(apptainer-py|starter(-steps)?(-suid)?)$")
+# Copies that tests remove before the log is read.
+_SET_USER_ID = re.compile(r"/libexec/apptainer-py/starter(-steps)?-suid$")
+_SAYS_NOTHING = re.compile(
+    r"mmap\((?!.*PROT_EXEC)|mprotect\((?!.*PROT_EXEC)|prctl\((?!PR_SET_[NK])"
+)
 FORKS = ("clone", "clone3", "fork", "vfork")
 
 
@@ -45,6 +53,7 @@ class Who:
     keeps: bool = False
     no_new_privs: bool = False
     inner: bool = False  # in a user namespace of its own, whose capabilities are not the host's
+    judged: bool = True
 
     def privileged(self) -> bool:
         """Return whether an id or a capability of the host's is there, or can be had back."""
@@ -59,61 +68,86 @@ class Findings:
     privileged: int = 0
     interpreters: int = 0
     processes: int = 0
+    launches: int = 0  # how often an ordinary user executed a starter set-user-id
 
 
-def parse(text: str) -> dict[int, list[Call]]:
+Life = tuple[int, int]  # a process's number, and how often that number had been used
+
+
+def parse(lines: Iterable[str]) -> dict[Life, list[Call]]:
     """Return the successful calls of each process, in its own order."""
-    calls: dict[int, list[Call]] = {}
+    calls: dict[Life, list[Call]] = {}
+    uses: dict[int, int] = {}
     halves: dict[int, str] = {}
-    for line in text.splitlines():
+    ended: set[int] = set()
+    for line in lines:
         matched = _LINE.match(line)
         if not matched:
             raise ValueError(f"not a line of strace: {line}")
         pid, rest = int(matched[1]), matched[2]
-        calls.setdefault(pid, [])
+        if pid not in uses or pid in ended:
+            ended.discard(pid)
+            halves.pop(pid, None)
+            uses[pid] = uses.get(pid, 0) + 1
+            calls[pid, uses[pid]] = []
+        if rest.startswith("+++"):
+            ended.add(pid)
+            continue
+        if _SAYS_NOTHING.match(rest):
+            continue
         if begun := _UNFINISHED.match(rest):
             halves[pid] = begun[1]
             continue
         if resumed := _RESUMED.match(rest):
             rest = halves.pop(pid, "") + resumed[1]
-        found = _CALL.match(rest)
-        if not found or found[3] == "?" or found[3].startswith("-"):
-            continue
-        outer = _OUTER_PID.search(found[4])
-        result = int(found[3], 0)
-        born = (int(outer[1]) if outer else result) if found[1] in FORKS else 0
-        calls[pid].append(Call(found[1], found[2], result, born))
+        if (call := _call(rest)) is not None:
+            calls[pid, uses[pid]].append(call)
     return calls
+
+
+def _call(text: str) -> Call | None:
+    found = _CALL.match(text)
+    if not found or found[3] == "?" or found[3].startswith("-"):
+        return None
+    outer = _OUTER_PID.search(found[4])
+    result = int(found[3], 0)
+    born = (int(outer[1]) if outer else result) if found[1] in FORKS else 0
+    return Call(found[1], found[2], result, born)
 
 
 class Replay:
     """One log, replayed from its first process on."""
 
-    def __init__(self, text: str, first: Who) -> None:
-        self.calls = parse(text)
+    def __init__(self, lines: Iterable[str], first: Who) -> None:
+        self.calls = parse(lines)
         self.findings = Findings()
         root = next(iter(self.calls))
+        self.births = {root[0]: 1}
         self._process(root, first)
         if self.calls:
             raise ValueError(f"processes without a parent: {sorted(self.calls)}")
 
-    def _process(self, pid: int, who: Who) -> None:
-        self.findings.processes += 1
+    def _process(self, life: Life, who: Who) -> None:
+        self.findings.processes += who.judged
         privileged = False
-        for call in self.calls.pop(pid, []):
+        for call in self.calls.pop(life, []):
             before = who
             if call.name in FORKS:
-                child = who
-                if "CLONE_NEWUSER" in call.arguments:
-                    child = replace(who, inner=True, permitted=False)
-                self._process(call.pid, child)
+                self._process(self._born(call.pid), _child(who, call))
                 continue
             change = _CHANGES.get(call.name)
             if change is not None:
                 who = change(who, call)
-            privileged |= who.privileged()
-            self._judge(pid, call, before, who)
+            self.findings.launches += call.name == "execve" and who.judged and _is_suid(call)
+            if who.judged:
+                privileged |= who.privileged()
+                self._judge(life[0], call, before, who)
         self.findings.privileged += privileged
+
+    def _born(self, pid: int) -> Life:
+        """Numbers are used again: the births and the lives of one follow each other in the log."""
+        self.births[pid] = self.births.get(pid, 0) + 1
+        return pid, self.births[pid]
 
     def _judge(self, pid: int, call: Call, before: Who, after: Who) -> None:
         what = ""
@@ -130,11 +164,21 @@ class Replay:
             self.findings.violations.append(f"{pid}: {what} as {after}")
 
 
+def _child(who: Who, call: Call) -> Who:
+    inner = "CLONE_NEWUSER" in call.arguments
+    return replace(who, inner=True, permitted=False) if inner else who
+
+
+def _is_suid(call: Call) -> bool:
+    return bool(_SET_USER_ID.search(_quoted(call.arguments)))
+
+
 def _quoted(arguments: str) -> str:
     matched = re.search(r'"((?:[^"\\]|\\.)*)"', arguments)
     return matched[1] if matched else ""
 
 
+@functools.cache
 def _interpreted(path: str) -> str:
     """Return the path of a Python, or of a script on the host; "" for another program."""
     if _INTERPRETER.search(os.path.realpath(path)):
@@ -149,13 +193,11 @@ def _interpreted(path: str) -> str:
 def _execute(who: Who, call: Call) -> Who:
     path = _quoted(call.arguments)
     user, group = who.uid[1], who.gid[1]
-    try:
-        facts = os.stat(path)
-        if not who.no_new_privs and not who.inner:
-            user = facts.st_uid if facts.st_mode & stat.S_ISUID else user
-            group = facts.st_gid if facts.st_mode & stat.S_ISGID else group
-    except OSError:
-        pass  # a path in the image, whose set-user-id bits its mount takes away
+    judged = who.judged or (bool(_OURS.search(path)) and not who.privileged())
+    if not who.no_new_privs and not who.inner:
+        new_user, new_group = _set_ids_of(path)
+        user = user if new_user is None else new_user
+        group = group if new_group is None else new_group
     permitted = not who.inner and 0 in (who.uid[0], user)
     return replace(
         who,
@@ -163,6 +205,22 @@ def _execute(who: Who, call: Call) -> Who:
         gid=(who.gid[0], group, group, group),
         permitted=permitted,
         keeps=False,
+        judged=judged,
+    )
+
+
+@functools.cache
+def _set_ids_of(path: str) -> tuple[int | None, int | None]:
+    """Return the user and group that a program is executed as, where it says so."""
+    if _SET_USER_ID.search(path):
+        return 0, None
+    try:
+        facts = os.stat(path)
+    except OSError:
+        return None, None  # a path in the image, whose set-user-id bits its mount takes away
+    return (
+        facts.st_uid if facts.st_mode & stat.S_ISUID else None,
+        facts.st_gid if facts.st_mode & stat.S_ISGID else None,
     )
 
 
