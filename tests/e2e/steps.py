@@ -77,7 +77,7 @@ register_rpc_methods("engine", {{"ping": lambda data: data}})
 
 
 def words(*options: str) -> tuple[str, ...]:
-    return ("apptainer-py", "exec", *options, "{image}", "sh", "-c", "echo ran")
+    return ("apptainer-py", "exec", *options, "{image}", "sh", "-c", "{script}")
 
 
 ALL = ("-p", "--hostname", "steps")
@@ -167,7 +167,7 @@ FROM_OUTSIDE = [(name, END) for name in (*BECOMES_ANOTHER, "OP_PLAIN_STARTER")]
 
 def launch(
     world: Any, flow: str, *, die: str = "", wait: str = "", trace: Path | None = None,
-    inherited: Sequence[int] = (),
+    inherited: Sequence[int] = (), script: str = "echo ran",
 ) -> subprocess.Popen[bytes]:  # fmt: skip
     """Start the starter as the launcher does, with variables that it would not pass on."""
     arguments, configuration, kind, _ = FLOWS[flow]
@@ -182,7 +182,7 @@ def launch(
     setuid = flow not in ("userns", "engine", "engine gives up")
     content = own_install.request_bytes(
         world.build_id,
-        [word.format(image=image) for word in arguments],
+        [word.format(image=image, script=script) for word in arguments],
         own.environment(),
         flow=protocol.FLOW_SETUID if setuid else protocol.FLOW_USERNS,
         cwd="/",
