@@ -153,6 +153,8 @@ class Replay:
         what = ""
         if call.name in ("execve", "execveat"):
             what = _interpreted(_quoted(call.arguments))
+            if before.privileged():
+                self.findings.violations.append(f"{pid}: executes {call.arguments} as {before}")
         elif call.name in ("mmap", "mprotect") and "PROT_EXEC" in call.arguments:
             mapped = re.search(r"<([^<>]*)>", call.arguments)
             what = mapped[1] if mapped and _INTERPRETER.search(mapped[1]) else ""

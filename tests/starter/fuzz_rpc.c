@@ -317,6 +317,7 @@ static void reset(void) {
     launch.plan.spaces = dice(32);
     launch.rpc_socket[0] = sockets[0];
     launch.seal_pipe[0] = 0;
+    launch.serve_pipe[0] = launch.serve_pipe[1] = -1;
     calls_to_a_failure = dice(3) == 0 ? 2 + dice(40) : 1;
     for (size_t i = 0; i < LIMIT_FUSE_DEVICES; i++)
         launch.fuse_fds[i] = dice(2) == 0 ? -1 : fcntl(0, F_DUPFD_CLOEXEC, 8);
