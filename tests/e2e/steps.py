@@ -269,12 +269,15 @@ def processes(home: Household) -> dict[str, int]:
 
 
 def settled(home: Household) -> dict[str, int]:
-    """Wait until nobody has anything left to do, and return who is there."""
+    """Wait until nobody has anything left to do, and return who is there.
+
+    Whoever looks into a mount that nobody serves yet waits without a signal reaching it (D).
+    """
     seen: list[object] = []
 
     def quiet() -> bool:
         seen.append(sorted(home.alive().items()))
-        idle = all(state in "SZ" for _, (_, state, _) in seen[-1])  # type: ignore[attr-defined]
+        idle = all(state in "SDZ" for _, (_, state, _) in seen[-1])  # type: ignore[attr-defined]
         return idle and len(seen) > 3 and seen[-1] == seen[-2] == seen[-3]
 
     eventually(quiet, "all wait")
