@@ -37,6 +37,7 @@ SAMPLE = [
 ]
 ALL = [row for row in [*HERE, *rows(COVERED_IN_LONG)] if row not in SAMPLE]
 _seen: set[str] = set()
+_rows: set[tuple[str, str, int]] = set()
 
 
 def kill_one(world, flow: str, place: str, done: set[str]) -> str:
@@ -62,7 +63,7 @@ def kill_one(world, flow: str, place: str, done: set[str]) -> str:
         assert (status, out) == (0, b"ran\n"), (victim, others, err)
     # It ends as the killed one, or with its own word for it, or can do without.
     assert status in (0, 255, -signal.SIGKILL, 128 + signal.SIGKILL), (victim, status, err)
-    assert (status == 0) == (out == b"ran\n"), (victim, status, out, err)
+    assert status != 0 or out == b"ran\n", (victim, status, out, err)
     return victim
 
 
@@ -72,6 +73,7 @@ def kill_others(world, flow: str, name: str, end: int) -> None:
         done.add(victim)
         assert len(done) < MOST_PROCESSES
     _seen.update(done)
+    _rows.add((flow, name, end))
 
 
 @pytest.mark.parametrize(("flow", "name", "end"), SAMPLE)
@@ -90,7 +92,7 @@ def test_every_role_was_killed():
 
     But the reader, which reads and ends, and stands nowhere but at its own steps.
     """
-    if not _seen:
-        return  # this test was selected alone
+    if not set(SAMPLE) <= _rows:
+        return  # a part was selected
     wanted = {"KEEPER", "MASTER", "RPC", "STAGE2", "SHIM", "IMAGE_SERVER", "TRACER", "METHODS"}
     assert wanted | {"HOST_HELPER", "HOST_HELPER 2"} <= _seen, wanted - _seen
