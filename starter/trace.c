@@ -24,6 +24,7 @@ enum role trace_role = ROLE_KEEPER;
 /* Only in the build for tests: APY_TEST_DIE="STEP:ROLE:END" names where a process dies, and
  * APY_TEST_WAIT="STEP:ROLE:END:FD" where it waits for others to be killed.  FD is a page that the
  * test shares: memory stays where descriptors are closed and signals are blocked. */
+enum { TEST_PATIENCE_MS = 120000 };
 struct test_place {
     int step, role, end;
 };
@@ -136,9 +137,10 @@ static bool is_here(const struct test_place *place, uint32_t step, bool end) {
 static void test_here(uint32_t step, bool end) {
     if (test_gate && is_here(&test_wait, step, end) && !test_gate->open) {
         static const struct timespec moment = {.tv_nsec = 1000000};
+        int moments = TEST_PATIENCE_MS; /* a test that was killed opens nothing any more */
         test_gate->role = (int)trace_role;
         test_gate->reached = 1;
-        while (!test_gate->open)
+        while (!test_gate->open && moments-- > 0)
             (void)nanosleep(&moment, NULL);
     }
     if (!is_here(&test_die, step, end))
