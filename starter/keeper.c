@@ -67,13 +67,15 @@ static int block_signals(void) {
     return signalfd(-1, &all, SFD_CLOEXEC | SFD_NONBLOCK);
 }
 
-/* What the terminal sends goes to everybody in the foreground; for the launch keeper answers. */
+/* What comes to the whole group, of the terminal or of timeout(1), keeper answers for the launch: a
+ * master that it ended would take the payload with it, which may want to end in its own time. */
 static void unblock_signals(void) {
-    static const int of_terminal[] = {SIGINT, SIGQUIT, SIGTSTP, SIGHUP, SIGTTIN, SIGTTOU};
+    static const int of_group[] = {SIGINT,  SIGQUIT, SIGTSTP, SIGHUP,  SIGTTIN, SIGTTOU,
+                                   SIGTERM, SIGUSR1, SIGUSR2, SIGALRM};
     sigset_t blocked;
     sigemptyset(&blocked);
-    for (size_t i = 0; i < ARRAY_SIZE(of_terminal); i++)
-        sigaddset(&blocked, of_terminal[i]);
+    for (size_t i = 0; i < ARRAY_SIZE(of_group); i++)
+        sigaddset(&blocked, of_group[i]);
     sigprocmask(SIG_SETMASK, &blocked, NULL);
 }
 
