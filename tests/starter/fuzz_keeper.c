@@ -20,6 +20,7 @@ static pid_t made_up_fork(void);
 static int made_up_kill(pid_t pid, int number);
 static pid_t made_up_waitpid(pid_t pid, int *status, int options);
 static int made_up_open(const char *path, int flags, ...);
+static int made_up_fstat(int fd, struct stat *st);
 static int made_up_execve(const char *path, char *const argv[], char *const envp[]);
 static void made_up_exit(int status) __attribute__((noreturn));
 void made_up_report(const char *level, const char *text);
@@ -29,6 +30,7 @@ void made_up_fail(const char *what, int error) __attribute__((noreturn));
 #define kill made_up_kill
 #define waitpid made_up_waitpid
 #define open made_up_open
+#define fstat made_up_fstat
 #define execve made_up_execve
 #define _exit made_up_exit
 #define report made_up_report
@@ -38,6 +40,7 @@ void made_up_fail(const char *what, int error) __attribute__((noreturn));
 #undef kill
 #undef waitpid
 #undef open
+#undef fstat
 #undef execve
 #undef _exit
 #undef report
@@ -48,7 +51,7 @@ static struct keeper kept;
 static jmp_buf ended;
 static enum { RUNS, ABANDONED, BECAME_PLAIN, GAVE_UP } how_it_ended;
 static bool dropped, raised, fails;
-static uint64_t accepted;
+static uint64_t accepted, granted;
 
 static bool unlucky(void) {
     return fails && dice(8) == 0;
@@ -121,6 +124,14 @@ static int made_up_open(const char *path, int flags, ...) {
     return unlucky() ? -1 : fcntl(0, F_DUPFD_CLOEXEC, 8);
 }
 
+/* A mount that is for its owner alone. */
+static int made_up_fstat(int fd, struct stat *st) {
+    if (!unlucky())
+        return fstat(fd, st);
+    errno = EACCES;
+    return -1;
+}
+
 static int made_up_execve(const char *path, char *const argv[], char *const envp[]) {
     must(strcmp(path, APY_STARTER) == 0 && argv[0] && !envp[0], "it becomes the plain starter");
     must(dropped && !raised, "which has no rights");
@@ -156,7 +167,7 @@ int audit_launch(const struct launch *l, const struct container_plan *plan, cons
     must(strlen(image) <= LIMIT_PATH_BYTES, "an image's path has an end");
     if (unlucky())
         return -1;
-    is_on_record = strcmp(decision, "refused") != 0;
+    is_on_record = strcmp(decision, "begun") == 0 || strcmp(decision, "allowed") == 0;
     on_record = *plan;
     return 0;
 }
@@ -167,7 +178,8 @@ pid_t container_start(struct launch *l, int *err) {
     must(policy_plan(l, &l->plan) == ERR_OK, "and allowed");
     if (l->flow == FLOW_SETUID)
         for (int set = 0; set < CAP_SETS; set++)
-            must(l->plan.caps[set] == 0, "the setuid flow gives no capability");
+            must(l->plan.caps[set] == l->plan.caps[0] && !(l->plan.caps[set] & ~granted),
+                 "the setuid flow gives no capability that was not granted");
     must(l->flow == FLOW_ROOT || (l->plan.uid == l->uid && l->plan.gid == l->gid),
          "the payload is the caller's");
     pid_t pid = born();
@@ -211,6 +223,12 @@ pid_t server_start(const struct launch *l, int image_fd, int fuse_fd, uint64_t o
     return born();
 }
 
+int server_look(const struct launch *l, int image_fd, struct image_facts *found) {
+    must(l->flow == FLOW_SETUID, "root and a user's own flow look themselves");
+    found->code = unlucky() ? ERR_REFUSED : ERR_OK;
+    return unlucky() ? -1 : fstat(image_fd, &found->st);
+}
+
 const struct raised *privs_raise(uint64_t caps) {
     must(!raised && caps == CAP_BIT(CAP_DAC_OVERRIDE), "one right at a time");
     raised = true;
@@ -250,6 +268,11 @@ int names_match(const struct launch *l, enum config_id key, bool group, const gi
     (void)ids;
     (void)count;
     return 0;
+}
+
+uint64_t names_granted_caps(const struct launch *l) {
+    must(l->flow == FLOW_SETUID, "root and a user's own flow need no grant");
+    return granted;
 }
 
 void sanitize_close_inherited(const struct launch *l) {
@@ -309,6 +332,9 @@ static size_t compose_container(union keeper_request *q) {
     c->plan.flags |= PLAN_NO_NEW_PRIVS;
     c->plan.fuse_count = dice(3);
     c->plan.spaces = dice(4) == 0 ? dice(32) : 0;
+    uint64_t asked = dice(3) == 0 ? odd_number() & (dice(4) == 0 ? launch.permitted : granted) : 0;
+    for (int set = 0; set < CAP_SETS; set++)
+        c->plan.caps[set] = asked;
     for (uint32_t n = dice(3) == 0 ? dice(3) : 0; n > 0; n--)
         mutate(&c->plan, sizeof(c->plan));
     return sizeof(*c);
@@ -339,6 +365,7 @@ static void reset(void) {
     how_it_ended = RUNS;
     dropped = raised = is_on_record = false;
     fails = dice(3) == 0;
+    granted = dice(2) == 0 ? odd_number() & ((1ull << 41) - 1) : 0;
     config_defaults(&launch.config);
     launch.flow = flows[dice(3)];
     launch.uid = launch.gid = 1000;

@@ -112,8 +112,20 @@ WEAKENED = {
     "no phases": ("keeper", "table[i].phase != k->phase", "false", "not so"),
     "no counts": ("keeper", "k->uses[i]++ >= table[i].times", "false", "more often than allowed"),
     "not judged": ("keeper", "policy_plan(l, &q->plan)", "ERR_OK", "not so"),
+    "not granted": (
+        "policy",
+        "names_granted_caps(l) & l->permitted",
+        "l->permitted",
+        "no capability that was not granted",
+    ),
+    "sets of their own": (
+        "policy",
+        "l->flow == FLOW_SETUID && !whole_grant(plan)",
+        "false",
+        "no capability that was not granted",
+    ),
     "not recorded": ("keeper", "if (!known && audit_launch", "if (false && audit_launch", "record"),
-    "any image": ("keeper", "!S_ISREG(st.st_mode)", "false", "an image is a file"),
+    "any image": ("keeper", "!S_ISREG(image.st.st_mode)", "false", "an image is a file"),
     "raised for good": ("keeper", "    privs_lower(raised);\n", "", "not so"),
     "not dropped": ("keeper", "if (privs_drop(&target) < 0)", "if (false)", "has no rights"),
     "layer by its path": (
@@ -135,7 +147,7 @@ WEAKENED = {
 @pytest.mark.parametrize("name", WEAKENED)
 def test_the_fuzzers_find_a_hole_that_is_made_for_them(tmp_path, name: str) -> None:
     file, sound, weak, finding = WEAKENED[name]
-    fuzzer = "fuzz_keeper" if file == "keeper" else "fuzz_rpc"
+    fuzzer = "fuzz_rpc" if file == "mounts" else "fuzz_keeper"
     shutil.copytree(STARTER, tmp_path / "starter")
     (tmp_path / "tests/starter").mkdir(parents=True)
     for part in (f"{fuzzer}.c", "fuzz.h"):
