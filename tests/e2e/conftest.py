@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -52,9 +51,6 @@ def world(installed: Installation, sif: Path) -> Iterator[SimpleNamespace]:
     sandbox = images.small_tree(images.shared_folder())
     engine = made / "engine.py"
     engine.write_text(steps.ENGINE.format(tree=sandbox))
-    grants = installed.sysconfdir / "capability.json"
-    grants.write_text(json.dumps({"users": {installed.user.pw_name: ["CAP_CHOWN"]}}))
-    grants.chmod(0o644)
     yield SimpleNamespace(
         own=installed, plain=plain, suid=suid, engine=engine, sif=sif, sandbox=sandbox,
         build_id=installed.facts()["BUILD_ID"], place=made,

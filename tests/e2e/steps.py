@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import array
+import fcntl
 import mmap
 import os
+import signal
 import struct
 import subprocess
+import termios
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,9 +43,17 @@ BEGIN, END = 0, 1
 BECOMES_ANOTHER = ("EXEC_SERVER", "EXEC_PAYLOAD", "PLAIN_STARTER")
 # Tracer and reader are nobody's need: without them the launch goes on.
 HARMLESS = ("DROP_TRACER", "DROP_READER")
-# So is a host helper while the payload runs; and what was begun early is begun again.
-MAY_GO_ON = (*HARMLESS, "FORK_READER", "DROP_HELPER", "LOAD_HELPER")
+# The payload is over, whatever becomes of the launch.
+AFTER_PAYLOAD = ("PAYLOAD_ENDED", "MASTER_ENDED", "KEEPER_END")
+# post_start_host runs beside the payload, and its failure ends it; so does keeper's, behind GO.
+BESIDE_PAYLOAD = (("DROP_HELPER", 0), ("DROP_HELPER", 1), ("LOAD_HELPER", 0), ("LOAD_HELPER", 1),
+                  ("GO", 1))  # fmt: skip
+# What was begun early is begun again; stage 2 is done once it has told bearer what to run.
+MAY_GO_ON = (*((name, end) for name in (*HARMLESS, "FORK_READER", "DROP_HELPER", "LOAD_HELPER")
+               for end in (0, 1)), ("ASK_BEARER", 1))  # fmt: skip
 HARMLESS_DEATHS = ("TRACER", "READER")
+# No user is told this because a process of the launch was killed.
+NO_REASONS = (b"Traceback", b"internal error", b"the launch is abandoned")
 
 ENGINE = """
 import os
@@ -173,6 +185,7 @@ def launch(
     arguments, configuration, kind, _ = FLOWS[flow]
     own = world.own
     own.configure(configuration)
+    own.grant("CAP_CHOWN")
     image = world.sif if kind == "sif" else world.sandbox
     engine = flow.startswith("engine")
     # The tracer is one of the processes: it is always there.
@@ -211,8 +224,33 @@ def launch(
 
 
 def finish(process: subprocess.Popen[bytes]) -> tuple[int, bytes, bytes]:
-    out, err = process.communicate(timeout=15)
+    out, err = process.communicate(timeout=own_install.DEADLINE_S)
     return process.returncode, out, err
+
+
+def ends() -> tuple[int, ...]:
+    """Return how a launch may end: with its own word, or as one of its processes did.
+
+    The first process of a pid namespace cannot send itself SIGKILL, and traps instead.
+    """
+    signals = (signal.SIGKILL, signal.SIGILL)
+    return (0, 255, *(-number for number in signals), *(128 + number for number in signals))
+
+
+def told(status: int, err: bytes) -> bool:
+    """Return whether a launch that failed by itself says so in one line, and in a user's words."""
+    if any(word in err for word in NO_REASONS):
+        return False
+    last_words = [line for line in err.splitlines() if line.startswith((b"FATAL", b"ERROR"))]
+    return len(last_words) == 1 if status == 255 else len(last_words) <= 1
+
+
+def has_spoken(process: subprocess.Popen[bytes]) -> bool:
+    """Return whether the payload has written anything yet."""
+    assert process.stdout is not None
+    count = array.array("i", [0])
+    fcntl.ioctl(process.stdout, termios.FIONREAD, count)
+    return count[0] > 0
 
 
 class Gate:

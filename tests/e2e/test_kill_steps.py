@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.steps import (
+    AFTER_PAYLOAD,
     BEGIN,
+    BESIDE_PAYLOAD,
     COVERED_IN_LONG,
     END,
     FLOWS,
@@ -20,10 +22,12 @@ from tests.e2e.steps import (
     MAY_GO_ON,
     OPERATIONS,
     STEPS,
+    ends,
     finish,
     launch,
     number_of,
     rows,
+    told,
 )
 from tests.own_install import HostState, assert_nothing_left, eventually, household
 
@@ -36,11 +40,17 @@ def kill_at(world, flow: str, name: str, end: int) -> None:
         assert b"STEPS:   a process dies here" in err, (status, out, err)
         assert_nothing_left(home, host)
     # The command ends as the killed one, or with its own word for it, or had done its work.
-    assert status in (0, 255, -signal.SIGKILL, 128 + signal.SIGKILL), (status, err)
+    assert status in ends(), (status, err)
     if name in HARMLESS:
         assert (status, out) == (0, b"ran\n")
-    assert (status == 0) <= (name in MAY_GO_ON)
-    assert b"Traceback" not in err
+    assert (status == 0) <= ((name, end) in MAY_GO_ON), (status, out, err)
+    assert out in (b"", b"ran\n")
+    if name in AFTER_PAYLOAD:
+        assert out == b"ran\n"
+    elif (name, end) not in BESIDE_PAYLOAD:
+        assert (status == 0) == (out == b"ran\n"), (status, out, err)
+    assert (status == 0) <= (out == b"ran\n"), (status, out, err)
+    assert told(status, err), (status, err)
 
 
 @pytest.mark.parametrize(("flow", "name", "end"), HERE)
