@@ -2,8 +2,8 @@
 
     /usr/bin/python3 setup.py build_product --prefix P --sysconfdir S --output DIR
 
-leaves in DIR: starter, apptainer-py, stagehost.so, unpack.so, main.py and package/apptainer_py,
-byte-compiled.
+leaves in DIR: starter, starter-init, apptainer-py, apptainer-py-oci, stagehost.so, unpack.so,
+main.py and package/apptainer_py, byte-compiled.
 Nothing is installed here (./install does that); metadata and tool settings are in pyproject.toml.
 """
 
@@ -24,7 +24,13 @@ from setuptools import Command, find_packages, setup
 SOURCE = Path(__file__).resolve().parent
 PYTHON = "/usr/bin/python3"
 GCC = "/usr/bin/gcc"
-STARTER_INDEPENDENT = ("launcher", "stagehost", "unpack", "fuzz", "test")
+# What is not the starter: other programs, and what only those share.
+STARTER_INDEPENDENT = (
+    *("launcher", "stagehost", "unpack", "fuzz", "test"),
+    *("lean", "init", "process", "hook", "record", "relay"),
+)
+LEAN_SHARED = ("launcher_request", "hook", "record")
+INIT_SHARED = ("wire", "report", "process", "hook")
 PARALLEL = 2
 
 WARNINGS = """
@@ -97,7 +103,8 @@ def sources() -> list[Path]:
     found = [SOURCE / "setup.py", *(SOURCE / "tools").glob("gen_*.py")]
     for folder in ("starter", "apptainer_py"):
         found += [path for path in (SOURCE / folder).rglob("*") if path.suffix in kinds]
-    generated = {SOURCE / name for name in (*GENERATED, "apptainer_py/kernel/_starter.c")}
+    generated = {SOURCE / name for name in GENERATED}
+    generated |= {path.with_suffix(".c") for path in (SOURCE / "apptainer_py").rglob("*.pyx")}
     return sorted(set(found) - generated)
 
 
@@ -233,6 +240,12 @@ class Compiler:
         objects = self._objects(files, name, [*self.strict, "-fPIE", *extra])
         run([GCC, *self.hardening, "-pie", *LINK, *objects, "-o", str(self.output / name)])
 
+    def static_program(self, name: str, files: list[Path], *extra: str) -> None:
+        """Build a position-independent program that needs no library: nothing is loaded with it."""
+        objects = self._objects(files, name, [*self.strict, "-fPIE", *extra])
+        link = [GCC, *self.hardening, "-static-pie", *LINK]
+        run([*link, *objects, "-o", str(self.output / name)])
+
     def stage_host(self, files: list[Path]) -> None:
         """Build the object that starter's dropped children load: the only user of libpython.
 
@@ -302,7 +315,7 @@ def byte_compile(package: Path, installed: str) -> None:
 def stage_sources(tree: Path) -> None:
     """Copy what is compiled or installed to a place of its own, leaving generated files behind."""
     shutil.rmtree(tree, ignore_errors=True)
-    unwanted = shutil.ignore_patterns("__pycache__", "generated", "*.so", "_starter.c")
+    unwanted = shutil.ignore_patterns("__pycache__", "generated", "*.so", "_*.c")
     for folder in ("starter", "apptainer_py"):
         if (SOURCE / folder).exists():
             shutil.copytree(SOURCE / folder, tree / folder, ignore=unwanted)
@@ -370,8 +383,18 @@ class BuildProduct(Command):
         if self.steps:
             compiler.program("starter-steps", own, "-DAPY_TEST_STEPS")
         compiler.program("apptainer-py", sorted(folder.glob("launcher*.c")))
+        lean = [folder / f"{stem}.c" for stem in LEAN_SHARED]
+        compiler.static_program("apptainer-py-oci", [*sorted(folder.glob("lean*.c")), *lean])
+        self._compile_init(compiler, folder)
         compiler.stage_host(sorted(folder.glob("stagehost*.c")))
         compiler.server_object(sorted(folder.glob("unpack*.c")))
+
+    def _compile_init(self, compiler: Compiler, folder: Path) -> None:
+        shared = [folder / f"{stem}.c" for stem in INIT_SHARED]
+        files = [*sorted(folder.glob("init*.c")), *shared]
+        compiler.static_program("starter-init", files)
+        if self.steps:
+            compiler.static_program("starter-init-steps", files, "-DAPY_TEST_STEPS")
 
     def _copy_modules(self, tree: Path) -> None:
         for module in (tree / "apptainer_py").rglob("*.so"):

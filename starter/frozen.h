@@ -10,7 +10,7 @@ struct bundle {
     Py_ssize_t size;
 };
 
-enum { BUNDLE_MASTER, BUNDLE_IMAGE, BUNDLE_START };
+enum { BUNDLE_MASTER, BUNDLE_IMAGE, BUNDLE_START, BUNDLE_OCI };
 
 extern const struct _frozen frozen_modules[];
 extern const struct bundle bundles[];

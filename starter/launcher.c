@@ -15,6 +15,7 @@
 
 #define EXIT_FATAL 255
 #define MAIN_FILE APY_LIBEXECDIR "/main.py"
+#define OCI_PROGRAM APY_BINDIR "/apptainer-py-oci"
 /* A single argument of execve(2) may have 128 KiB; this one is for people who read ps(1). */
 #define TITLE_BYTES 4096
 
@@ -54,6 +55,14 @@ __attribute__((noreturn)) static void run_interpreter(int argc, char *const argv
     fatal(APY_PYTHON, strerror(errno));
 }
 
+/* It tells by its first argument how it was called. */
+__attribute__((noreturn)) static void run_oci(char *argv[], char *const envp[]) {
+    char name[] = "apptainer-py";
+    argv[0] = name;
+    execve(OCI_PROGRAM, argv, envp);
+    fatal(OCI_PROGRAM, strerror(errno));
+}
+
 static int open_trace(const char *file) {
     /* O_NONBLOCK: a FIFO that nobody reads is an error, and one that fills holds up no process. */
     int fd = open(file, O_WRONLY | O_CREAT | O_APPEND | O_NOCTTY | O_NONBLOCK, 0666);
@@ -86,10 +95,12 @@ __attribute__((noreturn)) static void run_starter(const struct choice *c, const 
 
 int main(int argc, char *argv[], char *envp[]) {
     struct scan s;
-    struct choice c = {.trace_fd = -1};
+    struct choice c = {.engine = "apptainer", .trace_fd = -1};
     const char *why;
     open_standard_streams();
     scan_arguments(&s, argc, argv);
+    if (s.is_oci)
+        run_oci(argv, envp);
     if (s.image == NULL)
         run_interpreter(argc, argv, envp);
     flow_choose(&c, scan_asks_userns(&s, envp));

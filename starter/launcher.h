@@ -17,6 +17,7 @@ struct scan {
     unsigned given;      /* enum option_flag: was on the command line */
     unsigned on;         /* ... and its last value was true, or not empty */
     unsigned image_arg;  /* which argument the image is */
+    bool is_oci;         /* `oci` ...: another program's */
     bool is_exec;        /* the word after it is a program of the image */
 };
 
@@ -29,6 +30,7 @@ struct forecast {
 struct choice {
     enum flow flow;
     enum reason reason;
+    const char *engine;
     int trace_fd;        /* or -1 */
     unsigned image_arg;
     struct forecast forecast;

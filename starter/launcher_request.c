@@ -15,8 +15,6 @@
 
 _Static_assert(sizeof(APY_BUILD_ID) <= REQUEST_BUILD_ID_BYTES, "the build id has its place");
 
-static const char engine[] = "apptainer";
-
 struct extent {
     size_t count, bytes;
 };
@@ -35,7 +33,7 @@ static char *copy(char *to, const char *text) {
 }
 
 static void fill(char *base, const struct request_header *h, char *const argv[],
-                 char *const envp[], const char *cwd) {
+                 char *const envp[], const char *cwd, const char *engine) {
     memcpy(base, h, sizeof(*h));
     char *to = base + h->argv_off;
     for (uint32_t i = 0; i < h->argc; i++)
@@ -104,7 +102,7 @@ static struct request_header describe(const struct choice *c, struct extent args
     h.env_off = h.argv_off + (uint32_t)args.bytes;
     h.cwd_off = h.env_off + (uint32_t)env.bytes;
     h.engine_off = h.cwd_off + (uint32_t)cwd_bytes;
-    h.engine_file_off = h.engine_off + (uint32_t)sizeof(engine);
+    h.engine_file_off = h.engine_off + (uint32_t)strlen(c->engine) + 1;
     h.total = h.engine_file_off + 1;
     h.forecast = c->forecast.what;
     h.forecast_spaces = c->forecast.spaces;
@@ -120,7 +118,7 @@ int request_make(const struct choice *c, int argc, char *const argv[], char *con
         cwd[0] = '\0';
     struct extent args = measure(argv, argc);
     struct extent env = measure(envp, REQUEST_ENVC_MAX + 1);
-    size_t rest = sizeof(struct request_header) + sizeof(cwd) + sizeof(engine) + 1;
+    size_t rest = sizeof(struct request_header) + sizeof(cwd) + REQUEST_ENGINE_MAX + 1;
     *why = "too many arguments, or too large an environment, for one launch";
     if (args.count > REQUEST_ARGC_MAX || env.count > REQUEST_ENVC_MAX ||
         args.bytes + env.bytes > LIMIT_REQUEST_BYTES - rest)
@@ -129,7 +127,7 @@ int request_make(const struct choice *c, int argc, char *const argv[], char *con
     char *base;
     int fd = make_file(h.total, &base);
     if (fd >= 0) {
-        fill(base, &h, argv, envp, cwd);
+        fill(base, &h, argv, envp, cwd, c->engine);
         if (munmap(base, h.total) == 0 && fcntl(fd, F_ADD_SEALS, REQUEST_SEALS) == 0)
             return fd;
         int error = errno;

@@ -143,6 +143,7 @@ void scan_arguments(struct scan *s, int argc, char *const argv[]) {
     *s = (struct scan){0};
     if (!read_options(s, &w, 0) || w.left == 0 || (s->on & (OPT_HELP | OPT_VERSION)) != 0)
         return;
+    s->is_oci = strcmp(*w.at, "oci") == 0;
     if (read_command(s, &w) && (s->on & OPT_HELP) == 0 && is_path(*w.at))
         s->image = *w.at;
     s->image_arg = (unsigned)(w.at - argv);

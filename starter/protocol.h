@@ -61,6 +61,10 @@ enum err {
 #define ERR(name, number, text) ERR_##name = (number),
 #include "rows.h"
 };
+enum go_step {
+#define GOSTEP(name, number, text) GOSTEP_##name = (number),
+#include "rows.h"
+};
 enum limit {
 #define LIMIT(name, number) LIMIT_##name = (number),
 #include "rows.h"
@@ -174,6 +178,8 @@ struct stage_info {
     int32_t methods_fd;   /* master ↔ methods server, or -1 */
     int32_t trigger_fd;   /* host helper ↔ master, or -1 */
     int32_t helper_fds[2];/* master: post_start_host, cleanup_host, or -1 */
+    int32_t init_fd;      /* master ↔ starter-init (flow CALLER), or -1 */
+    int32_t init_pid;     /* starter-init's first process, or 0 */
     int32_t trace_fd;     /* tracer's socket, or -1 */
     uint32_t forecast;    /* enum forecast_kind of the request */
     uint64_t permitted;   /* capabilities that root may hand out */

@@ -62,6 +62,8 @@ void request_open(struct launch *l, int argc, char *const argv[]) {
         check_header(&l->request, st.st_size) < 0)
         fail("the launch request is malformed; install apptainer-py again (./install)", 0);
     check_build(&l->request);
+    if (l->flow != FLOW_CALLER && l->request.flow == FLOW_CALLER)
+        fail("this request is not for this starter", 0);
     /* Root may ask for less than it has. */
     if (l->flow == FLOW_ROOT && l->request.flow == FLOW_USERNS)
         l->flow = FLOW_USERNS;

@@ -7,7 +7,7 @@
  *   argc strings      the caller's arguments, the program's name first
  *   envc strings      the caller's environment, as it was
  *   cwd               getcwd(2), "" if it has no path
- *   engine            name of the engine, "apptainer" from the launcher
+ *   engine            name of the engine: "apptainer" or "oci" from the launchers
  *   engine_file       Python file that registers it, "" if it is built in
  *
  * Every string ends in NUL.  The parts lie in this order without gaps: argv_off

@@ -41,6 +41,9 @@
 #ifndef ERR
 #define ERR(...)
 #endif
+#ifndef GOSTEP
+#define GOSTEP(...)
+#endif
 #ifndef LIMIT
 #define LIMIT(...)
 #endif
@@ -71,6 +74,7 @@
 #undef PLANFLAG
 #undef EVENT
 #undef ERR
+#undef GOSTEP
 #undef LIMIT
 #undef STEP
 #undef TRACEKIND

@@ -13,7 +13,7 @@
 static struct launch *stage_launch;
 static enum role stage_role;
 static uint64_t hook_start;
-
+static struct identity caller_identity; /* flow CALLER: at the start, and in each hook */
 
 /* What a user was granted on the host is the payload's alone.  It becomes effective with the
  * payload's execve, by the ambient set. */
@@ -127,13 +127,20 @@ static bool hook_belongs(uint32_t hook, enum stage stage) {
 
 static enum stage current_stage;
 
-static void enter_hook(uint32_t hook) {
+static bool right_identity(const struct identity *who) {
     struct target_identity target;
-    struct identity who;
-    hook_start = trace_now();
+    if (stage_launch->flow == FLOW_CALLER)
+        return memcmp(who, &caller_identity, sizeof(*who)) == 0;
     stage_target(stage_launch, stage_role, &target);
+    return same_identity(&target, who) && right_spaces(stage_launch, who);
+}
+
+static void enter_hook(uint32_t hook) {
+    struct identity who;
+    memset(&who, 0, sizeof(who)); /* it is compared as bytes */
+    hook_start = trace_now();
     if (!hook_belongs(hook, current_stage) || privs_identify(&who, true) < 0 ||
-        !same_identity(&target, &who) || !right_spaces(stage_launch, &who)) {
+        !right_identity(&who)) {
         report("FATAL:   ", "a hook was about to run with an identity that is not its stage's; "
                             "the launch is abandoned");
         _exit(255);
@@ -256,6 +263,7 @@ static struct stage_info describe(const struct launch *l, enum stage stage) {
                                                      : -1,
         .helper_fds = {master ? l->helper_sockets[0][1] : -1,
                        master ? l->helper_sockets[1][1] : -1},
+        .init_fd = l->flow == FLOW_CALLER ? l->init_socket[1] : -1, .init_pid = l->init_pid,
         .forecast = l->request.forecast,
         .trace_fd = trace_fd, .permitted = l->permitted, .enter_hook = enter_hook,
         .leave_hook = leave_hook, .wait_for_go = wait_for_go, .exec_payload = exec_payload,
@@ -283,24 +291,34 @@ static int load_and_run(const struct stage_info *info, enum step step) {
     return run(info);
 }
 
+static void take_identity(const struct launch *l, enum stage stage) {
+    struct target_identity target;
+    /* SAFE: a caller without privilege of ours, or root itself, keeps what it has. */
+    if (l->flow == FLOW_CALLER) {
+        if (privs_identify(&caller_identity, true) < 0)
+            fail("cannot find out the identity of this process", errno);
+        return;
+    }
+    stage_target(l, stage_role, &target);
+    /* SAFE: irrevocable, verified; all that follows runs with the stage's own identity. */
+    if (privs_drop(&target) < 0)
+        fail("cannot give up privileges", errno);
+    if (die_with_parent(l, stage) < 0)
+        _exit(255);
+}
+
 NO_RETURN void stage_run(struct launch *l, enum stage stage) {
     size_t row = 0;
     while (row < ARRAY_SIZE(stages) && stages[row].stage != stage)
         row++;
     if (row == ARRAY_SIZE(stages))
         fail("there is no such stage", 0);
-    struct target_identity target;
     stage_launch = l;
     current_stage = stage;
     stage_role = stages[row].role;
     trace_set_role(stage_role);
-    stage_target(l, stage_role, &target);
     step_begin(stages[row].drop);
-    /* SAFE: irrevocable, verified; all that follows runs with the stage's own identity. */
-    if (privs_drop(&target) < 0)
-        fail("cannot give up privileges", errno);
-    if (die_with_parent(l, stage) < 0)
-        _exit(255);
+    take_identity(l, stage);
     step_end(stages[row].drop);
     trace_process();
     struct stage_info info = describe(l, stage);

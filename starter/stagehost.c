@@ -9,6 +9,7 @@
 #include "stagehost.h"
 
 PyMODINIT_FUNC PyInit__starter(void);
+PyMODINIT_FUNC PyInit__container(void);
 
 #define PYTHON_LIB                                                                                 \
     "/usr/lib/python" Py_STRINGIFY(PY_MAJOR_VERSION) "." Py_STRINGIFY(PY_MINOR_VERSION)
@@ -74,11 +75,18 @@ static PyStatus initialize(void) {
 }
 
 /* A built-in module cannot belong to a package, except by its entry among the loaded ones. */
-static int place_starter_module(void) {
-    PyObject *module = PyImport_ImportModule("_starter");
-    return module ? PyDict_SetItemString(PyImport_GetModuleDict(), "apptainer_py.kernel._starter",
-                                         module)
-                  : -1;
+static int place_module(const char *name, const char *full_name) {
+    PyObject *module = PyImport_ImportModule(name);
+    return module ? PyDict_SetItemString(PyImport_GetModuleDict(), full_name, module) : -1;
+}
+
+/* Only the flow in which the caller's own rights are used makes containers with _container. */
+static int place_modules(const struct stage_info *info) {
+    if (place_module("_starter", "apptainer_py.kernel._starter") < 0)
+        return -1;
+    if (info->flow != FLOW_CALLER)
+        return 0;
+    return place_module("_container", "apptainer_py.kernel._container");
 }
 
 /* The other stages are rare, and find their modules one by one. */
@@ -87,6 +95,8 @@ static int begin_bundles(const struct stage_info *info) {
         return bundle_run(&bundles[BUNDLE_START]);
     if (info->stage != STAGE_MASTER)
         return 0;
+    if (info->flow == FLOW_CALLER)
+        return bundle_run(&bundles[BUNDLE_OCI]);
     if (bundle_run(&bundles[BUNDLE_MASTER]) < 0)
         return -1;
     return info->forecast & FORECAST_FUSE ? bundle_run(&bundles[BUNDLE_IMAGE]) : 0;
@@ -115,7 +125,8 @@ int stagehost_run(const struct stage_info *info) {
     stage = info;
     /* Before the interpreter exists: its first import is already one of these. */
     PyImport_FrozenModules = frozen_modules;
-    if (PyImport_AppendInittab("_starter", PyInit__starter) < 0)
+    if (PyImport_AppendInittab("_starter", PyInit__starter) < 0 ||
+        PyImport_AppendInittab("_container", PyInit__container) < 0)
         return 255;
     PyStatus status = initialize();
     if (PyStatus_Exception(status)) {
@@ -126,7 +137,7 @@ int stagehost_run(const struct stage_info *info) {
     /* A stage lives for milliseconds, or sleeps: collecting would cost more than it frees. */
     PyGC_Disable();
     PyObject *module = NULL;
-    if (place_starter_module() == 0 && begin_bundles(info) == 0)
+    if (place_modules(info) == 0 && begin_bundles(info) == 0)
         module = PyImport_ImportModule("apptainer_py.cli.stage");
     PyObject *result = module ? PyObject_CallMethod(module, "main", NULL) : NULL;
     if (!result) {

@@ -31,15 +31,14 @@ static int set_facts(PyObject *namespace, PyObject *name, int is_package, PyObje
     return set ? PyDict_SetItemString(namespace, "__package__", name) : -1;
 }
 
-/* `import a.b` leaves b in a. */
+/* `import a.b` leaves b in a, which may run after b: a package imports what it is made of. */
 static int set_in_package(const char *name, PyObject *module) {
     const char *dot = strrchr(name, '.');
     if (!dot)
         return 0;
     PyObject *above = PyUnicode_FromStringAndSize(name, dot - name);
-    PyObject *package = above ? PyImport_GetModule(above) : NULL;
+    PyObject *package = above ? PyImport_AddModuleObject(above) : NULL; /* borrowed */
     int set = package ? PyObject_SetAttrString(package, dot + 1, module) : -1;
-    Py_XDECREF(package);
     Py_XDECREF(above);
     return set;
 }

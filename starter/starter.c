@@ -77,6 +77,8 @@ int main(int argc, char *argv[]) {
     sanitize_start(l);
     if (privs_check_start(l) < 0)
         fail("the starter does not have the identity that it needs; run apptainer-py", 0);
+    if (caller_asked(argc, argv))
+        caller_main(l, argc, argv);
     if (privs_enter_keeper(l) < 0)
         fail("cannot take the identity for the start", errno);
     step_end(STEP_KEEPER_START);

@@ -52,6 +52,8 @@ struct launch {
     int methods_socket[2];             /* [0] methods, [1] master; -1 without */
     int helper_sockets[2][2];          /* post_start_host, cleanup_host: [0] helper, [1] master */
     int bearer_socket[2];              /* [0] stage 2, [1] bearer; -1 without */
+    int init_socket[2];                /* flow CALLER: [0] starter-init, [1] master; -1 without */
+    pid_t init_pid;
     int seal_pipe[2];                  /* stage 2 → rpc: nothing more will be loaded */
     int ready_pipe[2];                 /* container → keeper: rpc is gone */
     int go_pipe[2];                    /* keeper → stage 2, bearer: nothing privileged is left */
@@ -136,6 +138,7 @@ MUST_USE int grants_read(const char *text, size_t size, grants_match matches, co
 
 #ifdef APY_TEST_STEPS
 void test_read_environment(void);
+char *test_variable(void);
 #endif
 
 /* trace.c */
@@ -226,6 +229,10 @@ MUST_USE int bearer_ask(const struct launch *l, const char *path, char *const ar
 
 /* shim.c */
 NO_RETURN void shim_main(struct launch *l, pid_t rpc, pid_t stage2);
+
+/* caller.c: the flow CALLER, where this process is master and starter-init its child */
+bool caller_asked(int argc, char *const argv[]);
+NO_RETURN void caller_main(struct launch *l, int argc, char *const argv[]);
 
 /* keeper.c */
 NO_RETURN void keeper_main(struct launch *l);

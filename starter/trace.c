@@ -34,13 +34,22 @@ struct test_gate {
 static struct test_place test_die = {-1, -1, 0}, test_wait = {-1, -1, 0};
 static volatile struct test_gate *test_gate;
 
+static char test_die_variable[64];
+
 static const char *role_name(uint32_t role);
+
+/* For programs that the starter executes. */
+char *test_variable(void) {
+    return test_die_variable[0] ? test_die_variable : NULL;
+}
 
 void test_read_environment(void) {
     const char *die = getenv("APY_TEST_DIE"), *wait = getenv("APY_TEST_WAIT");
     int fd = -1;
     if (die)
         (void)sscanf(die, "%d:%d:%d", &test_die.step, &test_die.role, &test_die.end);
+    if (die)
+        (void)snprintf(test_die_variable, sizeof(test_die_variable), "APY_TEST_DIE=%s", die);
     if (wait && sscanf(wait, "%d:%d:%d:%d", &test_wait.step, &test_wait.role, &test_wait.end,
                        &fd) == 4) {
         void *page = mmap(NULL, sizeof(*test_gate), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);

@@ -39,6 +39,19 @@ _BUNDLES = {
     ),
     # For an image that is a file; the bundle before it is there already.
     "image": ("apptainer_py.image.sif",),
+    # `create`, `run` and `exec` of the oci engine, up to where they part.
+    "oci": (
+        "os",
+        "apptainer_py.cli.stage",
+        "apptainer_py.cli.oci.stage",
+        "apptainer_py.engines.oci",
+        "apptainer_py.engines.oci.create",
+        "apptainer_py.runtime.nest",
+        "apptainer_py.host.cgroups.v1",
+        "apptainer_py.host.cgroups.mounting",
+        "apptainer_py.host.cgroups.devices",
+        "apptainer_py.model.record_frame",
+    ),
     "start": (
         "os",
         "apptainer_py.cli.stage",
@@ -69,14 +82,21 @@ class _Lean(ast.NodeTransformer):
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         """Put a number for its name; whatever else of the protocol is wanted is imported then."""
-        self.generic_visit(node)
         if not (isinstance(node.value, ast.Name) and node.value.id in ("protocol", "errno")):
+            self.generic_visit(node)
             return node
         table = self.numbers if node.value.id == "protocol" else vars(errno)
         if isinstance(table[node.attr], int):
             return ast.copy_location(ast.Constant(table[node.attr]), node)
         late = ast.parse(f"__import__({_PROTOCOL!r}, fromlist=['*']).{node.attr}", mode="eval").body
         return ast.copy_location(late, node)
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        """Import the protocol where it is wanted whole."""
+        if node.id != "protocol" or not isinstance(node.ctx, ast.Load):
+            return node
+        whole = ast.parse(f"__import__({_PROTOCOL!r}, fromlist=['*'])", mode="eval").body
+        return ast.copy_location(whole, node)
 
     def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
         """Keep only the branch that runs."""

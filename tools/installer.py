@@ -261,7 +261,10 @@ def place_all(installation: Installation, built: Path, *, setuid: bool) -> None:
     installation.place(built / "stagehost.so", f"{libexec}/stagehost.so", 0o644)
     installation.place(built / "main.py", f"{libexec}/main.py", 0o755)
     installation.place(built / "starter", f"{libexec}/starter", 0o755)
-    installation.place(built / "apptainer-py", f"{installation.prefix}/bin/apptainer-py", 0o755)
+    # Readable by all: what enters a container is a copy that its caller makes.
+    installation.place(built / "starter-init", f"{libexec}/starter-init", 0o755)
+    for name in ("apptainer-py", "apptainer-py-oci"):
+        installation.place(built / name, f"{installation.prefix}/bin/{name}", 0o755)
     if setuid:
         installation.place(built / "starter", f"{libexec}/starter-suid", 0o711)
     installation.finish()

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import sys
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 FATAL, ERROR, WARN, LOG, INFO, VERBOSE, DEBUG = -4, -3, -2, -1, 1, 4, 5
 _NAMES = {
     FATAL: "FATAL",
@@ -18,6 +22,8 @@ _COLOURS = {FATAL: "31", ERROR: "31", WARN: "33", INFO: "34", VERBOSE: "34", DEB
 level = INFO
 colour: bool | None = None
 stage = "cli"
+# Takes level and text of every message instead, where a command line has a form of its own.
+writer: Callable[[int, str], None] | None = None
 
 
 def set_level(number: int) -> None:
@@ -34,6 +40,9 @@ def _printable(text: str) -> str:
 
 
 def _emit(kind: int, text: str) -> None:
+    if writer is not None:
+        writer(kind, text)
+        return
     if level < kind:
         return
     global colour

@@ -31,6 +31,11 @@ def main(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> int:
     try:
         if environ is None:
             environ = os.environ  # noqa: TID251 this is where it is read
+        if len(argv) > 2 and argv[1] == "oci":
+            # The launcher of the other engine sends us its own name, and what follows.
+            from apptainer_py.cli.oci.main import main as oci
+
+            return oci(argv[2:], environ)
         status = _run(argv[1:], environ, command)
         sys.stdout.flush()
     except ApptainerError as error:

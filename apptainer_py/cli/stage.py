@@ -23,7 +23,9 @@ class Shown(UsageError):
 
 def _load_builtin(name: str) -> None:
     if name == "apptainer":
-        import apptainer_py.engines.apptainer  # noqa: F401  registers itself
+        pass
+    elif name == "oci":
+        pass  # registers itself
 
 
 def _parse(arguments: list[str], environment: Mapping[str, str]) -> ActionRequest | None:
@@ -44,6 +46,10 @@ def main() -> int:
     """Run this process's stage; returns its exit status."""
     info = _starter.stage()
     try:
+        if info["flow"] == protocol.FLOW_CALLER:
+            from apptainer_py.cli.oci import stage
+
+            return stage.run(info, _load_builtin)
         return stages.run(info, _parse, _load_builtin)
     except Exception as error:  # noqa: BLE001  the last resort: a traceback is no message
         log.fatal(f"internal error: {type(error).__name__}: {error}; run with -d for details")

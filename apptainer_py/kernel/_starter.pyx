@@ -4,7 +4,7 @@
 include "_config.pxi"
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from libc.errno cimport errno
+from libc.errno cimport ECONNRESET, errno
 from libc.stdint cimport int32_t, uint16_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, strlen
@@ -68,6 +68,8 @@ cdef extern from "protocol.h":
         int32_t methods_fd
         int32_t trigger_fd
         int32_t helper_fds[2]
+        int32_t init_fd
+        int32_t init_pid
         int32_t trace_fd
         uint64_t permitted
         void (*enter_hook)(uint32_t hook)
@@ -95,6 +97,16 @@ cdef extern from "wire_client.h" nogil:
     int wire_openat2(int directory, const char *path, uint64_t flags, uint64_t resolve)
     uint64_t wire_bounding()
     void wire_release_code()
+
+
+cdef extern from "container_client.h" nogil:
+    struct hook_result:
+        uint32_t failed
+        char text[8704]
+    int hook_run_frame "hook_run"(const char *frame, size_t size, int pid, char **environment,
+                                  hook_result *result)
+    int relay_block_signals "relay_begin"()
+    int relay_run(int pid, int pty_fd, int *status)
 
 
 cdef const stage_info *_info() except NULL:
@@ -136,6 +148,7 @@ def stage():
         "config_fd": info.config_fd, "keeper_fd": info.keeper_fd, "rpc_fd": info.rpc_fd,
         "start_fd": info.start_fd, "methods_fd": info.methods_fd, "trigger_fd": info.trigger_fd,
         "helper_fds": (info.helper_fds[0], info.helper_fds[1]), "permitted": info.permitted,
+        "init_fd": info.init_fd, "init_pid": info.init_pid,
     }
 
 
@@ -266,6 +279,25 @@ def receive_reply(int fd):
     return a.op, a.code, a.error, passed
 
 
+def receive_answer(int fd):
+    """Return (code, errno, value, descriptor or -1): a reply of a server that says a value.
+
+    Raises:
+        EOFError: the other side ended.
+        OSError: the channel failed.
+    """
+    cdef op_reply a
+    cdef int passed = -1
+    cdef ssize_t got
+    with nogil:
+        got = wire_receive(fd, &a, sizeof(a), &passed)
+    if got < 0 and errno != ECONNRESET:
+        raise OSError(errno, "the container's first process is gone")
+    if got != <ssize_t>sizeof(a):
+        raise EOFError("the container's first process ended")
+    return a.code, a.error, a.value, passed
+
+
 def send_container(int fd, unsigned int op, bytes image, unsigned int spaces, unsigned int flags,
                    unsigned int fuse_count, unsigned int uid, unsigned int gid, tuple groups,
                    tuple caps):
@@ -352,3 +384,45 @@ def release_code():
     """Give the pages of program code back to the page cache, before a long sleep."""
     with nogil:
         wire_release_code()
+
+
+def hook_run(bytes frame, int pid, list environment):
+    """Run the hooks of a frame (model/hook_frame.py) in order, until one fails.
+
+    `environment` is what a hook gets that names none. Returns (0, "") or the number of the hook
+    that failed, from 1, and how it did so in runc's words.
+    """
+    cdef hook_result result
+    cdef char **variables = _vector(environment)
+    cdef const char *bytes_of = PyBytes_AS_STRING(frame)
+    cdef size_t size = len(frame)
+    with nogil:
+        hook_run_frame(bytes_of, size, pid, variables, &result)
+    free(variables)
+    return result.failed, (<bytes>result.text).decode("utf-8", "backslashreplace")
+
+
+def relay_begin():
+    """Hold back every signal until `relay`: a launch in the foreground loses none.
+
+    Raises:
+        OSError: as sigprocmask(2) fails.
+    """
+    if relay_block_signals() < 0:
+        raise OSError(errno, "cannot hold back signals")
+
+
+def relay(int pid, int pty_fd):
+    """Pass signals on to a child, and the terminal `pty_fd` (-1: none), until it ends.
+
+    Returns its wait status.
+
+    Raises:
+        OSError: it is no child, or there is no descriptor left.
+    """
+    cdef int status = 0, result
+    with nogil:
+        result = relay_run(pid, pty_fd, &status)
+    if result < 0:
+        raise OSError(errno, "cannot watch the container's process")
+    return status

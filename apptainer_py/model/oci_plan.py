@@ -6,6 +6,7 @@ from apptainer_py.base.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
 
@@ -84,7 +85,13 @@ class CgroupWish(Record):
 
 
 class HostFacts(Record):
-    """What compiling needs to know of this machine and caller."""
+    """What compiling needs to know of this machine and caller; the callables ask it, if need be.
+
+    `inode_of` returns the inode of a namespace file, `joined_maps` the id maps of a user namespace
+    that is to be joined (None: unknown); both raise OSError. `resctrl` names what the machine can
+    divide: "L3", "MB". `mount_cgroups` returns the rows that mount cgroups for a wish: target,
+    options, whether the container has a cgroup namespace of its own.
+    """
 
     uid: int
     gid: int
@@ -93,6 +100,12 @@ class HostFacts(Record):
     own_spaces: dict[str, int]
     permitted: int
     last_capability: int
+    selinux: bool = False
+    kcore: bool = True
+    resctrl: tuple[str, ...] = ()
+    inode_of: Callable[[str], int] | None = None
+    joined_maps: Callable[[str], tuple[tuple[IdMap, ...], tuple[IdMap, ...]]] | None = None
+    mount_cgroups: Callable[[CgroupWish, str, tuple[str, ...], bool], list[Row]] | None = None
 
 
 class CreateOptions(Record):
@@ -118,8 +131,12 @@ class ExecOptions(Record):
 class OciPlan(Record):
     """All that is done for one container or one more process in it, in order.
 
-    `join_paths` are (CLONE_NEW* kind, path); rows of phase SPACES, SETUP, ASSEMBLE and INSIDE
-    follow in their own tuples; `rlimits` are (number, soft, hard).
+    `join_paths` are (CLONE_NEW* kind, path); `new_spaces` lacks CLONE_NEWCGROUP, which is a flag of
+    `mapped`. `setup` ends with ROOT_BUNDLE (or is TENANT), `assemble` with what hooks may see, and
+    `inside` begins with ENTER: between the two come resources, hooks and RUN_HOOKS. `rlimits` are
+    (number, soft, hard). A row's `fd` is a name in `idmaps`, whose entries without maps are paths
+    of user namespaces. HOME is not in the environment unless it was given: it is looked up in the
+    container. `affinity` is (initial, final) of execCPUAffinity, `warnings` are for the log.
     """
 
     join_paths: tuple[tuple[int, str], ...]
@@ -144,3 +161,5 @@ class OciPlan(Record):
     annotations: dict[str, str] = {}
     root: str = ""
     idmaps: tuple[tuple[str, tuple[IdMap, ...], tuple[IdMap, ...]], ...] = ()
+    affinity: tuple[str, str] = ("", "")
+    warnings: tuple[str, ...] = ()

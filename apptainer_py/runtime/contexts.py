@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from typing import final
 
     from apptainer_py.kernel._starter import StageInfo
+    from apptainer_py.model.oci_call import OciCall
     from apptainer_py.model.plan import ContainerPlan
     from apptainer_py.model.request import ActionRequest
     from apptainer_py.runtime.mounting import Mounting
+    from apptainer_py.runtime.nest import Nest
 else:
 
     def final(cls):
@@ -75,6 +77,7 @@ class PrepareContext:
         "_plan",
         "action",
         "arguments",
+        "call",
         "cwd",
         "environment",
         "facts",
@@ -82,7 +85,7 @@ class PrepareContext:
         "message",
     )
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 one thing each
         self,
         info: StageInfo,
         facts: Facts,
@@ -90,6 +93,7 @@ class PrepareContext:
         environment: Mapping[str, str],
         cwd: str,
         action: ActionRequest | None,
+        call: OciCall | None = None,
     ) -> None:
         self._info = info
         self._plan: ContainerPlan | None = None
@@ -98,6 +102,7 @@ class PrepareContext:
         self.environment = environment
         self.cwd = cwd
         self.action = action
+        self.call = call
         self.helpers_wanted = False
         self.message = b""
 
@@ -148,14 +153,29 @@ class PrepareContext:
 
 @final
 class CreateContext:
-    """As the caller, beside the container: may ask the mounting process for its operations."""
+    """As the caller, beside the container: may ask the process that mounts for its operations.
 
-    __slots__ = ("_methods_fd", "facts", "mounting")
+    That is `mounting`; or, for an engine whose process is data, `nest` with the pid of its first
+    process. An engine has only the one of its own kind.
+    """
 
-    def __init__(self, facts: Facts, mounting: Mounting, methods_fd: int) -> None:
+    __slots__ = ("_methods_fd", "facts", "first_pid", "mounting", "nest")
+
+    def __init__(
+        self,
+        facts: Facts,
+        mounting: Mounting | None,
+        methods_fd: int,
+        nest: Nest | None = None,
+        first_pid: int = 0,
+    ) -> None:
         self.facts = facts
-        self.mounting = mounting
         self._methods_fd = methods_fd
+        if mounting is not None:
+            self.mounting = mounting
+        if nest is not None:
+            self.nest = nest
+        self.first_pid = first_pid
 
     def call(self, method: str, data: bytes) -> bytes:
         """Call a method that the engine registered with `register_rpc_methods`."""
@@ -203,6 +223,8 @@ class MonitorContext:
     def wait(self) -> int:
         """Return the payload's wait status (waitpid(2)); 255 << 8 if the starter is gone."""
         _starter.release_code()
+        if self._keeper_fd < 0:
+            return os.waitpid(self.pid, 0)[1]
         while True:
             event = _starter.receive_event(self._keeper_fd)
             if event is None:

@@ -45,7 +45,14 @@ class Operations:
 
     One instance lives in each Python stage: what one hook leaves on `self` the later hooks of the
     same stage find, and no other stage does.
+
+    Where `process_is_data` is true no Python enters the container: there is no stage 2, its part is
+    carried out in C from what `create_container` has sent (CreateContext.nest). `stays` tells the
+    driver, after `create_container`, whether to wait for the payload.
     """
+
+    process_is_data = False
+    stays = True
 
     def __init__(self) -> None:
         self._config: object = None
@@ -66,6 +73,10 @@ class Operations:
 
     def start_process(self, context: StartContext) -> None:
         """Become the payload; runs inside the container with the payload's identity."""
+
+    def let_go(self, context: CreateContext) -> int:
+        """Tell a container whose process is data to become its payload; returns the pid."""
+        return context.first_pid
 
     def post_start_process(self, context: PostStartContext) -> None:
         """Note that the payload runs; no privileged process is left by now."""

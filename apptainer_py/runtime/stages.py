@@ -34,10 +34,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from apptainer_py.kernel._starter import StageInfo
+    from apptainer_py.model.oci_call import OciCall
     from apptainer_py.model.request import ActionRequest
 
     Parse = Callable[[list[str], Mapping[str, str]], ActionRequest | None]
     LoadBuiltin = Callable[[str], None]
+    ParseCall = Callable[[list[str], Mapping[str, str]], OciCall]
+    Report = Callable[[ApptainerError], int]
 
 _STAGE_NAMES = {
     protocol.STAGE_MASTER: "master",
@@ -324,6 +327,80 @@ class KeeperGone(LaunchError):
     """The first process of the launch ended in the middle."""
 
     message = "{what}: the starter has ended"
+
+
+def run_caller(info: StageInfo, parse: ParseCall, load_builtin: LoadBuiltin, report: Report) -> int:
+    """Run a launch of the flow CALLER, whose only stage this is; returns the exit status.
+
+    `report` tells the user of a failure in the form of the command line, and returns its status.
+    """
+    interpreter.begin()
+    log.stage = "master"
+    return Caller(info, Facts(info), Request(info["request_fd"])).run(parse, load_builtin, report)
+
+
+class Caller:
+    """Master of an engine whose process is data: the call's own process."""
+
+    def __init__(self, info: StageInfo, facts: Facts, request: Request) -> None:
+        self.info = info
+        self.facts = facts
+        self.request = request
+        self.operations = engines.Operations()
+        self.status: int | None = None
+
+    def run(self, parse: ParseCall, load_builtin: LoadBuiltin, report: Report) -> int:
+        """Do the launch, step by step; returns the payload's status, or that of a failure."""
+        try:
+            call = parse(self.request.arguments, self.request.environment)
+            self.operations = _load_engine(self.request, load_builtin)
+            context = self._prepare(call)
+            return self._create_and_watch(context)
+        except ApptainerError as error:
+            self._clean_up()
+            return report(error)
+
+    def _prepare(self, call: OciCall) -> PrepareContext:
+        _init(self.operations, self.facts, protocol.STAGE_MASTER)
+        request = self.request
+        words = tuple(request.arguments)
+        context = PrepareContext(
+            self.info, self.facts, words, request.environment, request.cwd, None, call
+        )
+        _starter.run_hook(protocol.HOOK_PREPARE_CONFIG, self.operations.prepare_config, context)
+        return context
+
+    def _create_and_watch(self, context: PrepareContext) -> int:
+        from apptainer_py.runtime.nest import Nest
+
+        operations = self.operations
+        nest = Nest(self.info["init_fd"])
+        create = CreateContext(self.facts, None, -1, nest, self.info["init_pid"])
+        _starter.run_hook(protocol.HOOK_CREATE_CONTAINER, operations.create_container, create)
+        pid = operations.let_go(create)
+        started = PostStartContext(self.facts, pid)
+        _starter.run_hook(protocol.HOOK_POST_START_PROCESS, operations.post_start_process, started)
+        if not operations.stays:
+            return 0
+        monitor = MonitorContext(-1, pid)
+        self.status = _starter.run_hook(
+            protocol.HOOK_MONITOR_CONTAINER, operations.monitor_container, monitor
+        )
+        self._clean_up()
+        return (
+            os.WEXITSTATUS(self.status)
+            if os.WIFEXITED(self.status)
+            else (128 + os.WTERMSIG(self.status))
+        )
+
+    def _clean_up(self) -> None:
+        context = CleanupContext(self.status)
+        try:
+            _starter.run_hook(
+                protocol.HOOK_CLEANUP_CONTAINER, self.operations.cleanup_container, context
+            )
+        except ApptainerError as error:
+            log.warning(f"{error}")
 
 
 class StageFailed(ApptainerError):

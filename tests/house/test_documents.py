@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-FOLDERS = "e2e|fuzz|house|parity|security|starter|typing|unit"
+FOLDERS = "clients|e2e|fuzz|house|oci|parity|security|starter|typing|unit"
 TEST_NAME = re.compile(rf"`(?:tests/)?((?:{FOLDERS})/[\w/]+\.py)(?:::(\w+))?`")
 TREE_PATH = re.compile(r"`((?:docs|starter|apptainer_py|tests|tools|benchmarks|etc)/[\w./-]*)`")
 LONGEST = {"README.md": 120, "docs/architecture.md": 330}

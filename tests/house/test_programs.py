@@ -9,6 +9,8 @@ import pytest
 
 PROGRAMS = ["starter", "starter-steps", "apptainer-py"]
 LIBC_ONLY = [*PROGRAMS, "unpack.so"]
+# What enters a container, or is called three times for each: no loader and no library.
+STATIC = ["starter-init", "apptainer-py-oci"]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,14 @@ def test_only_the_stage_host_needs_libpython(dynamic):
     assert [name for name in libraries if name != "libc.so.6"] == ["libpython3.11.so.1.0"]
 
 
-@pytest.mark.parametrize("name", [*LIBC_ONLY, "stagehost.so"])
+@pytest.mark.parametrize("name", STATIC)
+def test_static_programs_load_nothing(dynamic, name):
+    text = dynamic(name)
+    assert needed(text) == []
+    assert "INTERP" not in text
+
+
+@pytest.mark.parametrize("name", [*LIBC_ONLY, *STATIC, "stagehost.so"])
 def test_is_hardened_and_searches_no_path_of_its_own(dynamic, name):
     text = dynamic(name)
     assert "RPATH" not in text
@@ -49,6 +58,6 @@ def test_is_hardened_and_searches_no_path_of_its_own(dynamic, name):
     assert re.search(r"GNU_STACK.* RW +0x", text)
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("name", [*PROGRAMS, *STATIC])
 def test_is_position_independent(dynamic, name):
     assert re.search(r"FLAGS_1.*\bPIE\b", dynamic(name))

@@ -10,15 +10,16 @@ import pytest
 FUNCTION = re.compile(r"^def (\w+)\((.*?)\):", re.MULTILINE | re.DOTALL)
 
 
-@pytest.fixture(scope="module")
-def stub(repository) -> ast.Module:
-    return ast.parse((repository / "apptainer_py/kernel/_starter.pyi").read_text())
+SOURCES = {"_starter": ("_starter.pyx", "_config.pxi"), "_container": ("_container.pyx",)}
 
 
-@pytest.fixture(scope="module")
-def source(repository) -> str:
-    files = ("_starter.pyx", "_config.pxi")
-    return "".join((repository / "apptainer_py/kernel" / name).read_text() for name in files)
+def stub(repository, module: str) -> ast.Module:
+    return ast.parse((repository / f"apptainer_py/kernel/{module}.pyi").read_text())
+
+
+def source(repository, module: str) -> str:
+    folder = repository / "apptainer_py/kernel"
+    return "".join((folder / name).read_text() for name in SOURCES[module])
 
 
 def parameters(text: str) -> list[str]:
@@ -30,10 +31,12 @@ def parameters(text: str) -> list[str]:
     return [name for name in found if name]
 
 
-def test_functions_and_their_parameters(stub, source):
-    written = {name: parameters(text) for name, text in FUNCTION.findall(source)}
+@pytest.mark.parametrize("module", SOURCES)
+def test_functions_and_their_parameters(repository, module):
+    found = FUNCTION.findall(source(repository, module))
+    written = {name: parameters(text) for name, text in found}
     typed = {}
-    for node in stub.body:
+    for node in stub(repository, module).body:
         if isinstance(node, ast.FunctionDef):
             known = [*node.args.args, *node.args.kwonlyargs]
             more = [node.args.vararg] if node.args.vararg else []
@@ -43,8 +46,10 @@ def test_functions_and_their_parameters(stub, source):
     assert typed == public
 
 
-def test_fields_of_the_stage(stub, source):
-    (info,) = [node for node in stub.body if isinstance(node, ast.ClassDef)]
+def test_fields_of_the_stage(repository):
+    body = stub(repository, "_starter").body
+    (info,) = [node for node in body if isinstance(node, ast.ClassDef)]
     typed = [node.target.id for node in info.body if isinstance(node, ast.AnnAssign)]
-    text = source[source.index("def stage():") : source.index("def run_hook(")]
+    text = source(repository, "_starter")
+    text = text[text.index("def stage():") : text.index("def run_hook(")]
     assert typed == re.findall(r'"(\w+)":', text)

@@ -16,6 +16,7 @@ GENERATED = {
     "apptainer_py/base/build.py",
     "apptainer_py/model/protocol.py",
     "apptainer_py/model/directive_table.py",
+    "apptainer_py/kernel/_container.c",
     "apptainer_py/kernel/_starter.c",
 }
 

@@ -117,6 +117,7 @@ class Installation:
         self._write_build(generated / "build.h")
         for name, source in (("starter", STUB), ("starter-suid", STUB), ("python3", PYTHON_STUB)):
             self._compile_stub(name, source)
+        self._compile_stub("apptainer-py-oci", PYTHON_STUB.replace("python", "oci"))
         self._compile_launcher(generated)
         (place / "starter-suid").chmod(0o4755)
         place.chmod(0o777)
@@ -125,6 +126,7 @@ class Installation:
         file.write_text(
             '#define APY_BUILD_ID "test build"\n'
             f'#define APY_LIBEXECDIR "{self.place}"\n'
+            f'#define APY_BINDIR "{self.place}"\n'
             f'#define APY_STARTER "{self.place}/starter"\n'
             f'#define APY_STARTER_SUID "{self.place}/starter-suid"\n'
             f'#define APY_PYTHON "{self.place}/python3"\n'
@@ -572,3 +574,16 @@ def _compare(installed: Installation, words: list[str]) -> bool:
         assert request.title.decode().endswith(f": {parsed.image}")
         return True
     return False
+
+
+@pytest.mark.parametrize("before", [(), ("-d",), ("--nocolor", "-q")])
+def test_oci_goes_to_its_own_program_as_it_was_typed(installed, before):
+    words = (*before, "oci", "run", "-b", "x", "id")
+    argv = ["/some/where/apptainer-py", *words]
+    done = subprocess.run(
+        argv, executable=installed.launcher, user=ORDINARY, env={"MARK": "kept"}, check=False
+    )
+    assert done.returncode == 43
+    head, _, rest = installed.dump.read_text().partition("\n")
+    assert head == "oci"
+    assert rest.split("\0") == ["apptainer-py", *words, "kept"]

@@ -30,6 +30,8 @@ FUZZERS = {
     "fuzz_grants": (),
     "fuzz_image": ("report.c",),
     "fuzz_keeper": ("report.c", "wire.c", "policy.c", *CONFIG),
+    "fuzz_process": (),
+    "fuzz_record": (),
     "fuzz_request": ("report.c",),
     "fuzz_rpc": ("report.c", "wire.c", "policy_mounts.c", *CONFIG),
 }
@@ -39,6 +41,8 @@ SHORT = {
     "fuzz_grants": 500_000,
     "fuzz_image": 100_000,
     "fuzz_keeper": 10_000,
+    "fuzz_process": 200_000,
+    "fuzz_record": 300_000,
     "fuzz_request": 2_000_000,
     "fuzz_rpc": 50_000,
 }
@@ -47,6 +51,8 @@ LONG = {
     "fuzz_grants": 5_000_000,
     "fuzz_image": 300_000,
     "fuzz_keeper": 200_000,
+    "fuzz_process": 1_500_000,
+    "fuzz_record": 3_000_000,
     "fuzz_request": 20_000_000,
     "fuzz_rpc": 400_000,
 }

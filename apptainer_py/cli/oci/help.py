@@ -1,0 +1,111 @@
+"""Help, version, and what is said of a wrong command line; the layout is runc's (urfave/cli)."""
+
+from __future__ import annotations
+
+import sys
+
+from apptainer_py import __version__
+from apptainer_py.cli.oci import report
+from apptainer_py.cli.oci.parse import HelpWanted, OciUsage
+from apptainer_py.cli.oci.table import APPTAINER, COMMANDS, GLOBAL
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from apptainer_py.base.errors import UsageError
+
+SPEC_VERSION = "1.2.1"
+_PROGRAM = "apptainer-py-oci"
+_ID = "<container-id>"
+# Command → what it does, and what follows it.
+_ABOUT = {
+    "attach": ("attach the console to a running container", _ID),
+    "checkpoint": ("checkpoint a running container", f"[command options] {_ID}"),
+    "create": ("create a container", f"[command options] {_ID}"),
+    "delete": (
+        "delete any resources held by the container often used with detached container",
+        f"[command options] {_ID}",
+    ),
+    "events": (
+        "display container events such as OOM notifications, cpu, memory, and IO usage statistics",
+        f"[command options] {_ID}",
+    ),
+    "exec": (
+        "execute new process inside the container",
+        f"[command options] {_ID} <command> [command options]  || -p process.json {_ID}",
+    ),
+    "features": ("show the enabled features", "[arguments...]"),
+    "kill": (
+        "kill sends the specified signal (default: SIGTERM) to the container's init process",
+        f"[command options] {_ID} [signal]",
+    ),
+    "list": ("lists containers started by runc with the given root", "[command options] "),
+    "mount": ("mount a bundle from a SIF image", "<sif> <bundle>"),
+    "pause": ("pause suspends all processes inside the container", _ID),
+    "ps": (
+        "ps displays the processes running inside a container",
+        f"[command options] {_ID} [ps options]",
+    ),
+    "restore": (
+        "restore a container from a previous checkpoint",
+        f"[command options] {_ID}",
+    ),
+    "resume": ("resumes all processes that have been previously paused", _ID),
+    "run": ("create and run a container", f"[command options] {_ID}"),
+    "spec": ("create a new specification file", "[command options] [arguments...]"),
+    "start": ("executes the user defined process in a created container", _ID),
+    "state": ("output the state of a container", _ID),
+    "umount": ("unmount a bundle", "<bundle>"),
+    "update": ("update container resource constraints", f"[command options] {_ID}"),
+}
+
+
+def _option_lines(words: str) -> str:
+    rows = []
+    for word in words.split():
+        takes = " value" if word[-1] in "=*#" else ""
+        name, _, letter = word.rstrip("=*#").partition(",")
+        rows.append(f"   --{name}{takes}" + (f", -{letter}{takes}" if letter else ""))
+    return "".join(f"{row}\n" for row in rows)
+
+
+def command_help(name: str) -> str:
+    """Return the help of one command; that of the program where there is no such command."""
+    row = COMMANDS.get(name) or APPTAINER.get(name)
+    if row is None:
+        return program_help()
+    what, follows = _ABOUT[name]
+    text = f"NAME:\n   {_PROGRAM} {name} - {what}\n\nUSAGE:\n   {_PROGRAM} {name} {follows}\n"
+    return text + (f"\nOPTIONS:\n{_option_lines(row[0])}   \n" if row[0] else "")
+
+
+def program_help() -> str:
+    """Return the help of the program."""
+    names = "".join(f"   {name:<12}{_ABOUT[name][0]}\n" for name in COMMANDS)
+    return (
+        f"NAME:\n   {_PROGRAM} - Open Container Initiative runtime\n\n"
+        f"USAGE:\n   {_PROGRAM} [global options] command [command options] [arguments...]\n\n"
+        f"VERSION:\n   {__version__}\nspec: {SPEC_VERSION}\n\nCOMMANDS:\n{names}"
+        "   help, h     Shows a list of commands or help for one command\n\n"
+        f"GLOBAL OPTIONS:\n{_option_lines(GLOBAL)}"
+    )
+
+
+def version() -> str:
+    """Return what --version prints: clients look for the first line, and for `spec:`."""
+    return f"{_PROGRAM} version {__version__}\nspec: {SPEC_VERSION}\n"
+
+
+def show(error: UsageError) -> int:
+    """Print help, or what is wrong with a command line; returns the exit status."""
+    if isinstance(error, HelpWanted):
+        sys.stdout.write(version() if error.version else command_help(error.command))
+        sys.stdout.flush()
+        return 0
+    if isinstance(error, OciUsage):
+        if error.shown:
+            sys.stdout.write(f"{error.shown}{command_help(error.command)}")
+            sys.stdout.flush()
+        report.messages.fatal(str(error))
+        return error.status
+    report.messages.fatal(str(error))
+    return 1

@@ -1,0 +1,221 @@
+"""Understands a command line the way runc's own parser does (Go's `flag`, urfave/cli v1)."""
+
+from __future__ import annotations
+
+from apptainer_py.base.errors import UsageError
+from apptainer_py.cli.oci.table import APPTAINER, COMMANDS, GLOBAL, flags_of
+from apptainer_py.model.oci_call import OciCall
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+STATE_ROOT = "apptainer-py-oci"
+_TRUE = ("1", "t", "T", "true", "TRUE", "True")
+_FALSE = ("0", "f", "F", "false", "FALSE", "False")
+# What would need a process of ours beside the container.
+_NOT_YET = ("sync-socket", "log-path", "empty-process")
+
+
+class OciUsage(UsageError):
+    """A wrong command line: `shown` is what precedes the help text, `command` whose help it is."""
+
+    def __init__(self, text: str, *, command: str = "", shown: str = "", status: int = 1) -> None:
+        super().__init__(text=text)
+        self.command = command
+        self.shown = shown
+        self.status = status
+
+
+class HelpWanted(UsageError):
+    """Not a mistake: the help of `command` ("" for the program), or the version, is asked for."""
+
+    def __init__(self, command: str, *, version: bool = False) -> None:
+        super().__init__(text="")
+        self.command = command
+        self.version = version
+
+
+def _is_flag(word: str) -> bool:
+    return len(word) > 1 and word[0] == "-"
+
+
+def _known(word: str, flags: dict[str, tuple[str, str]]) -> bool:
+    return _is_flag(word) and word.lstrip("-").partition("=")[0] in flags
+
+
+def _in_order(words: Sequence[str], flags: dict[str, tuple[str, str]]) -> list[str]:
+    """Put flags that follow an argument before it, with what looks like their values."""
+    first: list[str] = []
+    rest: list[str] = []
+    may_be_value = False
+    for place, word in enumerate(words):
+        if word == "--":
+            rest += words[place:]
+            break
+        # "-" is standard input, "-1" no limit.
+        if may_be_value and (not word.startswith("-") or word == "-" or word[1:].isdigit()):
+            may_be_value = False
+            first.append(word)
+        elif _known(word, flags):
+            may_be_value = True
+            first.append(word)
+        else:
+            rest.append(word)
+    return first + rest
+
+
+class _Wrong(Exception):
+    pass
+
+
+def _switch(name: str, equals: str, value: str) -> bool:
+    if not equals or value in _TRUE:
+        return True
+    if value in _FALSE:
+        return False
+    raise _Wrong(f'invalid boolean value "{value}" for -{name}: parse error')
+
+
+def _number(name: str, value: str) -> int:
+    try:
+        return int(value, 0)
+    except ValueError:
+        raise _Wrong(f'invalid value "{value}" for flag -{name}: parse error') from None
+
+
+def _scan(
+    words: Sequence[str], flags: dict[str, tuple[str, str]]
+) -> tuple[dict[str, object], list[str]]:
+    """Take flags up to the first argument; returns their values and what follows."""
+    values: dict[str, object] = {}
+    place = 0
+    while place < len(words) and _is_flag(words[place]):
+        word = words[place]
+        place += 1
+        if word == "--":
+            break
+        typed, equals, value = word[2 if word.startswith("--") else 1 :].partition("=")
+        if not typed or typed.startswith("-"):
+            raise _Wrong(f"bad flag syntax: {word}")
+        if typed not in flags:
+            # Every command has these two.
+            if typed in ("help", "h"):
+                values["help"] = True
+                continue
+            raise _Wrong(f"flag provided but not defined: -{typed}")
+        name, takes = flags[typed]
+        if not takes:
+            values[name] = _switch(typed, equals, value)
+            continue
+        if not equals:
+            if place == len(words):
+                raise _Wrong(f"flag needs an argument: -{typed}")
+            value = words[place]
+            place += 1
+        if takes == "*":
+            before = values.get(name, ())
+            assert isinstance(before, tuple)
+            values[name] = (*before, value)
+        else:
+            values[name] = _number(typed, value) if takes == "#" else value
+    return values, list(words[place:])
+
+
+def _check_count(program: str, command: str, given: int, row: tuple[str, int, int, str]) -> None:
+    _, least, most, kind = row
+    wrong = ""
+    if kind == "x" and given != least:
+        wrong = f"requires exactly {least} argument(s)"
+    elif given < least:
+        wrong = f"requires a minimum of {least} argument(s)"
+    elif 0 <= most < given:
+        wrong = f"requires a maximum of {most} argument(s)"
+    if wrong:
+        raise OciUsage(
+            f'{program}: "{command}" {wrong}', command=command, shown="Incorrect Usage.\n\n"
+        )
+
+
+def state_root(environment: Mapping[str, str], *, rootless: bool) -> str:
+    """Return the directory of all containers' state where no --root was given."""
+    if rootless:
+        runtime = environment.get("XDG_RUNTIME_DIR", "")
+        if runtime:
+            return f"{runtime}/{STATE_ROOT}"
+    return f"/run/{STATE_ROOT}"
+
+
+def parse(
+    words: Sequence[str], environment: Mapping[str, str], *, own_user: bool, apptainer: bool = False
+) -> OciCall:
+    """Return what a command line says, the program's name first.
+
+    `own_user` tells that the caller has not the machine's root rights, so that the state lies in
+    XDG_RUNTIME_DIR.
+
+    Raises:
+        OciUsage: it is wrong.
+        HelpWanted: help or the version is asked for.
+    """
+    program = words[0]
+    try:
+        settings, rest = _scan(words[1:], flags_of(GLOBAL))
+    except _Wrong as why:
+        raise OciUsage(f"{why}", shown=f"Incorrect Usage. {why}\n\n") from None
+    if settings.get("version") or settings.get("help") or not rest:
+        raise HelpWanted("", version=bool(settings.get("version") and not settings.get("help")))
+    command = rest[0]
+    row = (APPTAINER.get(command) if apptainer else None) or COMMANDS.get(command)
+    if row is None:
+        if command in ("help", "h"):
+            raise HelpWanted(rest[1] if len(rest) > 1 else "")
+        raise OciUsage(f"No help topic for '{command}'\n", status=3)
+    flags = flags_of(row[0])
+    ordered = rest[1:] if "s" in row[3] else _in_order(rest[1:], {**flags, "help": ("help", "")})
+    try:
+        options, arguments = _scan(ordered, flags)
+    except _Wrong as why:
+        raise OciUsage(f"{why}", command=command, shown=f"Incorrect Usage: {why}\n\n") from None
+    if options.pop("help", False):
+        raise HelpWanted(command)
+    call = OciCall(
+        program=program,
+        command=command,
+        options=options,
+        arguments=tuple(arguments),
+        root=str(settings.get("root") or state_root(environment, rootless=own_user)),
+        log=str(settings.get("log", "")),
+        log_format=str(settings.get("log-format", "text")),
+        debug=bool(settings.get("debug")) or settings.get("log-level") == "debug",
+        cgroup_manager=_cgroup_manager(settings),
+        rootless=str(settings.get("rootless", "auto")),
+        criu=str(settings.get("criu", "criu")),
+        apptainer=apptainer,
+    )
+    _check_count(program, command, len(arguments), row)
+    for name in _NOT_YET:
+        if call.options.get(name):
+            raise OciUsage(f"--{name} is not supported yet")
+    return call
+
+
+def _cgroup_manager(settings: dict[str, object]) -> str:
+    kind = str(settings.get("cgroup-manager", "cgroupfs"))
+    if kind not in ("cgroupfs", "systemd", "disabled"):
+        raise OciUsage(f'invalid cgroup manager "{kind}": it is cgroupfs, systemd or disabled')
+    return "systemd" if settings.get("systemd-cgroup") else kind
+
+
+def parse_typed(words: Sequence[str], environment: Mapping[str, str], *, uid: int) -> OciCall:
+    """Understand a call of either program: `apptainer-py-oci ...`, or `apptainer-py oci ...`.
+
+    Raises:
+        OciUsage: it is wrong.
+        HelpWanted: help or the version is asked for.
+    """
+    apptainer = (
+        len(words) > 1 and words[1] == "oci" and words[0].rpartition("/")[2] == "apptainer-py"
+    )
+    typed = [words[0], *words[2:]] if apptainer else words
+    return parse(typed, environment, own_user=uid != 0, apptainer=apptainer)

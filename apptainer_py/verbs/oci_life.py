@@ -1,0 +1,213 @@
+"""`start`, `kill`, `delete`, `pause` and `resume`, for what the launcher does not do by itself."""
+
+from __future__ import annotations
+
+import os
+import select
+
+from apptainer_py.base import log
+from apptainer_py.engines.oci.cleanup import destroy
+from apptainer_py.host.cgroups import open_manager
+from apptainer_py.kernel import _container, _starter
+from apptainer_py.model.oci_plan import CgroupWish
+from apptainer_py.runtime.containers import (
+    FIFO,
+    PHASE_CREATING,
+    RECORD,
+    ContainerError,
+    NoContainer,
+    StateDir,
+    start_time,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from apptainer_py.host.cgroups import Manager
+    from apptainer_py.model.oci_call import OciCall
+    from apptainer_py.model.record_frame import RecordData
+
+_SIGKILL, _SIGTERM = 9, 15
+
+
+def groups_of(record: RecordData) -> Manager:
+    """Return the control groups of a container."""
+    wish = CgroupWish(path="", resources={})
+    kind = "cgroupfs" if record.cgroups else "disabled"
+    return open_manager(kind, wish, record.cgroups)
+
+
+def _hooks(frame: bytes, kind: str, pid: int, environment: Mapping[str, str]) -> str:
+    if not frame:
+        return ""
+    own = [os.fsencode(f"{name}={value}") for name, value in environment.items()]
+    number, reason = _starter.hook_run(frame, pid, own)
+    return f"error running {kind} hook #{number - 1}: {reason}" if number else ""
+
+
+def start(call: OciCall, environment: Mapping[str, str]) -> str:
+    """Have a created container run what its configuration names.
+
+    Raises:
+        ContainerError: it is not created, or a poststart hook failed, which ends it.
+    """
+    state = StateDir.open(call.root, call.arguments[0])
+    state.lock()
+    record = state.read_record()
+    status = state.status(record)
+    if status == "stopped":
+        raise ContainerError(text="cannot start a container that has stopped")
+    if status == "running":
+        raise ContainerError(text="cannot start an already running container")
+    if status != "created":
+        raise ContainerError(text=f"cannot start a container in the {status} state")
+    _release(state, record)
+    state.unlock()
+    failed = _hooks(record.poststart, "poststart", record.init_pid, environment)
+    if failed:
+        os.kill(record.init_pid, _SIGKILL)
+        raise ContainerError(text=failed)
+    return ""
+
+
+def _release(state: StateDir, record: RecordData) -> None:
+    path = f"{state.path}/{FIFO}"
+    fifo = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    first = _container.pidfd_open(record.init_pid)
+    poll = select.poll()
+    poll.register(fifo, select.POLLIN)
+    poll.register(first, select.POLLIN)
+    ready = [fd for fd, _ in poll.poll()]
+    said = os.read(fifo, 1) if fifo in ready else b""
+    os.close(fifo)
+    os.close(first)
+    if not said:
+        raise ContainerError(text="container process is already dead")
+    os.unlink(path)
+
+
+def signal_number(word: str) -> int:
+    """Return the number of a signal: "9", "KILL" or "SIGKILL".
+
+    Raises:
+        ContainerError: there is no such signal.
+    """
+    import signal
+
+    if word.lstrip("+-").isdecimal():
+        return int(word)
+    name = word.upper().removeprefix("SIG")
+    found = {entry.name.removeprefix("SIG"): entry.value for entry in signal.Signals}
+    found["IO"] = found.get("IO", found.get("POLL", 29))
+    if name not in found:
+        raise ContainerError(text=f'unknown signal "{word}"')
+    return found[name]
+
+
+def kill(call: OciCall, environment: Mapping[str, str]) -> str:
+    """Send a signal to a container's first process.
+
+    Raises:
+        ContainerError: it does not run.
+    """
+    state = StateDir.open(call.root, call.arguments[0])
+    record = state.read_record()
+    word = call.text("signal") or (call.arguments[1] if len(call.arguments) > 1 else "")
+    number = _SIGKILL if call.flag("force") else signal_number(word or "SIGTERM")
+    groups = groups_of(record)
+    if call.flag("all"):
+        groups.kill(number)
+        return ""
+    try:
+        first = _container.pidfd_open(record.init_pid)
+        if start_time(record.init_pid) != record.init_start:
+            raise ProcessLookupError
+        _container.pidfd_signal(first, number)
+    except OSError:
+        raise ContainerError(text="container not running") from None
+    timeout = call.text("timeout")
+    if timeout and not _container.wait_pidfd(first, int(float(timeout) * 1000)):
+        _container.pidfd_signal(first, _SIGKILL)
+    if number == _SIGKILL and groups.frozen():
+        groups.freeze(on=False)
+    return ""
+
+
+def delete(call: OciCall, environment: Mapping[str, str]) -> str:
+    """Remove a container that has stopped; with --force end it first.
+
+    Raises:
+        NoContainer: there is none.
+        ContainerError: it runs.
+    """
+    for name in call.arguments[:1]:
+        _delete(call, name, environment)
+    return ""
+
+
+def _delete(call: OciCall, name: str, environment: Mapping[str, str]) -> None:
+    force = call.flag("force")
+    try:
+        state = StateDir.open(call.root, name)
+    except NoContainer:
+        if force:
+            return
+        raise
+    if not state.lock(wait=False):
+        _end_creator(state, name, force=force)
+        state.lock()
+    if not state.has(RECORD):
+        if not force:
+            raise NoContainer
+        state.remove()
+        return
+    record = state.read_record()
+    status = state.status(record)
+    if status not in ("stopped", "created") and not force:
+        text = f"cannot delete container {name} that is not stopped: {status}"
+        raise ContainerError(text=text)
+    destroy(state, groups_of(record), record.init_pid, record.init_start, None)
+    failed = _hooks(record.poststop, "poststop", 0, environment)
+    if failed:
+        log.warning(failed)
+
+
+def _end_creator(state: StateDir, name: str, *, force: bool) -> None:
+    """End who makes the container at this moment, if that is who has the lock."""
+    record = state.read_record()
+    if record.phase != PHASE_CREATING:
+        return
+    if not force:
+        text = f"cannot delete container {name} that is not stopped: creating"
+        raise ContainerError(text=text)
+    if start_time(record.creator_pid) == record.creator_start:
+        os.kill(record.creator_pid, _SIGKILL)
+
+
+def pause(call: OciCall, environment: Mapping[str, str]) -> str:
+    """Stop all processes of a container.
+
+    Raises:
+        ContainerError: it does not run, or has no control groups.
+    """
+    state = StateDir.open(call.root, call.arguments[0])
+    record = state.read_record()
+    if state.status(record) not in ("running", "created"):
+        raise ContainerError(text="container not running")
+    groups_of(record).freeze(on=True)
+    return ""
+
+
+def resume(call: OciCall, environment: Mapping[str, str]) -> str:
+    """Have the processes of a paused container go on.
+
+    Raises:
+        ContainerError: it is not paused.
+    """
+    state = StateDir.open(call.root, call.arguments[0])
+    record = state.read_record()
+    if state.status(record) != "paused":
+        raise ContainerError(text="container not paused")
+    groups_of(record).freeze(on=False)
+    return ""

@@ -1,0 +1,82 @@
+/* `start`: opens the fifo at which init waits, so that it becomes the payload; then hooks. */
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <unistd.h>
+
+#include "hook.h"
+#include "lean.h"
+
+/* Whoever reads first has started it.  NULL, or why not. */
+static const char *open_fifo(const struct container *c) {
+    char byte;
+    const char *why = "container process is already dead";
+    int fd = openat(c->dir_fd, CLIENT_FIFO, O_RDONLY | O_NONBLOCK | O_NOFOLLOW | O_CLOEXEC);
+    if (fd < 0)
+        return "cannot start an already running container";
+    struct pollfd fds[] = {{.fd = fd, .events = POLLIN},
+                           {.fd = c->init_pidfd, .events = POLLIN}};
+    int ready;
+    do
+        ready = poll(fds, COUNT(fds), -1);
+    while (ready < 0 && errno == EINTR);
+    if (ready > 0 && fds[0].revents)
+        why = read(fd, &byte, 1) == 1 ? NULL : "cannot start an already running container";
+    close(fd);
+    if (why == NULL && unlinkat(c->dir_fd, CLIENT_FIFO, 0) < 0)
+        why = "cannot remove the fifo of the container";
+    return why;
+}
+
+/* The specification: an error is generated and the container is stopped. */
+static int run_poststart(const struct container *c) {
+    static struct hook_result result;
+    size_t size;
+    const char *frame = record_bytes(&c->record, RECORD_POSTSTART, &size);
+    if (size == 0 || hook_run(frame, size, c->record.head.init_pid, c->lean->envp, &result) == 0)
+        return LEAN_DONE;
+    (void)lean_signal(c, SIGKILL);
+    (void)lean_wait_end(c->init_pidfd, 10000);
+    lean_error(c->lean, "error running poststart hook #%u: %s", result.failed - 1, result.text);
+    return LEAN_FAILED;
+}
+
+static const char *refusal(enum status status) {
+    switch (status) {
+    case STATUS_STOPPED:
+        return "cannot start a container that has stopped";
+    case STATUS_RUNNING:
+        return "cannot start an already running container";
+    case STATUS_PAUSED:
+        return "cannot start a container in the paused state";
+    case STATUS_CREATING:
+        return "cannot start a container in the creating state";
+    case STATUS_CREATED:
+    default:
+        return NULL;
+    }
+}
+
+int lean_start(struct lean *l) {
+    struct container c;
+    if (lean_variable(l->envp, "NOTIFY_SOCKET") != NULL ||
+        lean_variable(l->envp, "LISTEN_FDS") != NULL)
+        return LEAN_TO_PYTHON;
+    int result = container_tell(l, container_find(l, &c));
+    if (result != LEAN_DONE)
+        return result;
+    /* `create` holds the lock until its container waits at the fifo. */
+    result = container_tell(l, container_lock(&c, true));
+    if (result != LEAN_DONE || c.record.head.flags & RECORD_PYTHON)
+        return result != LEAN_DONE ? result : LEAN_TO_PYTHON;
+    const char *why = refusal(container_status(&c));
+    if (why == NULL)
+        why = open_fifo(&c);
+    /* Hooks may ask for this container, and take any time. */
+    container_unlock(&c);
+    if (why == NULL)
+        return run_poststart(&c);
+    lean_error(l, "%s", why);
+    return LEAN_FAILED;
+}

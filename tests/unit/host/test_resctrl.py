@@ -1,0 +1,60 @@
+"""Cache and bandwidth classes, on a directory that stands for resctrl."""
+
+from __future__ import annotations
+
+import pytest
+
+from apptainer_py.host import resctrl
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "info/L3").mkdir(parents=True)
+    (tmp_path / "info/MB").mkdir()
+    return tmp_path
+
+
+def make_group(root, name: str):
+    group = root / name
+    group.mkdir()
+    (group / "schemata").write_text("")
+    (group / "tasks").write_text("")
+    return group
+
+
+def test_what_can_be_divided(root):
+    assert resctrl.divisible(str(root)) == ("L3", "MB")
+
+
+def test_a_class_is_set_before_it_is_joined(root):
+    group = make_group(root, "box")
+    wish = {"l3CacheSchema": "L3:0=f", "memBwSchema": "MB:0=50", "schemata": ["L2:0=1"]}
+    resctrl.join(wish, "box", 7, str(root))
+    assert (group / "schemata").read_text() == "L3:0=f\nMB:0=50\nL2:0=1\n"
+    assert (group / "tasks").read_text() == "7"
+
+
+def test_a_named_class_without_limits_must_be_there(root):
+    with pytest.raises(resctrl.ResctrlError, match="clos dir not accessible"):
+        resctrl.join({"closID": "gold"}, "box", 7, str(root))
+    group = make_group(root, "gold")
+    resctrl.join({"closID": "gold"}, "box", 7, str(root))
+    assert (group / "tasks").read_text() == "7"
+    resctrl.remove({"closID": "gold"}, "box", str(root))
+    assert group.is_dir()
+
+
+def test_monitoring_has_a_group_of_its_own(root):
+    group = make_group(root, "gold")
+    monitor = group / "mon_groups/box"
+    monitor.mkdir(parents=True)
+    (monitor / "tasks").write_text("")
+    wish = {"closID": "gold", "enableMonitoring": True}
+    resctrl.join(wish, "box", 7, str(root))
+    assert (monitor / "tasks").read_text() == "7"
+
+
+def test_what_was_made_is_removed_when_it_is_refused(root):
+    with pytest.raises(resctrl.ResctrlError, match="no such file"):
+        resctrl.join({"l3CacheSchema": "L3:0=f"}, "box", 7, str(root))
+    assert not (root / "box").exists()
