@@ -122,6 +122,7 @@ static int number_in(const char *text) {
 }
 
 static struct init state = {.phase = SPACES,
+                            .born_pipe = {-1, -1},
                             .passed = -1,
                             .fd_out = -1,
                             .host_proc_fd = -1,
@@ -144,5 +145,7 @@ int main(int argc, char *argv[]) {
     s->umask = umask(022);
     while (serve(s))
         ;
-    _exit(s->forerunner_ends ? 0 : 255);
+    if (s->forerunner_ends && write(s->born_pipe[1], "b", 1) == 1)
+        _exit(0);
+    _exit(255);
 }

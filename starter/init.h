@@ -32,6 +32,7 @@ struct init {
     int phase;                         /* one bit of enum init_phase */
     bool failed;                       /* later rows are answered, not done */
     bool forerunner_ends;              /* SPACES is done: init serves from here */
+    int born_pipe[2];                  /* forerunner → init: master knows of it */
     bool silent;                       /* this row is answered by another process */
     /* of the row at hand */
     int passed;                        /* came with it; a row that keeps it puts -1 */

@@ -172,6 +172,16 @@ static pid_t clone_init(uint64_t flags, int cgroup_fd) {
     return (pid_t)pid;
 }
 
+/* Master waits for the forerunner's answer; were that one killed before, it would wait for us, and
+ * we for it. */
+static void wait_until_known(struct init *s) {
+    char byte;
+    init_close(&s->born_pipe[1]);
+    if (read(s->born_pipe[0], &byte, 1) != 1)
+        _exit(255);
+    init_close(&s->born_pipe[0]);
+}
+
 int init_spaces(struct init *s, const struct op_request *q, struct op_reply *a) {
     const uint64_t known = SPACES_OF_CLONE | SPACES_OF_INIT;
     if (q->flags & ~1u || (q->num[0] & ~known) != 0)
@@ -186,6 +196,8 @@ int init_spaces(struct init *s, const struct op_request *q, struct op_reply *a) 
     if (join_the_rest(s, &a->value) < 0)
         return init_failed(a);
     a->value = 0;
+    if (pipe2(s->born_pipe, O_CLOEXEC) < 0)
+        return init_failed(a);
     pid_t pid = clone_init(q->num[0] & SPACES_OF_CLONE, s->passed);
     if (pid < 0)
         return init_failed(a);
@@ -193,6 +205,7 @@ int init_spaces(struct init *s, const struct op_request *q, struct op_reply *a) 
         init_shield(s);
         trace_set_role(ROLE_INIT);
         s->silent = true;
+        wait_until_known(s);
         return ERR_OK;
     }
     a->value = (uint32_t)pid;
