@@ -104,6 +104,13 @@ int bearer_ask(const struct launch *l, const char *path, char *const argv[],
     _exit(got == 0 ? 0 : 255);
 }
 
+/* Stage 2 ends, and the user has been told why there is no payload. */
+void bearer_dismiss(const struct launch *l) {
+    const struct bearer_request q = {.part = BEARER_NOTHING};
+    if (l->bearer_socket[0] >= 0 && wire_send(l->bearer_socket[0], &q, sizeof(q), -1) < 0)
+        return; /* bearer has ended before */
+}
+
 /* ---- bearer's side ---- */
 
 /* path, argv, NULL, envp, NULL: pointers into a text whose last byte is a NUL, if they are as many
@@ -154,6 +161,11 @@ NO_RETURN static void malformed(void) {
     _exit(255);
 }
 
+NO_RETURN static void nothing_asked(void) {
+    report("FATAL:   ", "stage 2 has ended before it could say what to run");
+    _exit(255);
+}
+
 static void run_program(const struct launch *l, const struct bearer_request *q, int fd) {
     struct program p = {NULL, NULL};
     if (q->argc == 0 || q->number & ~0777u || unpack_program(q, fd, &p) < 0)
@@ -162,6 +174,8 @@ static void run_program(const struct launch *l, const struct bearer_request *q, 
     (void)umask(q->number);
     step_begin(STEP_EXEC_PAYLOAD);
     sanitize_restore_for_payload(l);
+    if (!stage_keeper_lives(l)) /* its death comes by way of the shim's, if there is one */
+        _exit(255);
     /* SAFE: this user's program with what this user was granted; in the container's own root. */
     (void)execve(p.vector[0], p.vector + 1, p.vector + 2 + q->argc);
     struct bearer_reply a = {.error = errno};
@@ -186,6 +200,8 @@ static void take_part(const struct launch *l, const struct bearer_request *q, in
     case BEARER_PROGRAM:
         run_program(l, q, fd);
         break;
+    case BEARER_NOTHING:
+        _exit(255);
     default:
         malformed();
     }
@@ -221,7 +237,7 @@ NO_RETURN static void bearer_main(struct launch *l) {
         int passed;
         ssize_t got = wire_receive(l->bearer_socket[1], &q, sizeof(q), &passed);
         if (got == 0)
-            _exit(255); /* stage 2 has ended, and said why */
+            nothing_asked();
         if (got != (ssize_t)sizeof(q))
             malformed();
         take_part(l, &q, passed);

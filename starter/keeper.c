@@ -67,13 +67,15 @@ static int block_signals(void) {
     return signalfd(-1, &all, SFD_CLOEXEC | SFD_NONBLOCK);
 }
 
-/* What the terminal sends goes to everybody in the foreground; for the launch keeper answers. */
+/* What comes to the whole group, of the terminal or of timeout(1), keeper answers for the launch: a
+ * master that it ended would take the payload with it, which may want to end in its own time. */
 static void unblock_signals(void) {
-    static const int of_terminal[] = {SIGINT, SIGQUIT, SIGTSTP, SIGHUP, SIGTTIN, SIGTTOU};
+    static const int of_group[] = {SIGINT,  SIGQUIT, SIGTSTP, SIGHUP,  SIGTTIN, SIGTTOU,
+                                   SIGTERM, SIGUSR1, SIGUSR2, SIGALRM};
     sigset_t blocked;
     sigemptyset(&blocked);
-    for (size_t i = 0; i < ARRAY_SIZE(of_terminal); i++)
-        sigaddset(&blocked, of_terminal[i]);
+    for (size_t i = 0; i < ARRAY_SIZE(of_group); i++)
+        sigaddset(&blocked, of_group[i]);
     sigprocmask(SIG_SETMASK, &blocked, NULL);
 }
 
@@ -338,7 +340,7 @@ static bool is_served(struct keeper *k, const struct stat *st, uint64_t offset, 
         return false;
     }
     bool same = found.dev == st->st_dev && found.ino == st->st_ino && found.offset == offset;
-    *code = same ? ERR_OK : ERR_CHANGED;
+    *code = !same ? ERR_CHANGED : k->servers[0] > 0 ? ERR_OK : ERR_SERVER;
     return true;
 }
 
@@ -450,6 +452,14 @@ static void record_failure(struct keeper *k) {
         report("WARNING: ", "the audit record cannot be written; tell your administrator");
 }
 
+/* Master first: it would tell the user of the container's end, which is no news here. */
+static void end_all(struct keeper *k) {
+    if (k->master_alive)
+        (void)kill(k->master, SIGKILL);
+    if (k->container_alive)
+        (void)kill(k->container, SIGKILL);
+}
+
 NO_RETURN static void abandon(struct keeper *k, uint32_t op, int code) {
     trace_operation(op, trace_now(), code, 0, "the launch is abandoned");
     report("FATAL:   ", code == ERR_PHASE   ? "a request came outside its phase; the launch is "
@@ -457,10 +467,7 @@ NO_RETURN static void abandon(struct keeper *k, uint32_t op, int code) {
                         : code == ERR_TIMES ? "a request came once too often; the launch is "
                                               "abandoned"
                                             : "a request is malformed; the launch is abandoned");
-    if (k->container_alive)
-        (void)kill(k->container, SIGKILL);
-    if (k->master_alive)
-        (void)kill(k->master, SIGKILL);
+    end_all(k);
     record_failure(k);
     _exit(255);
 }
@@ -589,10 +596,7 @@ NO_RETURN static void die_by(int number) {
 }
 
 NO_RETURN static void give_up(struct keeper *k, int number) {
-    if (k->container_alive)
-        (void)kill(k->container, SIGKILL);
-    if (k->master_alive)
-        (void)kill(k->master, number == SIGKILL ? number : SIGTERM);
+    end_all(k);
     record_failure(k);
     die_by(number);
 }
@@ -642,10 +646,11 @@ static void turn(struct keeper *k) {
         char byte;
         ssize_t got = read(l->ready_pipe[0], &byte, 1);
         close_fd(&l->ready_pipe[0]);
+        if (got != 1)
+            return; /* the container has ended before, which shows as an ended child */
         if (k->early_server)
             abandon(k, OP_SERVE_IMAGE, ERR_PHASE); /* an image is in use that nobody has judged */
-        if (got == 1)
-            k->phase = RUN; /* rpc has gone; drop_and_go() follows */
+        k->phase = RUN; /* rpc has gone; drop_and_go() follows */
     }
 }
 

@@ -158,7 +158,7 @@ void privs_lower(const struct raised *token) {
         return;
     if (caps_get(&effective, &permitted, &inheritable) < 0 ||
         caps_set(0, permitted, inheritable) < 0)
-        _exit(255); /* still privileged: nothing may follow */
+        fail("cannot lower a capability", errno); /* still privileged: nothing may follow */
 }
 
 static int drop_bounding(uint64_t wanted) {
@@ -298,7 +298,7 @@ int privs_open_as_root(const char *path, int flags, mode_t mode) {
     (void)setfsgid((gid_t)gid);
     (void)setfsuid((uid_t)uid);
     if (setfsuid((uid_t)-1) != uid || setfsgid((gid_t)-1) != gid)
-        _exit(255);
+        fail("cannot give up an identity", 0);
     privs_lower(raised);
     errno = error;
     return fd;

@@ -116,6 +116,16 @@ static void stop_reader(void) {
         (void)waitpid(reader, &status, 0);
 }
 
+/* The mount is there: the early image server, if there is one, waits for this alone. */
+static void tell_server(struct launch *l) {
+    if (l->serve_pipe[1] < 0)
+        return;
+    ssize_t ignored = write(l->serve_pipe[1], "M", 1); /* its reader may have given up */
+    (void)ignored;
+    close(l->serve_pipe[1]);
+    l->serve_pipe[1] = -1;
+}
+
 /* Memory file system and image, as stage 1 will most likely ask for them; both lie in a namespace
  * that nobody sees, and the image is served by a process without privilege. */
 static void head_start(struct rpc *r) {
@@ -126,9 +136,7 @@ static void head_start(struct rpc *r) {
                   config_uint(&l->config, CONFIG_SESSIONDIR_MAX_SIZE), op_session) ||
         !do_early(r, &early[1], OP_ROOT_FUSE, 0, op_root_fuse))
         return;
-    ssize_t ignored = write(l->serve_pipe[1], "M", 1); /* its reader may have given up */
-    (void)ignored;
-    close(l->serve_pipe[1]);
+    tell_server(r->launch);
     start_reader(r);
 }
 
@@ -145,7 +153,10 @@ static int run_once(struct rpc *r, const struct row *row, const struct op_reques
         return ERR_CHANGED;
     if (row->op == OP_PIVOT)
         stop_reader();
-    return row->run(r, q, a, fd_out);
+    int code = row->run(r, q, a, fd_out);
+    if (code == ERR_OK && row->op == OP_ROOT_FUSE)
+        tell_server(r->launch); /* what was to be begun early had failed */
+    return code;
 }
 
 /* One request, one reply; after a failure nothing more is done, but every request is answered. */

@@ -1,6 +1,5 @@
 /* pid 1 of a pid namespace: forwards signals, reaps, and ends with the payload's status. */
 #include <errno.h>
-#include <poll.h>
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/signalfd.h>
@@ -51,8 +50,7 @@ NO_RETURN void shim_main(struct launch *l, pid_t rpc, pid_t stage2) {
     trace_process();
     if (stage_wait_for_rpc(l, rpc) < 0)
         _exit(255);
-    struct pollfd keeper = {.fd = l->go_pipe[0], .events = 0};
-    if (poll(&keeper, 1, 0) < 0 || keeper.revents & (POLLHUP | POLLERR))
+    if (!stage_keeper_lives(l))
         _exit(255);
     int fd = signalfd(-1, &all, SFD_CLOEXEC);
     if (fd < 0)

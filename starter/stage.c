@@ -151,13 +151,18 @@ static void leave_hook(uint32_t hook, int failed) {
     trace_hook(hook, hook_start, failed);
 }
 
+/* Keeper alone holds the other end of the pipe. */
+bool stage_keeper_lives(const struct launch *l) {
+    struct pollfd go = {.fd = l->go_pipe[0], .events = 0};
+    return poll(&go, 1, 0) >= 0 && !(go.revents & (POLLHUP | POLLERR));
+}
+
 /* The parent-death signal does not survive a change of credentials, so it is set here, last;
  * a parent that died before is seen by its end of the pipe. */
 int stage_die_with_keeper(const struct launch *l) {
     if (prctl(PR_SET_PDEATHSIG, SIGKILL) < 0)
-        return -1;
-    struct pollfd go = {.fd = l->go_pipe[0], .events = 0};
-    return poll(&go, 1, 0) >= 0 && !(go.revents & (POLLHUP | POLLERR)) ? 0 : -1;
+        fail("cannot be bound to the life of the launch", errno);
+    return stage_keeper_lives(l) ? 0 : -1;
 }
 
 int stage_wait_for_rpc(struct launch *l, pid_t rpc) {
@@ -211,6 +216,9 @@ static int exec_payload(const char *path, char *const argv[], char *const envp[]
         return bearer_ask(stage_launch, path, argv, envp);
     step_begin(STEP_EXEC_PAYLOAD);
     sanitize_restore_for_payload(stage_launch);
+    /* Behind a shim keeper's death comes by way of the shim's, and that may take a while. */
+    if (!stage_keeper_lives(stage_launch))
+        _exit(255);
     (void)execve(path, argv, envp);
     return errno;
 }
@@ -222,10 +230,9 @@ static int die_with_parent(const struct launch *l, enum stage stage) {
     if (stage != STAGE_MASTER)
         return 0; /* the host pair cleans up after everybody's death */
     struct pollfd keeper = {.fd = l->keeper_socket[1], .events = 0};
-    return prctl(PR_SET_PDEATHSIG, SIGKILL) == 0 && poll(&keeper, 1, 0) >= 0 &&
-                   !(keeper.revents & (POLLHUP | POLLERR))
-               ? 0
-               : -1;
+    if (prctl(PR_SET_PDEATHSIG, SIGKILL) < 0)
+        fail("cannot be bound to the life of the launch", errno);
+    return poll(&keeper, 1, 0) >= 0 && !(keeper.revents & (POLLHUP | POLLERR)) ? 0 : -1;
 }
 
 static const struct {
@@ -317,5 +324,7 @@ NO_RETURN void stage_run(struct launch *l, enum stage stage) {
     struct stage_info info = describe(l, stage);
     step_begin(stages[row].load);
     int status = load_and_run(&info, stages[row].load);
+    if (stage == STAGE_START)
+        bearer_dismiss(l);
     _exit(status);
 }

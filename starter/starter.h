@@ -217,11 +217,13 @@ NO_RETURN void stage_run(struct launch *l, enum stage stage);
 void stage_target(const struct launch *l, enum role role, struct target_identity *target);
 MUST_USE int stage_wait_for_rpc(struct launch *l, pid_t rpc);
 MUST_USE int stage_wait_for_go(const struct launch *l);
+MUST_USE bool stage_keeper_lives(const struct launch *l);
 MUST_USE int stage_die_with_keeper(const struct launch *l);
 
 /* bearer.c: becomes the payload where that has capabilities that Python must not have */
 bool bearer_needed(const struct launch *l);
 void bearer_split(struct launch *l);
+void bearer_dismiss(const struct launch *l);
 MUST_USE int bearer_ask(const struct launch *l, const char *path, char *const argv[],
                         char *const envp[]);
 

@@ -19,6 +19,8 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 ORDINARY_USER = "apytest"
 SYSTEM_PATH = "/usr/local/bin:/usr/bin:/bin"
+# ./check installs there; somebody who works beside others names a prefix of their own.
+PREFIX = os.environ.get("APY_TEST_PREFIX", "/usr/local")
 
 
 class AsUser(Protocol):
@@ -61,7 +63,7 @@ def require_root() -> None:
 @pytest.fixture(scope="session")
 def product(require_root: None) -> SimpleNamespace:
     """The names compiled into the installation under test, in lower case, and its `program`."""
-    installed = Path("/usr/local/lib/apptainer-py/apptainer_py/base/build.py")
+    installed = Path(PREFIX, "lib/apptainer-py/apptainer_py/base/build.py")
     if not installed.exists():
         pytest.fail("nothing is installed: run ./check, or ./install first")
     facts = {name.lower(): value for name, value in runpy.run_path(str(installed)).items()}

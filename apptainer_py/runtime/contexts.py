@@ -137,15 +137,17 @@ class PrepareContext:
         )  # fmt: skip
         try:
             _starter.receive_reply(fd)
-        except EOFError:
+        except (EOFError, OSError):
             os._exit(255)
 
     def use_plain_starter(self) -> None:
         """Give up the setuid flow for this launch: the starter runs again without the bit."""
-        _starter.send_operation(
-            self._info["keeper_fd"], protocol.OP_PLAIN_STARTER, 0, (), None, None
-        )
-        _starter.receive_reply(self._info["keeper_fd"])
+        fd = self._info["keeper_fd"]
+        try:
+            _starter.send_operation(fd, protocol.OP_PLAIN_STARTER, 0, (), None, None)
+            _starter.receive_reply(fd)
+        except (EOFError, OSError):
+            os._exit(255)  # keeper has ended, which is all that can be told
         os._exit(0)
 
 

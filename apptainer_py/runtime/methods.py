@@ -43,7 +43,10 @@ def call_method(fd: int, method: str, data: bytes) -> bytes:
 def serve_rpc_requests(fd: int, methods: Mapping[str, RpcMethod]) -> int:
     """Answer calls until the other side closes; returns the exit status."""
     while True:
-        frame, _ = _starter.receive_bytes(fd, _FRAME_BYTES)
+        try:
+            frame, _ = _starter.receive_bytes(fd, _FRAME_BYTES)
+        except OSError:
+            frame = b""
         if not frame:
             return 0
         name, _, data = frame.partition(b"\0")
@@ -54,4 +57,7 @@ def serve_rpc_requests(fd: int, methods: Mapping[str, RpcMethod]) -> int:
             answer = b"+" + method(data)
         except Exception as error:  # noqa: BLE001  whatever a method raises is its answer
             answer = b"-" + f"{type(error).__name__}: {error}".encode()
-        _starter.send_bytes(fd, answer)
+        try:
+            _starter.send_bytes(fd, answer)
+        except OSError:
+            return 0  # nobody waits for it any more

@@ -174,14 +174,17 @@ class Master:
     def _ask_keeper(self, what: str, op: int) -> None:
         from apptainer_py.runtime.mounting import refused
 
-        _starter.send_operation(self.keeper_fd, op, 0, (), None, None)
+        try:
+            _starter.send_operation(self.keeper_fd, op, 0, (), None, None)
+        except OSError:
+            raise KeeperGone(what=what) from None
         self._reply(what, refused)
 
     def _reply(self, what: str, refused: Callable[[str, int, int], LaunchError]) -> None:
         try:
             _, code, error, _ = _starter.receive_reply(self.keeper_fd)
-        except EOFError:
-            raise LaunchError(text=f"{what}: the starter has ended") from None
+        except (EOFError, OSError):
+            raise KeeperGone(what=what) from None
         if code != protocol.ERR_OK:
             raise refused(what, code, error)
 
@@ -195,25 +198,30 @@ class Master:
         flags = plan.flags
         if self.request.engine_file and engines.find_rpc_methods(self.request.engine):
             flags |= protocol.PLANFLAG_METHODS
-        _starter.send_container(
-            self.keeper_fd,
-            protocol.OP_CONTAINER,
-            os.fsencode(plan.image),
-            plan.spaces,
-            flags,
-            plan.fuse_count,
-            plan.uid,
-            plan.gid,
-            plan.groups,
-            plan.caps,
-        )
-        self._reply("cannot make the container", refused)
+        what = "cannot make the container"
+        try:
+            _starter.send_container(
+                self.keeper_fd,
+                protocol.OP_CONTAINER,
+                os.fsencode(plan.image),
+                plan.spaces,
+                flags,
+                plan.fuse_count,
+                plan.uid,
+                plan.gid,
+                plan.groups,
+                plan.caps,
+            )
+        except OSError:
+            raise KeeperGone(what=what) from None
+        self._reply(what, refused)
 
     def start_stage2(self, context: PrepareContext) -> None:
         """Give stage 2 its message, in a file of its own: it may be longer than a frame."""
         fd = os.memfd_create("message", os.MFD_CLOEXEC)
         write_all(os.dup(fd), context.message)
-        _starter.send_bytes(self.info["start_fd"], b"message", fd)
+        # Where stage 2 has ended, what depends on it fails next, and says so.
+        _tell(self.info["start_fd"], b"message", fd)
         os.close(fd)
 
     def create_and_watch(self, context: PrepareContext) -> int:
@@ -256,30 +264,34 @@ class Master:
             return False
 
     def wait_until_started(self) -> bool:
-        """Wait until stage 2 has become the payload, which closes its end; False if it failed."""
-        said, _ = _starter.receive_bytes(self.info["start_fd"], 16)
-        if said:
+        """Wait until stage 2 has become the payload, which closes its end; False if it failed.
+
+        Raises:
+            StarterGone: somebody ended before, and did not say why.
+        """
+        from apptainer_py.runtime.mounting import StarterGone
+
+        if _heard(self.info["start_fd"]):
             # Our own end would have keeper kill stage 2, whose status is the one that counts.
             MonitorContext(self.keeper_fd, 0).wait()
             return False
-        event = _starter.receive_event(self.keeper_fd)
+        try:
+            event = _starter.receive_event(self.keeper_fd)
+        except OSError:
+            event = None
         if event is not None and event[0] == protocol.EVENT_GO:
             self.container_pid = event[1]
             return True
         if event is not None and event[0] == protocol.EVENT_PAYLOAD_ENDED:
             self.status = event[2]
-        return False
+        raise StarterGone(what="cannot start the payload")
 
     def _trigger_helper(self, which: int) -> None:
         fd = self.info["helper_fds"][which]
         if not self.has_helpers:
             return
-        answer = b""
-        try:
-            _starter.send_bytes(fd, b"c")
-            answer, _ = _starter.receive_bytes(fd, 16)
-        except OSError:
-            pass
+        _tell(fd, b"c")
+        answer = _heard(fd)
         if answer != b"c" and which == 0:
             raise LaunchError(text="the engine's post_start_host hook failed")
 
@@ -293,6 +305,28 @@ class Master:
         except ApptainerError as error:
             log.warning(f"cleanup: {error}")
         self._trigger_helper(1)
+
+
+def _tell(fd: int, data: bytes, passed: int = -1) -> None:
+    """Send to another stage, which may have ended: that is seen, and told, where it matters."""
+    try:
+        _starter.send_bytes(fd, data, passed)
+    except OSError:
+        return
+
+
+def _heard(fd: int) -> bytes:
+    """Return what another stage says; nothing if it has ended, with or without our words unread."""
+    try:
+        return _starter.receive_bytes(fd, 16)[0]
+    except OSError:
+        return b""
+
+
+class KeeperGone(LaunchError):
+    """The first process of the launch ended in the middle."""
+
+    message = "{what}: the starter has ended"
 
 
 def run_caller(info: StageInfo, parse: ParseCall, load_builtin: LoadBuiltin, report: Report) -> int:
@@ -408,9 +442,12 @@ def _run_start(info: StageInfo, facts: Facts, load_builtin: LoadBuiltin) -> int:
     operations = _load_engine(Request(info["request_fd"]), load_builtin)
     _init(operations, facts, protocol.STAGE_START)
     seal()
-    _, fd = _starter.receive_bytes(info["start_fd"], 16)
+    try:
+        _, fd = _starter.receive_bytes(info["start_fd"], 16)
+    except OSError:
+        fd = -1
     if fd < 0:
-        return 255
+        return 255  # master has ended, and keeper tells of that
     os.lseek(fd, 0, 0)
     context = StartContext(read_at_most(fd, os.fstat(fd).st_size))
     if not _starter.wait_for_go():
@@ -424,13 +461,13 @@ def _run_start(info: StageInfo, facts: Facts, load_builtin: LoadBuiltin) -> int:
         log.fatal(f"internal error: {type(error).__name__}: {error}")
         status = 255
     # Before the exit: master must not see an end that looks like a successful execve.
-    _starter.send_bytes(info["start_fd"], b"failed")
+    _tell(info["start_fd"], b"failed")
     return status
 
 
 def _run_host_helper(info: StageInfo, operations: engines.Operations, request: Request) -> int:
     fd = info["trigger_fd"]
-    orderly = bool(_starter.receive_bytes(fd, 16)[0])
+    orderly = bool(_heard(fd))
     environment, cwd = request.environment, request.cwd
     answer = b"c"
     try:
@@ -444,5 +481,5 @@ def _run_host_helper(info: StageInfo, operations: engines.Operations, request: R
         report(error)
         answer = b"f"
     if orderly:
-        _starter.send_bytes(fd, answer)
+        _tell(fd, answer)
     return 0

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import socket
+import struct
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tests import images, own_install
+from tests import own_install
 from tests.own_install import Installation
 
 HOSTILE = [
@@ -31,22 +33,6 @@ HOSTILE = [
     "<13>forged: priority",
     "long " + "x" * 240,
 ]
-
-
-@pytest.fixture(scope="module")
-def installed(require_root) -> Installation:
-    return own_install.installation()
-
-
-@pytest.fixture
-def own(installed) -> Iterator[Installation]:
-    yield installed
-    installed.restore()
-
-
-@pytest.fixture(scope="module")
-def sif(installed) -> Path:
-    return images.own_sif(images.shared_folder())
 
 
 @pytest.fixture
@@ -256,14 +242,21 @@ def test_file_is_appended_to(own, sif, sink):
     assert len(records(sink)) == 2
 
 
-def with_dev_log(own: Installation, sif: Path, serve: str) -> tuple[int, list[bytes], str]:
-    """Launch with a /dev/log of our own, in a mount namespace of its own; return what it got."""
+CREDENTIALS = struct.Struct("=3i")  # struct ucred: pid, uid, gid
+
+
+def with_dev_log(own: Installation, sif: Path, serve: str) -> SimpleNamespace:
+    """Launch with a /dev/log of our own, in a mount namespace of its own; return what it got.
+
+    The kernel tells who sent each message, as it tells the real logger.
+    """
     place = Path(tempfile.mkdtemp(dir=own.place))
     place.chmod(0o755)
     log = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     log.bind(str(place / "log"))
     (place / "log").chmod(0o666)
     log.setblocking(False)
+    log.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
     if serve == "full":
         log.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
         filler = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -286,37 +279,48 @@ def with_dev_log(own: Installation, sif: Path, serve: str) -> tuple[int, list[by
         argv, capture_output=True, text=True, check=False, cwd="/", env=own.environment(),
         timeout=20,
     )  # fmt: skip
-    got = []
+    got, senders = [], []
     try:
         while True:
-            got.append(log.recv(65536))
+            message, extra, _, _ = log.recvmsg(65536, socket.CMSG_SPACE(CREDENTIALS.size))
+            got.append(message)
+            senders += [CREDENTIALS.unpack(data) for _, _, data in extra]
     except BlockingIOError:
         log.close()
     (place / "log").unlink()
     (place / "dev").rmdir()
     place.rmdir()
-    return done.returncode, got, done.stderr
+    return SimpleNamespace(status=done.returncode, got=got, senders=senders, err=done.stderr)
 
 
 def test_syslog(own, sif):
     own.configure("audit log = syslog")
-    status, got, err = with_dev_log(own, sif, "ready")
-    assert status == 0, err
-    assert len(got) == 1
-    head, _, record = got[0].partition(b": ")
+    done = with_dev_log(own, sif, "ready")
+    assert done.status == 0, done.err
+    assert len(done.got) == 1
+    head, _, record = done.got[0].partition(b": ")
     assert head == b"<85>apptainer-py"
     assert json.loads(record)["uid"] == own.user.pw_uid
-    assert b"\n" not in got[0]
+    assert b"\n" not in done.got[0]
+
+
+def test_syslog_sees_that_root_sent_the_record(own, sif):
+    """Anybody may write to /dev/log; what the caller sends itself has the caller's number on it."""
+    own.configure("audit log = syslog")
+    done = with_dev_log(own, sif, "ready")
+    assert done.status == 0, done.err
+    pids = [json.loads(message.partition(b": ")[2])["pid"] for message in done.got]
+    assert [(pid, uid) for pid, uid, _ in done.senders] == [(pid, 0) for pid in pids]
 
 
 def test_syslog_that_takes_nothing_stops_nobody(own, sif):
     own.configure("audit log = syslog")
-    status, got, err = with_dev_log(own, sif, "full")
-    assert status == 0, err
-    assert all(message == b"x" for message in got)
+    done = with_dev_log(own, sif, "full")
+    assert done.status == 0, done.err
+    assert all(message == b"x" for message in done.got)
 
 
 def test_no_record_where_none_is_wanted(own, sif):
     own.configure("audit log = none")
-    status, got, err = with_dev_log(own, sif, "ready")
-    assert (status, got) == (0, []), err
+    done = with_dev_log(own, sif, "ready")
+    assert (done.status, done.got) == (0, []), done.err

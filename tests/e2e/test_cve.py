@@ -180,3 +180,78 @@ def test_loader_settings_of_the_caller_change_nothing(launch, demo_sif, user_tmp
     done = launch(demo_sif, "echo", "good", env=hostile, cwd=user_tmp)
     assert done.returncode == 0
     assert done.stdout == "good\n"
+
+
+def test_groups_stay_in_a_users_namespace(product, as_user, demo_sif):
+    done = as_user([product.program, "exec", "-u", demo_sif, "cat", "/proc/self/setgroups"])
+    assert done.stdout == "deny\n", done.stderr
+
+
+def test_cgroups_are_not_the_payloads(launch, demo_sif):
+    script = "mkdir /sys/fs/cgroup/x 2>/dev/null; echo 1 2>/dev/null >/sys/fs/cgroup/cgroup.procs"
+    done = launch(demo_sif, "sh", "-c", f"{script}; echo $?")
+    assert done.stdout in ("1\n", "2\n"), done.stderr
+    assert not Path("/sys/fs/cgroup/x").exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_devices_are_not_the_images(launch, sandbox, canary, kind):
+    names = ("null", "zero", "console", "tty", "ptmx")
+    for name in names:
+        place = sandbox / "dev" / name
+        place.parent.mkdir(exist_ok=True)
+        place.write_text("") if kind == "file" else place.symlink_to(canary / "file")
+    before = content(canary)
+    done = launch(
+        "-c", sandbox, "sh", "-c", "echo x > /dev/null; stat -c %t:%T /dev/null /dev/zero"
+    )
+    assert done.stdout.split() == ["1:3", "1:5"], done.stderr
+    assert content(canary) == before
+
+
+ABSENT = [
+    ["instance", "start", "{sif}", "x"],
+    ["exec", "--security", "selinux:x", "{sif}", "true"],
+    ["exec", "--fakeroot", "{sif}", "true"],
+    ["exec", "--nv", "{sif}", "true"],
+    ["exec", "-n", "--network", "bridge", "{sif}", "true"],
+    ["exec", "instance://x", "true"],
+    ["exec", "docker://alpine", "true"],
+    ["verify", "{sif}"],
+    ["build", "x.sif", "{sif}"],
+    ["pull", "library://x/y"],
+    ["cache", "clean"],
+]
+
+
+@pytest.mark.parametrize("words", ABSENT, ids=" ".join)
+def test_what_does_not_exist_is_refused_in_one_line(product, as_user, demo_sif, words, user_tmp):
+    line = [product.program, *(word.format(sif=demo_sif) for word in words)]
+    done = as_user(line, cwd=user_tmp)
+    assert done.returncode in (1, 255)
+    first, *way_out = done.stderr.splitlines()
+    assert first.startswith("FATAL:"), done.stderr
+    assert all(line.startswith("INFO:") for line in way_out[:1]) and len(way_out) <= 1, done.stderr
+    assert not list(user_tmp.iterdir())
+
+
+def test_root_in_a_users_directory_runs_nothing_of_it(product, demo_sif, user_tmp):
+    mark = user_tmp / "mark"
+    names = (
+        "os re json site encodings sitecustomize usercustomize struct apptainer_py codecs".split()
+    )
+    for name in names:
+        (user_tmp / f"{name}.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
+    env = {"PATH": f"{user_tmp}:/usr/bin:/bin", "HOME": str(user_tmp), "PYTHONPATH": str(user_tmp)}
+    for words in (
+        ["version"],
+        ["inspect", demo_sif],
+        ["config", "check"],
+        ["exec", demo_sif, "true"],
+    ):
+        line = [product.program, *words]
+        done = subprocess.run(
+            line, cwd=user_tmp, env=env, capture_output=True, text=True, check=False
+        )
+        assert "Traceback" not in done.stderr
+    assert not mark.exists()

@@ -13,14 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests import images, own_install
+from tests import images
 from tests.own_install import (
     HostState,
-    Household,
     assert_nothing_left,
     descendants,
     eventually,
-    household,
     read_until,
 )
 
@@ -29,15 +27,7 @@ WORKS = "echo ready; exec sleep 1000"
 
 
 @pytest.fixture(scope="module")
-def own(require_root) -> Iterator[own_install.Installation]:
-    made = own_install.installation()
-    made.restore()
-    yield made
-    made.restore()
-
-
-@pytest.fixture(scope="module")
-def image(own) -> SimpleNamespace:
+def image(installed) -> SimpleNamespace:
     folder = images.shared_folder()
     return SimpleNamespace(
         sif=images.own_sif(folder),
@@ -47,25 +37,12 @@ def image(own) -> SimpleNamespace:
 
 
 @pytest.fixture
-def configured(own) -> Iterator[own_install.Installation]:
-    """For tests that write a configuration."""
-    yield own
-    own.restore()
-
-
-@pytest.fixture
 def own_files(own) -> Iterator[Path]:
     """A directory of the user's whose content must not change."""
     made = Path(tempfile.mkdtemp(prefix="apptainer-py-left-", dir="/var/tmp"))
     os.chown(made, own.user.pw_uid, own.user.pw_gid)
     yield made
     shutil.rmtree(made)
-
-
-@pytest.fixture
-def home(own) -> Iterator[Household]:
-    with household() as found:
-        yield found
 
 
 @pytest.fixture
@@ -93,10 +70,10 @@ def test_normal_end_with_everything(own, image, home, host, own_files):
     assert_nothing_left(home, host)
 
 
-def test_kernel_mount(configured, image, home, host):
+def test_kernel_mount(own, image, home, host):
     lines = "allow setuid-mount squashfs = yes\nenable overlay = no\nenable underlay = no"
-    configured.configure(lines)
-    seen = configured.run("exec", image.sif, "cat", "/proc/self/mountinfo")
+    own.configure(lines)
+    seen = own.run("exec", image.sif, "cat", "/proc/self/mountinfo")
     assert "/dev/loop" in seen.stdout, seen.stderr
     assert_nothing_left(home, host)
 
@@ -161,26 +138,26 @@ def test_image_server_that_does_not_start(own, image, flow, home, host):
     assert_nothing_left(home, host)
 
 
-def test_full_session_directory(configured, image, home, host, own_files):
+def test_full_session_directory(own, image, home, host, own_files):
     """1 MiB, and accounts of the image's that need it all."""
-    configured.configure("sessiondir max size = 1")
+    own.configure("sessiondir max size = 1")
     large = own_files / "box"
     shutil.copytree(image.sandbox, large, symlinks=True)
     entry = "x" * 100 + ":x:0:0::/:\n"
     for name in ("passwd", "group"):
         (large / "etc" / name).write_text(entry * 6000)
     host = HostState(*host.folders)
-    done = configured.run("exec", large, "true")
+    done = own.run("exec", large, "true")
     assert done.returncode == 255, done.stderr
     assert "sessiondir max size" in done.stderr
     assert len(done.stderr.splitlines()) <= 2
     assert_nothing_left(home, host)
 
 
-def test_payload_fills_the_session_directory(configured, image, home, host):
-    configured.configure("sessiondir max size = 1")
+def test_payload_fills_the_session_directory(own, image, home, host):
+    own.configure("sessiondir max size = 1")
     script = "dd if=/dev/zero of=/big bs=64k count=64"
-    done = configured.run("exec", "--writable-tmpfs", image.sif, "busybox", "sh", "-c", script)
+    done = own.run("exec", "--writable-tmpfs", image.sif, "busybox", "sh", "-c", script)
     assert done.returncode == 1
     assert "No space left" in done.stderr
     assert_nothing_left(home, host)

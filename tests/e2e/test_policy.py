@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from apptainer_py.model.directive_table import ROWS
-from tests import images, own_install
+from tests import images
 from tests.own_install import Completed, Installation, loop_devices
 
 REAL_FILE = Path("/etc/apptainer/apptainer.conf")
@@ -29,17 +29,6 @@ def covers(*keys: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Note that a test sets these directives to more than one value, or tries what they refuse."""
     _covered.update(keys)
     return lambda test: test
-
-
-@pytest.fixture(scope="module")
-def installed(require_root) -> Installation:
-    return own_install.installation()
-
-
-@pytest.fixture
-def own(installed) -> Iterator[Installation]:
-    yield installed
-    installed.restore()
 
 
 @pytest.fixture(scope="module")

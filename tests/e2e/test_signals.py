@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests import images, own_install
-from tests.own_install import Household, Installation, eventually, household, read_until
+from tests import own_install
+from tests.own_install import Household, Installation, eventually, read_until
 
 OPTIONS = {"plain": (), "pid": ("-p",), "userns": ("-u",), "userns pid": ("-u", "-p")}
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1]
@@ -27,24 +27,16 @@ TRAPS = (
 )
 
 
-@pytest.fixture(scope="module")
-def own(require_root) -> Iterator[Installation]:
-    made = own_install.installation()
-    made.configure("")
-    yield made
-    made.restore()
-
-
-@pytest.fixture(scope="module")
-def sif(own) -> Path:
-    return images.own_sif(images.shared_folder())
+@pytest.fixture
+def own(own) -> Installation:
+    own.configure()
+    return own
 
 
 @pytest.fixture
-def home(own) -> Iterator[Household]:
-    with household() as found:
-        yield found
-        eventually(lambda: not found.alive(), f"nothing is left of {found.alive()}", 1)
+def home(home) -> Iterator[Household]:
+    yield home
+    eventually(lambda: not home.alive(), "nothing is left", own_install.within_a_second())
 
 
 @pytest.fixture(params=list(OPTIONS))
@@ -294,6 +286,26 @@ def test_timeout(own, sif, options, home):
     done = subprocess.run(argv, env=own.environment(), cwd="/", timeout=20, check=False,
                           **own.identity())  # fmt: skip
     assert done.returncode == 124
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_payload_ends_in_its_own_time(own, sif, options, home, number):
+    """The whole group gets the signal; nobody takes the payload away before it is done."""
+    name = signal.Signals(number).name.removeprefix("SIG")
+    clean_up = "echo got; until [ $x. = cleaned. ]; do read x; done; echo $x; exit 7"
+    script = f"trap '{clean_up}' {name}; echo ready; while :; do read x; done"
+    process = home.adopt(
+        own.start("exec", *options, sif, "sh", "-c", script, stdin=subprocess.PIPE)
+    )
+    read_until(process.stdout.fileno(), b"ready")
+    os.killpg(process.pid, number)
+    process.stdin.write(b"\n")
+    process.stdin.flush()
+    read_until(process.stdout.fileno(), b"got")
+    process.stdin.write(b"cleaned\n")
+    process.stdin.flush()
+    read_until(process.stdout.fileno(), b"cleaned")
+    assert status_of(process) == 7
 
 
 def test_nohup(own, sif, options, home):

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests import images, own_install
+from tests import own_install
 from tests.own_install import Installation
 
 KEYS = {
@@ -36,17 +36,10 @@ SHIM_STEPS = {"FORK_STAGE2", "DROP_SHIM"}
 FLOWS = {"setuid": "SETUID", "userns": "USERNS", "root": "ROOT"}
 
 
-@pytest.fixture(scope="module")
-def own(require_root) -> Iterator[Installation]:
-    made = own_install.installation()
-    made.configure("")
-    yield made
-    made.restore()
-
-
-@pytest.fixture(scope="module")
-def sif(own) -> Path:
-    return images.own_sif(images.shared_folder())
+@pytest.fixture
+def own(own) -> Installation:
+    own.configure()
+    return own
 
 
 @pytest.fixture

@@ -67,11 +67,36 @@ void made_up_report(const char *level, const char *text);
 #undef sethostname
 #undef _exit
 
+/* A path could be another directory by the time that the kernel looks it up. */
+static void only_descriptors(const char *layers) {
+    static const char here[] = "/proc/self/fd/";
+    for (const char *at = layers; *at; at += *at == ':') {
+        must(strncmp(at, here, sizeof(here) - 1) == 0, "a layer is named by a descriptor");
+        char *end;
+        long fd = strtol(at + sizeof(here) - 1, &end, 10);
+        must(end > at + sizeof(here) - 1 && (*end == ':' || !*end), "by nothing but its number");
+        must(fcntl((int)fd, F_GETFD) >= 0, "that is open");
+        at = end;
+    }
+}
+
+static void made_up_fsconfig(unsigned command, const char *key, const char *value) {
+    if (command == FSCONFIG_SET_STRING)
+        read_all(value);
+    if (command == FSCONFIG_SET_STRING && key && strstr(key, "dir") == key + strlen(key) - 3)
+        only_descriptors(value);
+}
+
 static long made_up_syscall(long number, ...) {
     va_list arguments;
     long result = made_up_result();
     va_start(arguments, number);
-    if (number == SYS_openat2) {
+    if (number == SYS_fsconfig) {
+        (void)va_arg(arguments, int);
+        unsigned command = va_arg(arguments, unsigned);
+        const char *key = va_arg(arguments, const char *);
+        made_up_fsconfig(command, key, va_arg(arguments, const char *));
+    } else if (number == SYS_openat2) {
         (void)va_arg(arguments, int);
         read_all(va_arg(arguments, const char *));
         result = made_up_fd();
@@ -292,6 +317,7 @@ static void reset(void) {
     launch.plan.spaces = dice(32);
     launch.rpc_socket[0] = sockets[0];
     launch.seal_pipe[0] = 0;
+    launch.serve_pipe[0] = launch.serve_pipe[1] = -1;
     calls_to_a_failure = dice(3) == 0 ? 2 + dice(40) : 1;
     for (size_t i = 0; i < LIMIT_FUSE_DEVICES; i++)
         launch.fuse_fds[i] = dice(2) == 0 ? -1 : fcntl(0, F_DUPFD_CLOEXEC, 8);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -28,6 +29,7 @@ FUZZERS = {
     "fuzz_bearer": (),
     "fuzz_grants": (),
     "fuzz_image": ("report.c",),
+    "fuzz_keeper": ("report.c", "wire.c", "policy.c", *CONFIG),
     "fuzz_process": (),
     "fuzz_record": (),
     "fuzz_request": ("report.c",),
@@ -38,6 +40,7 @@ SHORT = {
     "fuzz_bearer": 10_000,
     "fuzz_grants": 500_000,
     "fuzz_image": 100_000,
+    "fuzz_keeper": 10_000,
     "fuzz_process": 200_000,
     "fuzz_record": 300_000,
     "fuzz_request": 2_000_000,
@@ -47,6 +50,7 @@ LONG = {
     "fuzz_bearer": 100_000,
     "fuzz_grants": 5_000_000,
     "fuzz_image": 300_000,
+    "fuzz_keeper": 200_000,
     "fuzz_process": 1_500_000,
     "fuzz_record": 3_000_000,
     "fuzz_request": 20_000_000,
@@ -94,3 +98,77 @@ def test_hostile_bytes(built, name: str) -> None:
 @pytest.mark.parametrize("name", FUZZERS)
 def test_hostile_bytes_for_longer(built, name: str, seed: int) -> None:
     fuzz(built(name, FUZZERS[name]), seed, LONG[name])
+
+
+# ---- what a fuzzer is worth: each of these holes was open once, or would be the next ----
+
+KILLS_A_STRANGER = "a signal goes to a child of ours"
+IN_EARLY = """ /* begun early, and gone: it will be started again */
+        k->container = 0;
+"""
+WEAKENED = {
+    "stale container": ("keeper", IN_EARLY, "\n", KILLS_A_STRANGER),
+    "stale master": (
+        "keeper",
+        "        k->master = 0; /* a reaped number may be somebody else's next */\n",
+        "",
+        KILLS_A_STRANGER,
+    ),
+    "stale server": ("keeper", "            k->servers[i] = 0;\n", "", KILLS_A_STRANGER),
+    "no phases": ("keeper", "table[i].phase != k->phase", "false", "not so"),
+    "no counts": ("keeper", "k->uses[i]++ >= table[i].times", "false", "more often than allowed"),
+    "not judged": ("keeper", "policy_plan(l, &q->plan)", "ERR_OK", "not so"),
+    "not granted": (
+        "policy",
+        "names_granted_caps(l) & l->permitted",
+        "l->permitted",
+        "no capability that was not granted",
+    ),
+    "sets of their own": (
+        "policy",
+        "l->flow == FLOW_SETUID && !whole_grant(plan)",
+        "false",
+        "no capability that was not granted",
+    ),
+    "not recorded": ("keeper", "if (!known && audit_launch", "if (false && audit_launch", "record"),
+    "any image": ("keeper", "!S_ISREG(image.st.st_mode)", "false", "an image is a file"),
+    "raised for good": ("keeper", "    privs_lower(raised);\n", "", "not so"),
+    "not dropped": ("keeper", "if (privs_drop(&target) < 0)", "if (false)", "has no rights"),
+    "layer by its path": (
+        "mounts",
+        'char name[48] = "";\n    append_layer(name, sizeof(name), fd);',
+        "char name[48] = APY_SESSIONDIR;\n    (void)fd;",
+        "a layer is named by a descriptor",
+    ),
+    "image by its path": (
+        "mounts",
+        "    append_layer(layers, sizeof(layers), r->root_fd);",
+        "    append_text(layers, sizeof(layers), APY_SESSIONDIR);",
+        "a layer is named by a descriptor",
+    ),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", WEAKENED)
+def test_the_fuzzers_find_a_hole_that_is_made_for_them(tmp_path, name: str) -> None:
+    file, sound, weak, finding = WEAKENED[name]
+    fuzzer = "fuzz_rpc" if file == "mounts" else "fuzz_keeper"
+    shutil.copytree(STARTER, tmp_path / "starter")
+    (tmp_path / "tests/starter").mkdir(parents=True)
+    for part in (f"{fuzzer}.c", "fuzz.h"):
+        shutil.copy(HERE / part, tmp_path / "tests/starter")
+    changed = tmp_path / f"starter/{file}.c"
+    text = changed.read_text()
+    assert sound in text
+    changed.write_text(text.replace(sound, weak))
+    sources = [tmp_path / f"tests/starter/{fuzzer}.c"]
+    sources += [tmp_path / "starter" / other for other in FUZZERS[fuzzer]]
+    program = tmp_path / fuzzer
+    # A hole may leave something unused behind.
+    flags = [flag for flag in FLAGS if flag != "-Werror"]
+    argv = ["gcc", *flags, "-w", *map(str, sources), "-o", str(program)]
+    subprocess.run(argv, check=True)
+    done = subprocess.run([program, "7", "200000"], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert finding in done.stderr, done.stderr[:400]
