@@ -119,6 +119,16 @@ static int check_parts(const struct stage_info *info) {
     return 0;
 }
 
+/* The core of CPython has no stream to print on. */
+static void report_exception(void) {
+    PyObject *type = NULL, *value = NULL, *trace = NULL;
+    PyErr_Fetch(&type, &value, &trace);
+    PyObject *text = value ? PyObject_Str(value) : NULL;
+    const char *words = text ? PyUnicode_AsUTF8(text) : NULL;
+    fprintf(stderr, "FATAL:   internal error: %s: %s\n",
+            type ? ((PyTypeObject *)type)->tp_name : "no exception", words ? words : "");
+}
+
 int stagehost_run(const struct stage_info *info) {
     if (check_parts(info) < 0)
         return 255;
@@ -141,7 +151,7 @@ int stagehost_run(const struct stage_info *info) {
         module = PyImport_ImportModule("apptainer_py.cli.stage");
     PyObject *result = module ? PyObject_CallMethod(module, "main", NULL) : NULL;
     if (!result) {
-        PyErr_Print();
+        report_exception();
         return 255;
     }
     long code = PyLong_AsLong(result);

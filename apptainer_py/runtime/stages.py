@@ -378,6 +378,7 @@ class Caller:
         create = CreateContext(self.facts, None, -1, nest, self.info["init_pid"])
         _starter.run_hook(protocol.HOOK_CREATE_CONTAINER, operations.create_container, create)
         pid = operations.let_go(create)
+        self._reap_first()
         started = PostStartContext(self.facts, pid)
         _starter.run_hook(protocol.HOOK_POST_START_PROCESS, operations.post_start_process, started)
         if not operations.stays:
@@ -392,6 +393,13 @@ class Caller:
             if os.WIFEXITED(self.status)
             else (128 + os.WTERMSIG(self.status))
         )
+
+    def _reap_first(self) -> None:
+        """Reap the process that has made the container's: it would be our caller's to reap."""
+        try:
+            os.waitpid(self.info["init_pid"], 0)
+        except ChildProcessError:
+            return
 
     def _clean_up(self) -> None:
         context = CleanupContext(self.status)

@@ -23,7 +23,7 @@ from apptainer_py.model.json_text import loads
 from apptainer_py.model.oci_plan import CreateOptions, Row
 from apptainer_py.model.process_frame import process_frame
 from apptainer_py.runtime.containers import ContainerError, StateDir, check_id, start_time
-from apptainer_py.runtime.nest import RowFailed
+from apptainer_py.runtime.nest import NestGone, RowFailed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from apptainer_py.runtime.nest import Nest
 
 _CONFIG_BYTES = 64 << 20
+_ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT
 _CAP_SYS_ADMIN = 21
 _LIMITS = "error during container init: error setting rlimits for ready process: "
 _CLONE_NEWUSER = 0x10000000
@@ -134,11 +135,13 @@ class Creation:
         sticky = self.host.rootless and "XDG_RUNTIME_DIR" in self.environment
         self.state = StateDir.make(self.call.root, self.name, sticky=sticky)
         self.created_ns = time.time_ns()
-        self.state.write_record(describe(self, creating=True))
-        self.state.write("config.json", self.config_bytes)
-        if self.call.command == "create":
-            self.fifo = self.state.make_fifo(*self._container_root())
         try:
+            # Before the record names it: `delete --force` would end who is in there.
+            self.cgroup.check_unused()
+            self.state.write_record(describe(self, creating=True))
+            self.state.write("config.json", self.config_bytes)
+            if self.call.command == "create":
+                self.fifo = self.state.make_fifo(*self._container_root())
             self.cgroup.create()
             self.has_cgroup = True
         except ApptainerError as error:
@@ -251,6 +254,8 @@ class Creation:
         """Have the first process become the payload, or wait for `start`; returns its pid."""
         try:
             listener = steps.go(nest, self.fifo)
+            if self.fifo >= 0 and os.waitid(os.P_PID, self.pid, _ENDED):
+                raise NestGone  # an end in the middle looks like the end of the channel
             if listener >= 0:
                 self._send_listener(nest, listener)
         except ApptainerError as error:

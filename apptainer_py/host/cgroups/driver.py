@@ -203,6 +203,13 @@ class Manager:
         """
         raise NotImplementedError
 
+    def check_unused(self) -> None:
+        """Refuse a group that others are in; changes nothing.
+
+        Raises:
+            CgroupError: it has processes or is frozen, or cannot do what is wanted at all.
+        """
+
     def join_rows(self) -> list[Row]:
         """Return the rows by which the process that will clone the container's init joins."""
         return []
