@@ -29,5 +29,8 @@ DIFFERENCES: dict[str, dict[str, str]] = {
         "test_a_network_device_that_is_not_there": LATER,
         "test_a_network_device_without_a_namespace": LATER,
     },
-    "ours": {},
+    "ours": {
+        "test_root_is_not_a_link": "it is refused, in other words than runc's",
+        "test_a_flag_of_a_file_system[iversion]": "fsconfig(2) knows no such flag on tmpfs",
+    },
 }

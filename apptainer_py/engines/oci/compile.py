@@ -385,6 +385,11 @@ def _inside(
 
 def _hidden_paths(linux: dict[str, Any]) -> list[Row]:
     rows = []
+    for key in ("readonlyPaths", "maskedPaths"):
+        for path in linux.get(key, ()):
+            if not path.startswith("/") and "\0" not in path:
+                text = f"the path must be absolute: {quoted(path)}"
+                raise ConfigWrong(key=f"linux.{key}", text=text)
     for path in linux.get("readonlyPaths", ()):
         text = f"can't make {quoted(path)} read-only: {{error}}"
         data = path_bytes(mount_words.clean(path), "linux.readonlyPaths", text)

@@ -78,6 +78,9 @@ def compile_spaces(linux: dict[str, Any], host: HostFacts) -> Spaces:
             text = f"malformed spec file: duplicated ns {{{quoted(kind)} {quoted(path)}}}"
             raise ConfigWrong(key="linux.namespaces", text=text)
         present |= bit
+        if path and not path.startswith("/"):
+            text = f"the path of a namespace must be absolute: {quoted(path)}"
+            raise ConfigWrong(key="linux.namespaces", text=text)
         if path:
             paths.append((bit, path))
         else:

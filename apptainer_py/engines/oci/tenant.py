@@ -56,11 +56,10 @@ def _read_process(path: str) -> Any:
 
 
 def _id(word: str, kind: str) -> int:
-    try:
-        return int(word, 10)
-    except ValueError:
+    if not word.isascii() or not word.isdigit():
         text = f'bad {kind}: strconv.Atoi: parsing "{word}": invalid syntax'
-        raise ContainerError(text=text) from None
+        raise ContainerError(text=text)
+    return int(word, 10)
 
 
 def _user(process: dict[str, Any], call: OciCall) -> None:

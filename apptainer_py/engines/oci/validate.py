@@ -70,7 +70,7 @@ def check_config(config: Any) -> dict[str, Any]:
     check_keys(config, CONFIG)
     checked: dict[str, Any] = config
     check_process(checked.get("process"), selinux=None)
-    _check_version(checked.get("ociVersion", ""))
+    _check_version(checked.get("ociVersion"))
     if "root" not in checked:
         raise ConfigWrong(key="root", text="root must be specified")
     return checked
@@ -110,9 +110,9 @@ def check_tenant_keys(process: Any) -> None:
     check_keys(process, PROCESS)
 
 
-def _check_version(version: str) -> None:
+def _check_version(version: str | None) -> None:
     """Version 1 in any form of SemVer; a configuration without one is taken, as by runc."""
-    if not version:
+    if version is None:
         return
     core = version.partition("+")[0].partition("-")[0].split(".")
     if len(core) != 3 or not all(part.isascii() and part.isdigit() for part in core):

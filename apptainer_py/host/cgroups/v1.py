@@ -369,6 +369,8 @@ def _cpu(path: str, resources: dict[str, Any]) -> None:
             write_file(path, "cpu.cfs_period_us", str(period))
         if burst_again:
             write_file(path, "cpu.cfs_burst_us", str(burst))
+    elif period_again:
+        write_file(path, "cpu.cfs_period_us", str(period))
     if cpu.get("idle") is not None:
         write_file(path, "cpu.idle", str(cpu["idle"]))
     set_realtime(path, cpu)
