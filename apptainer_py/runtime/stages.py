@@ -357,6 +357,7 @@ class Caller:
             context = self._prepare(call)
             return self._create_and_watch(context)
         except ApptainerError as error:
+            self._end_first()
             self._clean_up()
             return report(error)
 
@@ -400,6 +401,13 @@ class Caller:
             os.waitpid(self.info["init_pid"], 0)
         except ChildProcessError:
             return
+        self.info["init_pid"] = 0
+
+    def _end_first(self) -> None:
+        """End it where it has not come so far: it may be in the control groups that go now."""
+        if self.info["init_pid"] > 0:
+            os.kill(self.info["init_pid"], 9)
+            self._reap_first()
 
     def _clean_up(self) -> None:
         context = CleanupContext(self.status)

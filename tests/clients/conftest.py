@@ -100,7 +100,7 @@ class Household:
         self.process.communicate()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def household(require_root: None) -> Iterator[Household]:
     made = Household()
     yield made
@@ -174,7 +174,7 @@ def containers_environment(place: Path, runtime_program: str) -> dict[str, str]:
     }
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def client_place(runtime: beds.Runtime) -> Iterator[Path]:
     """A directory for the clients of one runtime.
 
@@ -187,7 +187,7 @@ def client_place(runtime: beds.Runtime) -> Iterator[Path]:
     shutil.rmtree(made, ignore_errors=True)
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def podman(runtime: beds.Runtime, client_place: Path, household: Household) -> Iterator[Client]:
     """podman with an image named busybox."""
     place = client_place / "p"
@@ -202,7 +202,7 @@ def podman(runtime: beds.Runtime, client_place: Path, household: Household) -> I
     made.call("rmi", "--all", "--force")
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def buildah(runtime: beds.Runtime, client_place: Path, household: Household) -> Iterator[Client]:
     """buildah with an image named busybox."""
     place = client_place / "b"
@@ -231,7 +231,7 @@ disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.snapshotter.v1.z
 """
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def containerd(runtime: beds.Runtime) -> Iterator[Client]:
     """ctr with a daemon of its own, an image, and the options that choose the runtime."""
     daemon, ctr = program("containerd"), program("ctr")

@@ -316,7 +316,7 @@ def test_many_at_once(podman):
 def test_build(podman, tmp_path):
     lines = [
         f"FROM {images.NAME}", "RUN echo built >/built && id -u >/user", "WORKDIR /work",
-        "COPY file /work/", 'ENTRYPOINT ["cat"]', 'CMD ["/built", "/work/file"]',
+        "COPY file /built-in/", 'ENTRYPOINT ["cat"]', 'CMD ["/built", "/built-in/file"]',
     ]  # fmt: skip
     (tmp_path / "Dockerfile").write_text("\n".join(lines) + "\n")
     (tmp_path / "file").write_text("copied\n")

@@ -107,8 +107,8 @@ def test_same(
     assert mine == theirs
 
 
-def test_the_file_for_apps_is_known(tmp_path: Path) -> None:
-    tree = images.real_sandbox(tmp_path)
+def test_the_file_for_apps_is_known() -> None:
+    tree = images.real_sandbox(images.shared_folder())
     text = (tree / ".singularity.d/env/95-apps.sh").read_text()
     assert "SINGULARITY_APPNAME" in text
     assert shellenv._is_for_apps(text)

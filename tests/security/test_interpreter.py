@@ -149,7 +149,7 @@ def test_the_checker_fails_a_starter_that_loads_python_before_the_drop(
     shutil.copytree(repository, copy, ignore=ignored)
     stage = copy / "starter/stage.c"
     text = stage.read_text()
-    at = text.index(DROP, text.index("void stage_run("))
+    at = text.index(DROP, text.index("static void take_identity("))
     stage.write_text(text[:at] + SPOILED + text[at:])
     prefix = elsewhere / "prefix"
     argv = [copy / "install", "--prefix", prefix, "--sysconfdir", elsewhere / "etc"]
