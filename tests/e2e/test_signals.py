@@ -172,6 +172,18 @@ def payload_of(home: Household, name: str = "sleep") -> int:
     return found[0]
 
 
+def in_foreground(terminal: Terminal, home: Household) -> None:
+    """Wait until the terminal's keys go to the payload: the shell may still be on its way."""
+
+    def there() -> bool:
+        try:
+            return os.tcgetpgrp(terminal.master) == os.getpgid(payload_of(home))
+        except ProcessLookupError:
+            return False
+
+    eventually(there, "the payload has the terminal")
+
+
 def test_stop_and_go_on_by_kill(own, sif, options, home):
     """SIGTSTP to the command stops the payload, and the job with it; SIGCONT continues both."""
     # A shell is the parent: an orphaned process group is not stopped by SIGTSTP.
@@ -266,13 +278,13 @@ def test_interactive_shell_has_job_control(own, sif, options, home):
     terminal.type(b"echo be''gin\n")
     terminal.expect(b"begin")
     terminal.type(b"sleep 100\n")
-    payload_of(home)
+    in_foreground(terminal, home)
     terminal.type(b"\x1a")
     terminal.expect(b"Stopped")
     terminal.type(b"jobs; kill -KILL %1; wait %1; echo st''ill\n")
     terminal.expect(b"still")
     terminal.type(b"sleep 100\n")
-    eventually(lambda: payload_of(home), "it runs again")
+    in_foreground(terminal, home)
     terminal.type(b"\x03")
     terminal.type(b"echo status=$?\n")
     terminal.expect(b"status=130")
