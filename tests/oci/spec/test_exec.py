@@ -235,10 +235,9 @@ def test_a_terminal(container, bed):
 
 
 def test_the_tenant_ends_with_the_container(container, bed):
-    process = subprocess.Popen(bed.argv("exec", container.id, "sleep", "600"))
-    eventually(
-        lambda: len(json.loads(bed.good("ps", "-f", "json", container.id).stdout)) == 2, "it runs"
-    )
+    process = subprocess.Popen(bed.argv("exec", container.id, "tail", "-f", "/dev/null"))
+    # Two processes are not enough: ours is in the cgroup before it has joined the namespaces.
+    eventually(lambda: "tail -f" in bed.good("ps", container.id).stdout, "it runs")
     container.kill()
     assert process.wait(timeout=20) == 128 + 9
 
