@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 STATE_ROOT = "apptainer-py-oci"
 _TRUE = ("1", "t", "T", "true", "TRUE", "True")
 _FALSE = ("0", "f", "F", "false", "FALSE", "False")
-# What would need a process of ours beside the container.
-_NOT_YET = ("sync-socket", "log-path", "empty-process")
 
 
 class OciUsage(UsageError):
@@ -194,9 +192,6 @@ def parse(
         apptainer=apptainer,
     )
     _check_count(program, command, len(arguments), row)
-    for name in _NOT_YET:
-        if call.options.get(name):
-            raise OciUsage(f"--{name} is not supported yet")
     return call
 
 

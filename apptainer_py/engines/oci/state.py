@@ -7,8 +7,10 @@ import os
 from apptainer_py.model.json_out import dumps
 from apptainer_py.model.record_frame import (
     FLAG_CGROUP2,
+    FLAG_MONITOR,
     FLAG_PIDNS,
     FLAG_PYTHON,
+    FLAG_TERMINAL,
     PHASE_CREATED,
     PHASE_CREATING,
     RecordData,
@@ -64,6 +66,10 @@ def describe(work: Creation, *, creating: bool) -> RecordData:
         flags |= FLAG_CGROUP2
     if work.cgroup.unit() or plan.resctrl:
         flags |= FLAG_PYTHON
+    if work.monitored:
+        flags |= FLAG_MONITOR
+        has_terminal = plan.terminal and not work.call.text("console-socket")
+        flags |= FLAG_TERMINAL if has_terminal else 0
     own = os.getpid()
     return RecordData(
         container_id=work.name,

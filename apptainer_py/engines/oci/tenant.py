@@ -124,6 +124,7 @@ class Tenancy:
     def __init__(self, context: PrepareContext, call: OciCall) -> None:
         self.call = call
         self.detached = call.flag("detach")
+        self.stays = not self.detached
         self.pid_file = os.path.abspath(call.text("pid-file")) if call.text("pid-file") else ""
         state = StateDir.open(call.root, call.arguments[0])
         self.record = state.read_record()
