@@ -43,7 +43,7 @@ static int status_of(pid_t child) {
     int status = 0;
     while (waitpid(child, &status, 0) < 0 && errno == EINTR)
         ;
-    return WIFEXITED(status) && WEXITSTATUS(status) != 0 ? WEXITSTATUS(status) : FAILED;
+    return WIFEXITED(status) ? WEXITSTATUS(status) : FAILED;
 }
 
 /* The whole word, or nothing if the other side has failed, and has said why. */
@@ -76,7 +76,7 @@ static int call(const struct lean *l, int (*command)(struct lean *), const char 
         (void)snprintf(sixth, sizeof(sixth), "%s", l->id);
         lean_interpreter(&again, 6, words);
     }
-    return child > 0 && status_of(child) == FAILED ? LEAN_FAILED : LEAN_DONE;
+    return child > 0 && status_of(child) == 0 ? LEAN_DONE : LEAN_FAILED;
 }
 
 static void discard(struct lean *l) {

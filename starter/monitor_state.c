@@ -175,13 +175,14 @@ void state_ended(int status) {
         exit_code = WEXITSTATUS(status);
         (void)snprintf(exit_text, sizeof(exit_text), "exited with code %d", exit_code);
     }
-    (void)unlinkat(settings->head.dir_fd, "attach.sock", 0);
-    (void)unlinkat(settings->head.dir_fd, "control.sock", 0);
     if (*settings->text[TEXT_PID_FILE] != '\0')
         (void)unlink(settings->text[TEXT_PID_FILE]);
     note("stopped");
     (void)snprintf(digits, sizeof(digits), "%d", exit_code);
     write_file("exit", ".exit", digits);
+    /* Last: whoever finds no socket finds all the rest. */
+    (void)unlinkat(settings->head.dir_fd, "attach.sock", 0);
+    (void)unlinkat(settings->head.dir_fd, "control.sock", 0);
 }
 
 static void open_sync(const char *path) {

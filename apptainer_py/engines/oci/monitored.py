@@ -12,14 +12,18 @@ from apptainer_py.base import build, log
 from apptainer_py.kernel import _container
 from apptainer_py.model import protocol
 from apptainer_py.model.json_out import dumps, quoted
+from apptainer_py.model.json_text import loads
 from apptainer_py.model.monitor_frame import FORMATS, MonitorData, monitor_frame
 from apptainer_py.model.oci_plan import Row
-from apptainer_py.runtime.containers import ContainerError
+from apptainer_py.model.record_frame import FLAG_MONITOR
+from apptainer_py.runtime.containers import ContainerError, start_time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from apptainer_py.engines.oci.create import Creation
     from apptainer_py.model.oci_call import OciCall
+    from apptainer_py.model.record_frame import RecordData
+    from apptainer_py.runtime.containers import StateDir
     from apptainer_py.runtime.nest import Nest
 
 _PROGRAM = f"{build.LIBEXECDIR}/starter-monitor"
@@ -27,6 +31,11 @@ _LOG_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY
 _LOG_MODE = 0o640
 _BACKLOG = 128
 _SYNC_MS = 5000
+_SETTLE_MS = 10_000
+_MONITOR_MS = 2000
+_SIGKILL = 9
+# Files that the monitor leaves (starter/monitor_state.c).
+MONITOR, EXIT = "monitor", "exit"
 
 
 class Monitored:
@@ -122,7 +131,7 @@ class Monitored:
         own = (work.state.fd, self.attach_fd, self.control_fd, self.log_fd, *self.streams, pty)
         for fd in (*own, self.ready_fd, settings):
             if fd >= 0:
-                os.set_inheritable(fd, True)
+                os.set_inheritable(fd, True)  # noqa: FBT003 the function has no names
         title = f"Apptainer OCI {work.name}"
         try:
             os.execve(_PROGRAM, [title, str(settings)], {})
@@ -155,6 +164,65 @@ class Monitored:
             reads=self.reads and not work.plan.terminal,
             following=self.following,
         )
+
+
+def _command(state: StateDir, text: bytes, timeout_ms: int) -> None:
+    """Say something to a container's monitor, and wait for its answer, which is the end."""
+    import select
+
+    try:
+        fd = _container.connect_unix(f"/proc/self/fd/{state.fd}/control.sock".encode(), timeout_ms)
+    except OSError:
+        return  # it has ended, and left all that it knew
+    try:
+        _container.send_fd(fd, text)
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        poll.poll(timeout_ms)
+    except OSError:
+        return
+    finally:
+        os.close(fd)
+
+
+def settle_start(state: StateDir, record: RecordData) -> None:
+    """Wait until the monitor has noted that its container was started."""
+    if record.flags & FLAG_MONITOR:
+        _command(state, b"{}", _SETTLE_MS)
+
+
+def settle(state: StateDir) -> None:
+    """Wait until the monitor of a container that has ended has written how."""
+    if state.has(EXIT):
+        return
+    # Not a whole command: it is held until the monitor has no more to say.
+    _command(state, b"", _SETTLE_MS)
+
+
+def end_monitor(record: RecordData) -> None:
+    """Wait a while for the end of a monitor whose container has ended, then end it."""
+    if not record.flags & FLAG_MONITOR:
+        return
+    try:
+        fd = _container.pidfd_open(record.creator_pid)
+    except OSError:
+        return
+    try:
+        if start_time(record.creator_pid) != record.creator_start:
+            return
+        if not _container.wait_pidfd(fd, _MONITOR_MS):
+            _container.pidfd_signal(fd, _SIGKILL)
+    except ProcessLookupError:
+        return
+    finally:
+        os.close(fd)
+
+
+def monitor_facts(state: StateDir) -> dict[str, object]:
+    """Return what the monitor knows of its container; nothing where there is none."""
+    data = state.read(MONITOR)
+    found: object = loads(data) if data else {}
+    return found if isinstance(found, dict) else {}
 
 
 def _absolute(path: str) -> str:

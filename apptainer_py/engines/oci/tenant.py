@@ -162,7 +162,8 @@ class Tenancy:
     def _check_status(self, status: str) -> None:
         if status in ("stopped", "creating"):
             raise ContainerError(text="cannot exec in a stopped container")
-        if status == "paused" and not self.call.flag("ignore-paused"):
+        ignored = self.call.flag("ignore-paused") or self.call.apptainer
+        if status == "paused" and not ignored:
             text = "cannot exec in a paused container (use --ignore-paused to override)"
             raise ContainerError(text=text)
 
