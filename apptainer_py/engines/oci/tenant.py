@@ -230,7 +230,7 @@ class Tenancy:
         try:
             os.sched_setaffinity(self.pid, cpus)
         except OSError as error:
-            text = f"failed to set final affinity: {(error.strerror or '').lower()}"
+            text = f"error setting final CPU affinity: {(error.strerror or '').lower()}"
             raise StartFailed(reason=text) from None
 
     def _console(self, nest: Nest, row: Row) -> None:

@@ -21,6 +21,22 @@ from tests.oci import bed as beds
 class Desk(beds.Bed):
     """A bed whose words are those of Apptainer's own `oci` commands."""
 
+    def __init__(self, runtime: beds.Runtime, place: Path) -> None:
+        super().__init__(runtime, place)
+        self.sockets: list[socket.socket] = []
+
+    def attach(self, name: str) -> Client:
+        """Connect to the streams of a container."""
+        made = Client(self.folder(name) / "attach.sock")
+        self.sockets.append(made.socket)
+        return made
+
+    def listener(self, name: str) -> Listener:
+        """Listen for the changes of a container."""
+        made = Listener(self.place / name)
+        self.sockets.append(made.socket)
+        return made
+
     def argv(self, *words: str | Path) -> list[str]:
         program = str(Path(self.runtime.program).with_name("apptainer-py"))
         return [program, "oci", "--root", str(self.root), *(str(word) for word in words)]
@@ -155,6 +171,8 @@ def desk(request: pytest.FixtureRequest, require_root: None) -> Iterator[Desk]:
     try:
         yield made
     finally:
+        for one in made.sockets:
+            one.close()
         for name in made.ids:
             made.call("delete", "--force", name)
         beds.reap()
