@@ -98,7 +98,7 @@ void state_watch_read(void);
 bool state_tell(void);
 
 /* monitor_streams.c */
-#define STREAMS_POLLED 44                /* at most */
+#define STREAMS_POLLED 24                /* at most */
 struct pollfd;
 void streams_open(const struct settings *s);
 size_t streams_wish(struct pollfd *fds);

@@ -1,8 +1,8 @@
 /* The container's streams, between it, the log, our own streams and all who have attached.
  *
- * Our own streams are those of whoever made the container: what they do not take holds the container
- * up, as it would without us.  An attached client holds up nobody: what it does not take is kept up
- * to a bound, and then it is let go. */
+ * Our own streams are those of whoever made the container: what they do not take holds it up, as
+ * it would without us.  An attached client holds up nobody: what it does not take is kept up to a
+ * bound, and then it is let go. */
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
@@ -16,8 +16,8 @@
 #include "monitor.h"
 
 #define CHUNK_BYTES 32768
-#define CLIENTS_MAX 32
-#define KEPT_BYTES_MAX (8u << 20)        /* for one client */
+#define CLIENTS_MAX 16
+#define KEPT_BYTES_MAX (32u << 20)       /* for one client */
 #define PROMPT_BYTES 4096
 /* poll(2) promises a pipe only so much: more could wait. */
 #define OWN_WRITE_BYTES 4096
@@ -101,6 +101,8 @@ static bool make_space(struct client *c, size_t size) {
     if (c->used + size <= c->space)
         return true;
     size_t space = 2 * (c->used + size);
+    if (space > KEPT_BYTES_MAX)
+        space = KEPT_BYTES_MAX;
     char *more = realloc(c->kept, space);
     if (more == NULL)
         return false;
@@ -313,7 +315,7 @@ void streams_resize(uint16_t rows, uint16_t columns) {
         (void)ioctl(pty_fd, TIOCSWINSZ, &size);
 }
 
-/* A process that the container left behind may hold the other end for ever: what is there counts. */
+/* A process that it left behind may hold the other end for ever: what is there counts. */
 void streams_drain(void) {
     for (size_t i = 0; i < 2; i++) {
         struct output *o = &outputs[i];
