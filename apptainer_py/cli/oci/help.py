@@ -7,7 +7,7 @@ import sys
 from apptainer_py import __version__
 from apptainer_py.cli.oci import report
 from apptainer_py.cli.oci.parse import HelpWanted, OciUsage
-from apptainer_py.cli.oci.table import COMMANDS, GLOBAL
+from apptainer_py.cli.oci.table import COMMANDS, GLOBAL, HIDDEN
 from apptainer_py.cli.options import CommandLineWrong
 
 TYPE_CHECKING = False
@@ -62,6 +62,8 @@ def _option_lines(words: str) -> str:
     for word in words.split():
         takes = " value" if word[-1] in "=*#" else ""
         name, _, letter = word.rstrip("=*#").partition(",")
+        if name in HIDDEN:
+            continue
         rows.append(f"   --{name}{takes}" + (f", -{letter}{takes}" if letter else ""))
     return "".join(f"{row}\n" for row in rows)
 
