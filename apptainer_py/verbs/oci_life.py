@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import select
 
-from apptainer_py.base import log
-from apptainer_py.engines.oci.cleanup import destroy
-from apptainer_py.host.cgroups import open_manager
-from apptainer_py.kernel import _container, _starter
-from apptainer_py.model.oci_plan import CgroupWish
+from apptainer_py.engines.oci import cleanup
+from apptainer_py.engines.oci.groups import groups_of
+from apptainer_py.engines.oci.hooks import run_frame
+from apptainer_py.kernel import _container
 from apptainer_py.runtime.containers import (
     FIFO,
     PHASE_CREATING,
@@ -24,26 +23,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from apptainer_py.host.cgroups import Manager
     from apptainer_py.model.oci_call import OciCall
     from apptainer_py.model.record_frame import RecordData
 
 _SIGKILL, _SIGTERM = 9, 15
-
-
-def groups_of(record: RecordData) -> Manager:
-    """Return the control groups of a container."""
-    wish = CgroupWish(path="", resources={})
-    kind = "cgroupfs" if record.cgroups else "disabled"
-    return open_manager(kind, wish, record.cgroups)
-
-
-def _hooks(frame: bytes, kind: str, pid: int, environment: Mapping[str, str]) -> str:
-    if not frame:
-        return ""
-    own = [os.fsencode(f"{name}={value}") for name, value in environment.items()]
-    number, reason = _starter.hook_run(frame, pid, own)
-    return f"error running {kind} hook #{number - 1}: {reason}" if number else ""
 
 
 def start(call: OciCall, environment: Mapping[str, str]) -> str:
@@ -64,7 +47,7 @@ def start(call: OciCall, environment: Mapping[str, str]) -> str:
         raise ContainerError(text=f"cannot start a container in the {status} state")
     _release(state, record)
     state.unlock()
-    failed = _hooks(record.poststart, "poststart", record.init_pid, environment)
+    failed = run_frame(record.poststart, "poststart", record.init_pid, environment)
     if failed:
         os.kill(record.init_pid, _SIGKILL)
         raise ContainerError(text=failed)
@@ -115,7 +98,7 @@ def kill(call: OciCall, environment: Mapping[str, str]) -> str:
     record = state.read_record()
     word = call.text("signal") or (call.arguments[1] if len(call.arguments) > 1 else "")
     number = _SIGKILL if call.flag("force") else signal_number(word or "SIGTERM")
-    groups = groups_of(record)
+    groups = groups_of(record, environment)
     if call.flag("all"):
         groups.kill(number)
         return ""
@@ -167,10 +150,7 @@ def _delete(call: OciCall, name: str, environment: Mapping[str, str]) -> None:
     if status not in ("stopped", "created") and not force:
         text = f"cannot delete container {name} that is not stopped: {status}"
         raise ContainerError(text=text)
-    destroy(state, groups_of(record), record.init_pid, record.init_start, None)
-    failed = _hooks(record.poststop, "poststop", 0, environment)
-    if failed:
-        log.warning(failed)
+    cleanup.delete(state, record, environment)
 
 
 def _end_creator(state: StateDir, name: str, *, force: bool) -> None:
@@ -195,7 +175,7 @@ def pause(call: OciCall, environment: Mapping[str, str]) -> str:
     record = state.read_record()
     if state.status(record) not in ("running", "created"):
         raise ContainerError(text="container not running")
-    groups_of(record).freeze(on=True)
+    groups_of(record, environment).freeze(on=True)
     return ""
 
 
@@ -209,5 +189,5 @@ def resume(call: OciCall, environment: Mapping[str, str]) -> str:
     record = state.read_record()
     if state.status(record) != "paused":
         raise ContainerError(text="container not paused")
-    groups_of(record).freeze(on=False)
+    groups_of(record, environment).freeze(on=False)
     return ""

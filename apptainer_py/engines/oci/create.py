@@ -113,7 +113,10 @@ class Creation:
         self.failed = True
         self.has_cgroup = False
         self.cgroup = find_manager(
-            call.cgroup_manager, self.plan.cgroup, rootless=self.host.rootless
+            call.cgroup_manager,
+            self.plan.cgroup,
+            rootless=self.host.rootless,
+            bus=context.environment.get(facts.USER_BUS, ""),
         )
 
     # -- create_container
