@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -94,6 +95,11 @@ class Ground:
         self.state.mkdir(mode=0o700)
         self._bundles: dict[str, beds.Bundle] = {}
         self._count = 0
+
+    def facts(self) -> dict[str, Any]:
+        """Return what was compiled into the programs."""
+        prefix = self.program.parents[2]
+        return runpy.run_path(str(prefix / "lib/apptainer-py/apptainer_py/base/build.py"))
 
     # ---- what is run
 
