@@ -93,16 +93,20 @@ static int is_spared(int pid, int argc, char **argv)
     return pid == getpid();
 }
 
-static void visit_all(int argc, char **argv, void (*visit)(int pid))
+static int visit_all(int argc, char **argv, void (*visit)(int pid))
 {
+    int count = 0;
     DIR *proc = opendir("/proc");
     for (struct dirent *entry; proc && (entry = readdir(proc));) {
         int pid = atoi(entry->d_name);
-        if (pid > 0 && !is_spared(pid, argc, argv))
+        if (pid > 0 && !is_spared(pid, argc, argv)) {
             visit(pid);
+            count++;
+        }
     }
     if (proc)
         closedir(proc);
+    return count;
 }
 
 int main(int argc, char **argv)
@@ -111,7 +115,7 @@ int main(int argc, char **argv)
         return 2;
     signal(SIGTERM, end);
     if (strcmp(argv[1], "pry") == 0) {
-        visit_all(argc, argv, pry);
+        printf("visited %d\n", visit_all(argc, argv, pry));
         return 0;
     }
     puts("ready");
