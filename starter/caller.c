@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "starter.h"
+#include "steps.h"
 
 #ifdef APY_TEST_STEPS
 #define INIT_FILE APY_LIBEXECDIR "/starter-init-steps"
@@ -75,9 +76,11 @@ static const char *number_text(char *end, int number) {
 
 NO_RETURN static void become_init(struct launch *l, pid_t master) {
     char digits[16], name[] = "apptainer-py-init";
-    char *arguments[] = {name, NULL, NULL}, *environment[] = {NULL, NULL};
+    char *arguments[] = {name, NULL, NULL};
 #ifdef APY_TEST_STEPS
-    environment[0] = test_variable(); /* where it is to die */
+    char *const *environment = test_environment();
+#else
+    char *const environment[] = {NULL};
 #endif
     step_begin(STEP_EXEC_INIT);
     int program = sealed_copy();

@@ -136,11 +136,6 @@ typedef bool (*grants_match)(const char *name, bool group, const void *whose);
 MUST_USE int grants_read(const char *text, size_t size, grants_match matches, const void *whose,
                          uint64_t *granted);
 
-#ifdef APY_TEST_STEPS
-void test_read_environment(void);
-char *test_variable(void);
-#endif
-
 /* trace.c */
 extern int trace_fd;
 extern enum role trace_role;

@@ -55,8 +55,8 @@ def start(call: OciCall, environment: Mapping[str, str]) -> str:
 
 
 def _release(state: StateDir, record: RecordData) -> None:
-    path = f"{state.path}/{FIFO}"
-    fifo = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
+    fifo = os.open(FIFO, flags, dir_fd=state.fd)
     first = _container.pidfd_open(record.init_pid)
     poll = select.poll()
     poll.register(fifo, select.POLLIN)
@@ -67,7 +67,7 @@ def _release(state: StateDir, record: RecordData) -> None:
     os.close(first)
     if not said:
         raise ContainerError(text="container process is already dead")
-    os.unlink(path)
+    os.unlink(FIFO, dir_fd=state.fd)
 
 
 def signal_number(word: str) -> int:
