@@ -2,8 +2,8 @@
 
     /usr/bin/python3 setup.py build_product --prefix P --sysconfdir S --output DIR
 
-leaves in DIR: starter, starter-init, apptainer-py, apptainer-py-oci, stagehost.so, unpack.so,
-main.py and package/apptainer_py, byte-compiled.
+leaves in DIR: starter, starter-init, starter-monitor, apptainer-py, apptainer-py-oci, stagehost.so,
+unpack.so, main.py and package/apptainer_py, byte-compiled.
 Nothing is installed here (./install does that); metadata and tool settings are in pyproject.toml.
 """
 
@@ -28,7 +28,7 @@ GCC = "/usr/bin/gcc"
 # What is not the starter: other programs, and what only those share.
 STARTER_INDEPENDENT = (
     *("launcher", "stagehost", "unpack", "fuzz", "test"),
-    *("lean", "init", "process", "hook", "record", "relay"),
+    *("lean", "init", "process", "hook", "record", "relay", "monitor"),
 )
 LEAN_SHARED = ("launcher_request", "hook", "record", "steps")
 INIT_SHARED = ("wire", "report", "process", "hook", "steps")
@@ -394,6 +394,7 @@ class BuildProduct(Command):
         compiler.static_program("apptainer-py-oci", lean)
         if self.steps:
             compiler.static_program("apptainer-py-oci-steps", lean, "-DAPY_TEST_STEPS")
+        compiler.static_program("starter-monitor", sorted(folder.glob("monitor*.c")))
         self._compile_init(compiler, folder)
         compiler.stage_host(sorted(folder.glob("stagehost*.c")))
         compiler.server_object(sorted(folder.glob("unpack*.c")))

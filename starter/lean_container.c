@@ -159,7 +159,10 @@ int container_tell(const struct lean *l, enum found found) {
     case FOUND_NO_RECORD:
     case FOUND_LOCKED:
     default:
-        lean_error(l, "container does not exist");
+        if (l->apptainer)
+            lean_error(l, "no container found with name %s", l->id);
+        else
+            lean_error(l, "container does not exist");
         return LEAN_FAILED;
     }
 }

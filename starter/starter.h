@@ -54,6 +54,7 @@ struct launch {
     int bearer_socket[2];              /* [0] stage 2, [1] bearer; -1 without */
     int init_socket[2];                /* flow CALLER: [0] starter-init, [1] master; -1 without */
     pid_t init_pid;
+    int ready_fd;                      /* flow CALLER: who called waits for it; -1 without */
     int seal_pipe[2];                  /* stage 2 → rpc: nothing more will be loaded */
     int ready_pipe[2];                 /* container → keeper: rpc is gone */
     int go_pipe[2];                    /* keeper → stage 2, bearer: nothing privileged is left */

@@ -7,7 +7,8 @@ import sys
 from apptainer_py import __version__
 from apptainer_py.cli.oci import report
 from apptainer_py.cli.oci.parse import HelpWanted, OciUsage
-from apptainer_py.cli.oci.table import APPTAINER, COMMANDS, GLOBAL
+from apptainer_py.cli.oci.table import COMMANDS, GLOBAL
+from apptainer_py.cli.options import CommandLineWrong
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ _PROGRAM = "apptainer-py-oci"
 _ID = "<container-id>"
 # Command → what it does, and what follows it.
 _ABOUT = {
-    "attach": ("attach the console to a running container", _ID),
     "checkpoint": ("checkpoint a running container", f"[command options] {_ID}"),
     "create": ("create a container", f"[command options] {_ID}"),
     "delete": (
@@ -39,7 +39,6 @@ _ABOUT = {
         f"[command options] {_ID} [signal]",
     ),
     "list": ("lists containers started by runc with the given root", "[command options] "),
-    "mount": ("mount a bundle from a SIF image", "<sif> <bundle>"),
     "pause": ("pause suspends all processes inside the container", _ID),
     "ps": (
         "ps displays the processes running inside a container",
@@ -54,7 +53,6 @@ _ABOUT = {
     "spec": ("create a new specification file", "[command options] [arguments...]"),
     "start": ("executes the user defined process in a created container", _ID),
     "state": ("output the state of a container", _ID),
-    "umount": ("unmount a bundle", "<bundle>"),
     "update": ("update container resource constraints", f"[command options] {_ID}"),
 }
 
@@ -70,7 +68,7 @@ def _option_lines(words: str) -> str:
 
 def command_help(name: str) -> str:
     """Return the help of one command; that of the program where there is no such command."""
-    row = COMMANDS.get(name) or APPTAINER.get(name)
+    row = COMMANDS.get(name)
     if row is None:
         return program_help()
     what, follows = _ABOUT[name]
@@ -95,8 +93,24 @@ def version() -> str:
     return f"{_PROGRAM} version {__version__}\nspec: {SPEC_VERSION}\n"
 
 
+def _show_apptainer(command: str) -> int:
+    from apptainer_py.cli import help as texts
+    from apptainer_py.cli.table import command_row
+
+    path = f"oci {command}".rstrip()
+    sys.stdout.write(texts.full(path) if command_row(path) else command_help(command))
+    sys.stdout.flush()
+    return 0
+
+
 def show(error: UsageError) -> int:
     """Print help, or what is wrong with a command line; returns the exit status."""
+    if isinstance(error, HelpWanted) and error.apptainer:
+        return _show_apptainer(error.command)
+    if isinstance(error, CommandLineWrong):
+        from apptainer_py.cli import report as plain
+
+        return plain.show(error)
     if isinstance(error, HelpWanted):
         sys.stdout.write(version() if error.version else command_help(error.command))
         sys.stdout.flush()

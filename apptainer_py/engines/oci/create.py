@@ -29,6 +29,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from apptainer_py.engines.oci.monitored import Monitored
     from apptainer_py.model.oci_call import OciCall
     from apptainer_py.model.oci_plan import OciPlan
     from apptainer_py.runtime.contexts import MonitorContext, PrepareContext
@@ -68,19 +69,33 @@ def read_bundle(bundle: str) -> tuple[str, bytes]:
     return os.getcwd(), read_at_most(fd, _CONFIG_BYTES)
 
 
+def _with_monitor(call: OciCall, ready_fd: int) -> Monitored:
+    from apptainer_py.engines.oci.monitored import Monitored
+
+    return Monitored(call, ready_fd)
+
+
 class Creation:
     """One container on its way; each method is a hook of the engine."""
 
     def __init__(self, context: PrepareContext, call: OciCall) -> None:
         self.call = call
         self.name = call.arguments[0]
-        self.detached = call.command == "create" or call.flag("detach")
+        # On Apptainer's command line somebody stays with each container, and `run` is what the
+        # launcher does with that one.
+        self.monitored = _with_monitor(call, context.ready_fd) if call.apptainer else None
+        self.waits = call.command == "create" or call.apptainer
+        self.detached = self.waits or call.flag("detach")
+        self.stays = bool(self.monitored) or not self.detached
         self.environment = context.environment
         # Paths of the command line are the caller's; the bundle is the directory from here on.
         self.pid_file = os.path.abspath(call.text("pid-file")) if call.text("pid-file") else ""
         self.bundle, self.config_bytes = read_bundle(call.text("bundle"))
         check_id(self.name)
         self.config: dict[str, Any] = loads(self.config_bytes)
+        if call.flag("empty-process") and isinstance(self.config.get("process"), dict):
+            # No program is looked for; but a bundle for a pod has a process all the same.
+            self.config["process"]["args"] = ["/"]
         self.host = facts.host_facts(call, context.environment)
         listen_fds = terminal.listen_fds(context.environment)
         self.options = CreateOptions(
@@ -94,7 +109,8 @@ class Creation:
         self.plan: OciPlan = compile_bundle(self.config, self.bundle, self.host, self.options)
         for warning in self.plan.warnings:
             log.warning(warning)
-        terminal.check_streams(call, terminal=self.plan.terminal, detached=self.detached)
+        if self.monitored is None or call.text("console-socket"):
+            terminal.check_streams(call, terminal=self.plan.terminal, detached=self.detached)
         terminal.check_preserved(call.number("preserve-fds"), listen_fds)
         self.console = terminal.connect(call.text("console-socket"))
         self.pidfd_socket = terminal.connect(call.text("pidfd-socket"))
@@ -149,7 +165,9 @@ class Creation:
             self.cgroup.check_unused()
             _starter.run_step(protocol.STEP_STATE_NAMED, self._name_state)
             self.state.write("config.json", self.config_bytes)
-            if self.call.command == "create":
+            if self.monitored:
+                self.monitored.begin(self)
+            if self.waits:
                 self.fifo = self.state.make_fifo(*self._container_root())
             _starter.run_step(protocol.STEP_GROUPS_MADE, self.cgroup.create)
             self.has_cgroup = True
@@ -247,6 +265,8 @@ class Creation:
                     self.console = self.pty = -1
             else:
                 self.passed.send(nest, row)
+        if self.monitored and not self.plan.terminal:
+            self.monitored.give_streams(nest)
         nest.settle()
 
     def _run_inner_hooks(self, nest: Nest, frames: bytes) -> None:
@@ -259,6 +279,8 @@ class Creation:
         if self.pidfd_socket >= 0:
             steps.send_pidfd(self.pidfd_socket, self.pid, b"standard")
         spec = steps.with_home(self.plan.process, nest.root_fd)
+        if self.call.flag("empty-process"):
+            spec = spec.replace(empty=True)
         frames = self.hook_state.frames(self.plan.hooks, "startContainer", "created")
         data = process_frame(spec, self.program[0], frames, program_flags=self.program[1])
         steps.send_frame(nest, Row(op=protocol.OP_PROCESS), data, "process")
@@ -300,7 +322,7 @@ class Creation:
     def started(self) -> None:
         """Write the pid file; run the poststart hooks if `start` will not."""
         assert self.state is not None
-        if self.call.command == "run":
+        if not self.waits:
             try:
                 self.hook_state.run(self.plan.hooks, "poststart", "running", self.pid)
             except HookFailed:
@@ -321,6 +343,9 @@ class Creation:
 
     def watch(self, context: MonitorContext) -> int:
         """Pass signals and the terminal on until the payload has ended."""
+        if self.monitored:
+            self.failed = True  # unless nothing comes back from here
+            self.monitored.take_over(self, self.pty)
         return _starter.run_step(protocol.STEP_WATCHED, terminal.watch, context, self.pty)
 
     def clean_up(self, status: int | None) -> None:
@@ -334,10 +359,8 @@ class Creation:
             # What is in a group that was refused to us is another container.
             self.state.remove()
             return
-        _starter.run_step(
-            *(protocol.STEP_UNDONE, destroy),
-            *(self.state, self.cgroup, self.pid, self.started_at, self.plan),
-        )
+        owned = (self.state, self.cgroup, self.pid, self.started_at, self.plan)
+        _starter.run_step(protocol.STEP_UNDONE, destroy, *owned)
         if not self.failed:
             try:
                 self.hook_state.run(self.plan.hooks, "poststop", "stopped", 0)

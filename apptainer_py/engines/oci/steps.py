@@ -72,8 +72,8 @@ def open_namespace(kind: int, path: str) -> int:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        text = f"failed to open {path}: {reason_of(error)}"
-        raise StartFailed(reason=text) from None
+        text = f"unable to create new parent process: namespace path: lstat {path}: "
+        raise ContainerError(text=text + reason_of(error)) from None
     try:
         found = _container.ns_type(fd)
     except OSError:
