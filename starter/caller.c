@@ -120,7 +120,7 @@ static void no_channels(struct launch *l) {
     int *const pairs[] = {l->keeper_socket,     l->rpc_socket,        l->start_socket,
                           l->methods_socket,    l->helper_sockets[0], l->helper_sockets[1],
                           l->bearer_socket,     l->seal_pipe,         l->ready_pipe,
-                          l->go_pipe,           l->life_pipe,         l->serve_pipe,
+                          l->go_socket,         l->life_pipe,         l->serve_pipe,
                           l->probe_pipe,        l->init_socket};
     for (size_t i = 0; i < ARRAY_SIZE(pairs); i++)
         pairs[i][0] = pairs[i][1] = -1;
