@@ -211,12 +211,23 @@ class StateDir:
 
     def make_fifo(self, uid: int, gid: int) -> int:
         """Make what the container waits at for `start`; returns a descriptor that only names it."""
-        os.mkfifo(FIFO, 0o622, dir_fd=self.fd)
-        os.chmod(FIFO, 0o622, dir_fd=self.fd)
-        if (uid, gid) != (os.geteuid(), os.getegid()):
-            os.chown(FIFO, uid, gid, dir_fd=self.fd)
         flags = os.O_PATH | os.O_CLOEXEC  # type: ignore[attr-defined,unused-ignore]
-        return os.open(FIFO, flags, dir_fd=self.fd)
+        try:
+            os.mkfifo(FIFO, 0o622, dir_fd=self.fd)
+            os.chmod(FIFO, 0o622, dir_fd=self.fd)
+            if (uid, gid) != (os.geteuid(), os.getegid()):
+                self._give_fifo(uid, gid)
+            return os.open(FIFO, flags, dir_fd=self.fd)
+        except OSError as error:
+            reason = (error.strerror or "").lower()
+            raise ContainerError(text=f"mkfifo {self.path}/{FIFO}: {reason}") from None
+
+    def _give_fifo(self, uid: int, gid: int) -> None:
+        try:
+            os.chown(FIFO, uid, gid, dir_fd=self.fd)
+        except PermissionError:
+            # An ordinary user cannot, and need not: whoever has the descriptor may write to it.
+            return
 
     def status(self, record: RecordData) -> str:
         """Return what the container is: creating, created, running, paused or stopped."""
