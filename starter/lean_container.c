@@ -55,8 +55,8 @@ static bool right_id(const char *id) {
     return true;
 }
 
-/* A record names processes to be killed, directories to be removed and hooks to be run: only what the
- * caller alone can have written is followed, whatever --root says. */
+/* A record names processes to be killed, directories to be removed and hooks to be run: only what
+ * the caller alone can have written is followed, whatever --root says. */
 static bool is_own(int fd) {
     struct stat st;
     return fstat(fd, &st) == 0 && st.st_uid == geteuid() && (st.st_mode & (S_IWGRP | S_IWOTH)) == 0;

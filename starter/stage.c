@@ -275,7 +275,8 @@ static struct stage_info describe(const struct launch *l, enum stage stage) {
         .ready_fd = l->flow == FLOW_CALLER ? l->ready_fd : -1,
         .forecast = l->request.forecast,
         .trace_fd = trace_fd, .permitted = l->permitted, .enter_hook = enter_hook,
-        .leave_hook = leave_hook, .at_step = at_step, .wait_for_go = wait_for_go, .exec_payload = exec_payload,
+        .leave_hook = leave_hook, .at_step = at_step, .wait_for_go = wait_for_go,
+        .exec_payload = exec_payload,
     };
     return info;
 }
