@@ -30,8 +30,8 @@ STARTER_INDEPENDENT = (
     *("launcher", "stagehost", "unpack", "fuzz", "test"),
     *("lean", "init", "process", "hook", "record", "relay", "monitor"),
 )
-LEAN_SHARED = ("launcher_request", "hook", "record")
-INIT_SHARED = ("wire", "report", "process", "hook")
+LEAN_SHARED = ("launcher_request", "hook", "record", "steps")
+INIT_SHARED = ("wire", "report", "process", "hook", "steps")
 PARALLEL = 2
 
 WARNINGS = """
@@ -389,8 +389,11 @@ class BuildProduct(Command):
         if self.steps:
             compiler.program("starter-steps", own, "-DAPY_TEST_STEPS")
         compiler.program("apptainer-py", sorted(folder.glob("launcher*.c")))
-        lean = [folder / f"{stem}.c" for stem in LEAN_SHARED]
-        compiler.static_program("apptainer-py-oci", [*sorted(folder.glob("lean*.c")), *lean])
+        shared = [folder / f"{stem}.c" for stem in LEAN_SHARED]
+        lean = [*sorted(folder.glob("lean*.c")), *shared]
+        compiler.static_program("apptainer-py-oci", lean)
+        if self.steps:
+            compiler.static_program("apptainer-py-oci-steps", lean, "-DAPY_TEST_STEPS")
         compiler.static_program("starter-monitor", sorted(folder.glob("monitor*.c")))
         self._compile_init(compiler, folder)
         compiler.stage_host(sorted(folder.glob("stagehost*.c")))

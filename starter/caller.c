@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "starter.h"
+#include "steps.h"
 
 #ifdef APY_TEST_STEPS
 #define INIT_FILE APY_LIBEXECDIR "/starter-init-steps"
@@ -75,9 +76,11 @@ static const char *number_text(char *end, int number) {
 
 NO_RETURN static void become_init(struct launch *l, pid_t master) {
     char digits[16], name[] = "apptainer-py-init";
-    char *arguments[] = {name, NULL, NULL}, *environment[] = {NULL, NULL};
+    char *arguments[] = {name, NULL, NULL};
 #ifdef APY_TEST_STEPS
-    environment[0] = test_variable(); /* where it is to die */
+    char *const *environment = test_environment();
+#else
+    char *const environment[] = {NULL};
 #endif
     step_begin(STEP_EXEC_INIT);
     int program = sealed_copy();
@@ -117,7 +120,7 @@ static void no_channels(struct launch *l) {
     int *const pairs[] = {l->keeper_socket,     l->rpc_socket,        l->start_socket,
                           l->methods_socket,    l->helper_sockets[0], l->helper_sockets[1],
                           l->bearer_socket,     l->seal_pipe,         l->ready_pipe,
-                          l->go_pipe,           l->life_pipe,         l->serve_pipe,
+                          l->go_socket,         l->life_pipe,         l->serve_pipe,
                           l->probe_pipe,        l->init_socket};
     for (size_t i = 0; i < ARRAY_SIZE(pairs); i++)
         pairs[i][0] = pairs[i][1] = -1;

@@ -12,8 +12,14 @@
 #include "build.h"
 #include "launcher.h"
 #include "lean.h"
+#include "steps.h"
 
 #define MAIN_FILE APY_LIBEXECDIR "/main.py"
+#ifdef APY_TEST_STEPS
+#define STARTER_FILE APY_LIBEXECDIR "/starter-steps"
+#else
+#define STARTER_FILE APY_STARTER
+#endif
 #define EXIT_FATAL 255
 /* Above what --preserve-fds and LISTEN_FDS can mean: those numbers are the caller's. */
 #define FIRST_OWN_FD 1000
@@ -73,9 +79,14 @@ __attribute__((noreturn)) static void run_starter(struct lean *l, int argc, char
                          word, NULL, NULL};
     if (ready >= 0)
         arguments[3] = number_text(ready_number + sizeof(ready_number), ready);
-    char *environment[] = {NULL};
-    execve(APY_STARTER, arguments, environment);
-    fatal(l, APY_STARTER, strerror(errno));
+#ifdef APY_TEST_STEPS
+    char *const *environment = test_environment();
+#else
+    char *const environment[] = {NULL};
+#endif
+    lean_step_begin(STEP_EXEC_STARTER);
+    execve(STARTER_FILE, arguments, environment);
+    fatal(l, STARTER_FILE, strerror(errno));
 }
 
 static int show_version(const struct lean *l) {
@@ -109,6 +120,9 @@ static int run(struct lean *l) {
 
 int main(int argc, char *argv[], char *envp[]) {
     struct lean l = {.envp = envp, .log_fd = -1};
+#ifdef APY_TEST_STEPS
+    test_read_environment(envp);
+#endif
     open_standard_streams();
     if (argc < 1)
         return 1;

@@ -8,6 +8,7 @@
 #include <stdint.h>
 #include <sys/types.h>
 
+#include "protocol.h"
 #include "record.h"
 
 #define COUNT(array) (sizeof(array) / sizeof((array)[0]))
@@ -73,7 +74,7 @@ const char *lean_errno_text(int error);
 
 /* lean_container.c; tell: LEAN_DONE, LEAN_FAILED after a message, or LEAN_TO_PYTHON */
 enum found { FOUND, FOUND_NOTHING, FOUND_NO_RECORD, FOUND_LOCKED, FOUND_NO_ID, FOUND_BAD_ID,
-             FOUND_OTHER_VERSION };
+             FOUND_FOREIGN, FOUND_OTHER_VERSION };
 enum found container_find(const struct lean *l, struct container *c);
 enum found container_lock(struct container *c, bool wait);
 int container_tell(const struct lean *l, enum found found);
@@ -88,6 +89,10 @@ bool cgroup_frozen(const struct record *r);
 void cgroup_thaw(const struct record *r);
 bool cgroup_kill_all(const struct record *r);
 int cgroup_remove_all(const struct lean *l, const struct record *r);
+
+/* lean_steps.c */
+void lean_step_begin(enum step step);
+void lean_step_end(enum step step);
 
 /* lean_start.c, lean_kill.c, lean_delete.c: the commands */
 int lean_state(struct lean *l);

@@ -13,6 +13,7 @@
 static const char *open_fifo(const struct container *c) {
     char byte;
     const char *why = "container process is already dead";
+    lean_step_begin(STEP_OPEN_FIFO);
     int fd = openat(c->dir_fd, CLIENT_FIFO, O_RDONLY | O_NONBLOCK | O_NOFOLLOW | O_CLOEXEC);
     if (fd < 0)
         return "cannot start an already running container";
@@ -25,6 +26,7 @@ static const char *open_fifo(const struct container *c) {
     if (ready > 0 && fds[0].revents)
         why = read(fd, &byte, 1) == 1 ? NULL : "cannot start an already running container";
     close(fd);
+    lean_step_end(STEP_OPEN_FIFO);
     if (why == NULL && unlinkat(c->dir_fd, CLIENT_FIFO, 0) < 0)
         why = "cannot remove the fifo of the container";
     return why;
@@ -35,7 +37,11 @@ static int run_poststart(const struct container *c) {
     static struct hook_result result;
     size_t size;
     const char *frame = record_bytes(&c->record, RECORD_POSTSTART, &size);
-    if (size == 0 || hook_run(frame, size, c->record.head.init_pid, c->lean->envp, &result) == 0)
+    lean_step_begin(STEP_POSTSTART);
+    int failed = size == 0 ? 0 : hook_run(frame, size, c->record.head.init_pid, c->lean->envp,
+                                          &result);
+    lean_step_end(STEP_POSTSTART);
+    if (failed == 0)
         return LEAN_DONE;
     (void)lean_signal(c, SIGKILL);
     (void)lean_wait_end(c->init_pidfd, 10000);

@@ -187,6 +187,8 @@ struct stage_info {
     /* Verifies the identity for a hook against the table; ends the process on a difference. */
     void (*enter_hook)(uint32_t hook);
     void (*leave_hook)(uint32_t hook, int failed);
+    /* A numbered step begins, or has ended. */
+    void (*at_step)(uint32_t step, int end);
     /* stage 2: says "sealed", waits until keeper has dropped; 0 or -1 */
     int (*wait_for_go)(void);
     /* stage 2: restores what belongs to the user, then execve; returns errno */

@@ -364,6 +364,8 @@ cdef extern from *:
     int sys_mount "mount"(const char *source, const char *target, const char *kind,
                           unsigned long flags, const void *data)
     int sys_umount "umount2"(const char *target, int flags)
+    int sys_unshare "unshare"(int kinds)
+    int sys_setns "setns"(int fd, int kinds)
     int apy_prlimit(int pid, int which, uint64_t soft, uint64_t hard)
     int apy_pidfd_open(int pid)
     int apy_pidfd_signal(int fd, int number)
@@ -527,6 +529,18 @@ def umount2(bytes target not None, int flags):
     """Unmount as umount2(2) does."""
     if sys_umount(_text(target, "the target"), flags) < 0:
         raise _failed(target)
+
+
+def unshare(int kinds):
+    """Give this process namespaces of its own, as unshare(2) does."""
+    if sys_unshare(kinds) < 0:
+        raise _failed()
+
+
+def setns(int fd, int kinds):
+    """Enter namespaces as setns(2) does; of a mount namespace, its root directory."""
+    if sys_setns(fd, kinds) < 0:
+        raise _failed()
 
 
 def open_tree(int directory, bytes path not None, unsigned flags):

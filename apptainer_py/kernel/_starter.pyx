@@ -75,6 +75,7 @@ cdef extern from "protocol.h":
         uint64_t permitted
         void (*enter_hook)(uint32_t hook)
         void (*leave_hook)(uint32_t hook, int failed)
+        void (*at_step)(uint32_t step, int end)
         int (*wait_for_go)() nogil
         int (*exec_payload)(const char *path, char **argv, char **envp)
 
@@ -167,6 +168,15 @@ def run_hook(unsigned int hook, function, *arguments):
         info.leave_hook(hook, 1)
         raise
     info.leave_hook(hook, 0)
+    return result
+
+
+def run_step(unsigned int step, function, *arguments):
+    """Call what does a numbered step of the launch (STEP_* of the protocol)."""
+    cdef const stage_info *info = _info()
+    info.at_step(step, 0)
+    result = function(*arguments)
+    info.at_step(step, 1)
     return result
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 
 from apptainer_py.base.errors import ApptainerError
+from apptainer_py.engines.oci.groups import groups_of
 from apptainer_py.engines.oci.monitored import monitor_facts, settle
-from apptainer_py.host.cgroups import open_manager
 from apptainer_py.kernel import _container
 from apptainer_py.model.json_out import dumps
 from apptainer_py.model.json_text import loads
-from apptainer_py.model.oci_plan import CgroupWish
 from apptainer_py.model.record_frame import FLAG_MONITOR, BadRecord
 from apptainer_py.runtime.containers import ContainerError, NoContainer, StateDir
 
@@ -129,12 +128,11 @@ def listing(call: OciCall, environment: Mapping[str, str]) -> str:
     return table([_COLUMNS, *rows])
 
 
-def pids_of(record: RecordData) -> list[int]:
+def pids_of(record: RecordData, environment: Mapping[str, str]) -> list[int]:
     """Return the processes of a container: those of its groups, or the first one alone."""
     if not record.cgroups:
         return [record.init_pid]
-    wish = CgroupWish(path="", resources={})
-    return sorted(set(open_manager("cgroupfs", wish, record.cgroups).pids()))
+    return sorted(set(groups_of(record, environment).pids()))
 
 
 def ps(call: OciCall, environment: Mapping[str, str]) -> str:
@@ -149,7 +147,7 @@ def ps(call: OciCall, environment: Mapping[str, str]) -> str:
     if found.status(record) in ("stopped", "creating"):
         pids: list[int] = []
     else:
-        pids = pids_of(record)
+        pids = pids_of(record, environment)
     if form == "json":
         return (dumps(pids) if pids else "null") + "\n"
     if form != "table":

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     from apptainer_py.model.oci_call import OciCall
 
-    Verb = Callable[[OciCall, Mapping[str, str]], str]
+    # What is printed, or the exit status where there may be another than 0.
+    Verb = Callable[[OciCall, Mapping[str, str]], str | int]
 
 
 def main(words: Sequence[str], environment: Mapping[str, str]) -> int:
@@ -25,7 +26,10 @@ def main(words: Sequence[str], environment: Mapping[str, str]) -> int:
     try:
         call = parse_typed(words, environment, uid=os.geteuid())
         report.begin(call)
-        sys.stdout.write(_verb(call)(call, environment))
+        said = _verb(call)(call, environment)
+        if isinstance(said, int):
+            return said
+        sys.stdout.write(said)
         sys.stdout.flush()
     except UsageError as error:
         return texts.show(error)
@@ -74,7 +78,7 @@ def _verb(call: OciCall) -> Verb:
 
         return spec
     if name in ("checkpoint", "restore"):
-        from apptainer_py.verbs.oci_checkpoint import refuse
+        from apptainer_py.verbs import oci_checkpoint
 
-        return refuse
+        return oci_checkpoint.checkpoint if name == "checkpoint" else oci_checkpoint.restore
     raise ApptainerError(text=f"the command {name} is not supported yet")

@@ -19,7 +19,6 @@ _COLOURS = {"error": "31", "warning": "33", "debug": "37", "info": "36"}
 _PREFIXES = {
     "create": "runc create failed: ",
     "run": "runc run failed: ",
-    "restore": "runc restore failed: ",
     "exec": "exec failed: ",
 }
 

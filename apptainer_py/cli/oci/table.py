@@ -32,7 +32,6 @@ _EXEC = (
     "detach,d pid-file= process-label= apparmor= no-new-privs cap,c* preserve-fds# cgroup* "
     "ignore-paused stay#"
 )
-HIDDEN = ("stay",)
 _UPDATE = (
     "resources,r= blkio-weight= cpu-period= cpu-quota= cpu-burst= cpu-share= cpu-rt-period= "
     "cpu-rt-runtime= cpuset-cpus= cpuset-mems= kernel-memory= kernel-memory-tcp= memory= "

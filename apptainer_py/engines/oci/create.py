@@ -42,6 +42,10 @@ _LIMITS = "error during container init: error setting rlimits for ready process:
 _CLONE_NEWUSER = 0x10000000
 
 
+def _new_state(root: str, name: str, sticky: bool) -> StateDir:  # noqa: FBT001  by position
+    return StateDir.make(root, name, sticky=sticky)
+
+
 def read_bundle(bundle: str, config: str = "") -> tuple[str, bytes]:
     """Make a bundle the current directory; returns its path and its config.json.
 
@@ -134,7 +138,10 @@ class Creation:
         self.failed = True
         self.has_cgroup = False
         self.cgroup = find_manager(
-            call.cgroup_manager, self.plan.cgroup, rootless=self.host.rootless
+            call.cgroup_manager,
+            self.plan.cgroup,
+            rootless=self.host.rootless,
+            bus=context.environment.get(facts.USER_BUS, ""),
         )
 
     # -- create_container
@@ -148,28 +155,34 @@ class Creation:
             self._run_outer_hooks()
             self._enter(nest)
             self._send_process(nest)
-            self._record_created()
+            _starter.run_step(protocol.STEP_STATE_DONE, self._record_created)
         except ApptainerError as error:
             raise explained(error, self.plan.process, "error during container init: ") from None
 
     def _make_state(self) -> None:
         sticky = self.host.rootless and "XDG_RUNTIME_DIR" in self.environment
-        self.state = StateDir.make(self.call.root, self.name, sticky=sticky)
+        self.state = _starter.run_step(
+            protocol.STEP_STATE_MADE, _new_state, self.call.root, self.name, sticky
+        )
         self.created_ns = time.time_ns()
         try:
             # Before the record names it: `delete --force` would end who is in there.
             self.cgroup.check_unused()
-            self.state.write_record(describe(self, creating=True))
+            _starter.run_step(protocol.STEP_STATE_NAMED, self._name_state)
             self.state.write("config.json", self.config_bytes)
             if self.monitored:
                 self.monitored.begin(self)
             if self.waits:
                 self.fifo = self.state.make_fifo(*self._container_root())
-            self.cgroup.create()
+            _starter.run_step(protocol.STEP_GROUPS_MADE, self.cgroup.create)
             self.has_cgroup = True
         except ApptainerError as error:
             text = f"unable to apply cgroup configuration: {error}"
             raise StartFailed(reason=text) from None
+
+    def _name_state(self) -> None:
+        assert self.state is not None
+        self.state.write_record(describe(self, creating=True))
 
     def _container_root(self) -> tuple[int, int]:
         """Return which ids of ours are 0 in the container."""
@@ -199,12 +212,9 @@ class Creation:
             os.close(group)
         self.started_at = start_time(self.pid)
         # From here on `delete --force` finds the process too.
-        assert self.state is not None
-        self.state.write_record(describe(self, creating=True))
+        _starter.run_step(protocol.STEP_PID_NAMED, self._name_state)
         if plan.new_spaces & _CLONE_NEWUSER:
-            from apptainer_py.host.subid import write_maps
-
-            write_maps(self.pid, plan.uid_maps, plan.gid_maps, rootless=self.host.rootless)
+            _starter.run_step(protocol.STEP_MAPS_WRITTEN, self._write_maps)
         if plan.resctrl:
             from apptainer_py.host import resctrl
 
@@ -215,6 +225,12 @@ class Creation:
             netlink.move_devices(plan.netdevs, self.pid)
         nest.row(plan.mapped)
 
+    def _write_maps(self) -> None:
+        from apptainer_py.host.subid import write_maps
+
+        plan = self.plan
+        write_maps(self.pid, plan.uid_maps, plan.gid_maps, rootless=self.host.rootless)
+
     def _assemble(self, nest: Nest) -> None:
         reaches_more = not self.host.rootless and bool(self.host.permitted >> _CAP_SYS_ADMIN & 1)
         self.passed = steps.Passed(self.plan, self.pid, reaches_more=reaches_more)
@@ -224,18 +240,23 @@ class Creation:
 
     def _run_outer_hooks(self) -> None:
         try:
-            self.cgroup.apply(self.plan.cgroup.resources)
+            _starter.run_step(
+                protocol.STEP_LIMITS_SET, self.cgroup.apply, self.plan.cgroup.resources
+            )
         except ApptainerError as error:
             text = "error during container init: error setting cgroup config for procHooks process"
             text = f"{text}: {error}"
             raise StartFailed(reason=text) from None
         if self.plan.hooks:
             try:
-                for kind in ("prestart", "createRuntime"):
-                    self.hook_state.run(self.plan.hooks, kind, "creating", self.pid)
+                _starter.run_step(protocol.STEP_OUTER_HOOKS, self._hooks_while_creating)
             except HookFailed as error:
                 text = f"error during container init: {error}"
                 raise StartFailed(reason=text) from None
+
+    def _hooks_while_creating(self) -> None:
+        for kind in ("prestart", "createRuntime"):
+            self.hook_state.run(self.plan.hooks, kind, "creating", self.pid)
 
     def _enter(self, nest: Nest) -> None:
         frames = self.hook_state.frames(self.plan.hooks, "createContainer", "creating")
@@ -316,7 +337,9 @@ class Creation:
         self.state.unlock()
         if self.pid_file:
             try:
-                steps.write_pid_file(self.pid_file, self.pid)
+                _starter.run_step(
+                    protocol.STEP_TOLD_PID, steps.write_pid_file, self.pid_file, self.pid
+                )
             except OSError as error:
                 self.failed = True
                 reason = (error.strerror or "").lower()
@@ -330,7 +353,7 @@ class Creation:
         if self.monitored:
             self.failed = True  # unless nothing comes back from here
             self.monitored.take_over(self, self.pty)
-        return terminal.watch(context, self.pty)
+        return _starter.run_step(protocol.STEP_WATCHED, terminal.watch, context, self.pty)
 
     def clean_up(self, status: int | None) -> None:
         """Undo a container that failed, or that has ended in the foreground."""
@@ -344,7 +367,8 @@ class Creation:
             # What is in a group that was refused to us is another container.
             self.state.remove()
             return
-        destroy(self.state, self.cgroup, self.pid, self.started_at, self.plan)
+        owned = (self.state, self.cgroup, self.pid, self.started_at, self.plan)
+        _starter.run_step(protocol.STEP_UNDONE, destroy, *owned)
         if not self.failed:
             try:
                 self.hook_state.run(self.plan.hooks, "poststop", "stopped", 0)

@@ -292,7 +292,7 @@ class Tenancy:
         if not self.pid_file:
             return
         try:
-            steps.write_pid_file(self.pid_file, self.pid)
+            _starter.run_step(protocol.STEP_TOLD_PID, steps.write_pid_file, self.pid_file, self.pid)
         except OSError as error:
             self.failed = True
             reason = (error.strerror or "").lower()
@@ -300,7 +300,7 @@ class Tenancy:
 
     def watch(self, context: MonitorContext) -> int:
         """Pass signals and the terminal on until the payload has ended."""
-        return terminal.watch(context, self.pty)
+        return _starter.run_step(protocol.STEP_WATCHED, terminal.watch, context, self.pty)
 
     def clean_up(self, status: int | None) -> None:
         """End a process that failed on its way; the container goes on."""
