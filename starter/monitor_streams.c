@@ -341,11 +341,12 @@ void streams_drain(void) {
     listener = -1;
 }
 
-bool streams_pending(void) {
+size_t streams_pending(void) {
+    size_t sum = 0;
     for (size_t i = 0; i < CLIENTS_MAX; i++)
-        if (clients[i].fd >= 0 && clients[i].used > 0)
-            return true;
-    return false;
+        if (clients[i].fd >= 0)
+            sum += clients[i].used;
+    return sum;
 }
 
 /* Whoever has all that was for him learns that nothing more comes. */
