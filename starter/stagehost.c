@@ -23,9 +23,9 @@ const struct stage_info *stagehost_get(void) {
     return stage;
 }
 
-/* The interpreter's objects, which come to nearly this much in a stage, in one page: one fault, where
- * small pages take hundreds, each as long as it takes to run some dozen lines of Python.  A system
- * that has no huge pages gives small ones. */
+/* The interpreter's objects, which come to nearly this much in a stage, in one page: one fault,
+ * where small pages take hundreds, each as long as it takes to run some dozen lines of Python.  A
+ * system that has no huge pages gives small ones. */
 enum { HUGE_BYTES = 2 << 20 };
 static char *huge, *huge_end;
 

@@ -36,8 +36,8 @@ static _Thread_local struct {
     zstd_context_function *unpack;
 } zstd;
 
-/* All that the image server allocates, in one page: one fault, where small pages take hundreds.  The
- * heap up to there is given away untouched.  A system without huge pages gives small ones. */
+/* All that the image server allocates, in one page: one fault, where small pages take hundreds.
+ * The heap up to there is given away untouched.  A system without huge pages gives small ones. */
 static void use_huge_page(void) {
     char *first = malloc(1);
     if (first == NULL)
