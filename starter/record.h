@@ -36,7 +36,9 @@ enum record_flag {
     RECORD_CGROUP2 = 2,
     RECORD_PYTHON = 4,               /* start, delete are for the interpreter: systemd, resctrl */
     RECORD_SYSTEMD = 8,              /* a unit of systemd's: its name is the groups' last part */
-    RECORD_ROOTLESS = 16             /* made by an ordinary user, or in a user namespace */
+    RECORD_ROOTLESS = 16,            /* made by an ordinary user, or in a user namespace */
+    RECORD_MONITOR = 32,             /* who has made it stays with it, until it has ended */
+    RECORD_TERMINAL = 64             /* that one holds the container's terminal */
 };
 
 struct record_header {

@@ -3,6 +3,9 @@
 #include <dlfcn.h>
 #include <malloc.h>
 #include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <sys/mman.h>
 
 /* Of zlib.h, libdeflate.h and zstd.h, whose packages nothing else here needs. */
 enum { UNPACKED = 0, ZLIB_DATA_ERROR = -3 };
@@ -16,7 +19,7 @@ zlib_function uncompress;
 zstd_function ZSTD_decompress;
 
 #define DEFLATE_LIBRARY "libdeflate.so.0"
-enum { HEAP_SLACK_BYTES = 4 << 20 };
+enum { HEAP_SLACK_BYTES = 4 << 20, HUGE_BYTES = 2 << 20 };
 
 /* What one thread unpacks with; made once, where the libraries make one for each block. */
 static _Thread_local struct {
@@ -31,11 +34,29 @@ static _Thread_local struct {
     zstd_context_function *unpack;
 } zstd;
 
+/* All that the image server allocates, in one page: one fault, where small pages take hundreds.
+ * The heap up to there is given away untouched.  A system without huge pages gives small ones. */
+static void use_huge_page(void) {
+    char *first = malloc(1);
+    if (first == NULL)
+        return;
+    size_t gap = -(uintptr_t)first & (HUGE_BYTES - 1);
+    char *whole = malloc(gap + HUGE_BYTES);
+    if (whole == NULL)
+        return;
+    /* Before anything in it is written. */
+    if (whole > first && whole < first + gap)
+        (void)madvise(first + gap, HUGE_BYTES, MADV_HUGEPAGE);
+    free(whole);
+    whole = malloc(gap); /* and never freed */
+}
+
 /* A read's buffers are as large as a block and freed at its end: left in the heap, they are not
  * asked of the kernel, and cleared page by page, for every block. */
 __attribute__((constructor)) static void keep_heap(void) {
     (void)mallopt(M_MMAP_THRESHOLD, HEAP_SLACK_BYTES);
     (void)mallopt(M_TRIM_THRESHOLD, HEAP_SLACK_BYTES);
+    use_huge_page();
 }
 
 static void find_deflate(void) {

@@ -103,6 +103,8 @@ def update(call: OciCall, environment: Mapping[str, str]) -> str:
         if call.text(flag):
             raise ContainerError(text="Intel RDT: not supported by update yet")
     path = call.text("resources") or call.text("from-file")
+    if call.apptainer and not path and not call.options:
+        raise ContainerError(text="you must specify --from-file")
     resources = _of_file(path) if path else _of_flags(call)
     if not isinstance(resources, dict):
         raise ContainerError(text="the resources are no JSON object")

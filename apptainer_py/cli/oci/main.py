@@ -8,7 +8,7 @@ import sys
 from apptainer_py.base.errors import ApptainerError, UsageError
 from apptainer_py.cli.oci import help as texts
 from apptainer_py.cli.oci import report
-from apptainer_py.cli.oci.parse import parse_typed
+from apptainer_py.cli.oci.parse import is_apptainer, parse_typed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,11 +35,12 @@ def main(words: Sequence[str], environment: Mapping[str, str]) -> int:
         return texts.show(error)
     except ApptainerError as error:
         sys.stdout.flush()
-        return report.show(error, call)
+        return report.show(error, call, apptainer=is_apptainer(words))
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         text = f"{place}{(error.strerror or str(error)).lower()}"
-        return report.show(ApptainerError(text=text), call)
+        wrong = ApptainerError(text=text)
+        return report.show(wrong, call, apptainer=is_apptainer(words))
     return 0
 
 

@@ -55,17 +55,14 @@ COMMANDS: dict[str, tuple[str, int, int, str]] = {
     "update": (_UPDATE, 1, 1, "x"),
 }
 
-# Apptainer's own `oci` commands, where they differ; a flag of runc's is taken as well.
-_MONITOR = "sync-socket,s= log-path,l= log-format="
+# Apptainer's own `oci` commands whose options are not runc's (cli/table.py), and those that take
+# runc's as well.
 APPTAINER: dict[str, tuple[str, int, int, str]] = {
-    "attach": ("", 1, 1, "x"),
-    "create": (f"{_MAKE} {_MONITOR} empty-process", 1, 1, "x"),
+    **dict.fromkeys(
+        "attach create delete kill mount pause resume run start state umount".split(),
+        ("", 0, -1, ""),
+    ),
     "exec": (_EXEC, 2, -1, "s"),
-    "kill": ("all,a signal,s= force,f timeout,t=", 1, 2, ""),
-    "mount": ("", 2, 2, "x"),
-    "run": (f"{_MAKE} {_MONITOR} detach,d keep no-subreaper", 1, 1, "x"),
-    "state": ("sync-socket,s=", 1, 1, "x"),
-    "umount": ("", 1, 1, "x"),
     "update": (f"{_UPDATE} from-file,f=", 1, 1, "x"),
 }
 

@@ -43,6 +43,7 @@ def _inode_of(path: str) -> int:
 
 def _joined_maps(path: str) -> tuple[tuple[IdMap, ...], tuple[IdMap, ...]]:
     """Return the maps of a user namespace, by the maps of the process whose file it is."""
+    os.stat(path)
     parts = path.split("/")
     if len(parts) != 5 or parts[1] != "proc" or parts[3:] != ["ns", "user"]:
         raise OSError(0, "its maps are unknown")

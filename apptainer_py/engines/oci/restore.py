@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
+    from apptainer_py.engines.oci.monitored import Monitored
     from apptainer_py.engines.oci.snapshot import Snapshot
     from apptainer_py.model.oci_call import OciCall
     from apptainer_py.model.oci_plan import OciPlan
@@ -90,6 +91,7 @@ class Restoration:
         self.pid = 0
         self.started_at = 0
         self.pty = -1
+        self.monitored: Monitored | None = None
         self.logs = wish.work or wish.images
         self.cgroup = find_manager(
             call.cgroup_manager,

@@ -7,10 +7,12 @@ import os
 from apptainer_py.model.json_out import dumps
 from apptainer_py.model.record_frame import (
     FLAG_CGROUP2,
+    FLAG_MONITOR,
     FLAG_PIDNS,
     FLAG_PYTHON,
     FLAG_ROOTLESS,
     FLAG_SYSTEMD,
+    FLAG_TERMINAL,
     PHASE_CREATED,
     PHASE_CREATING,
     RecordData,
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from typing import Any, Protocol
 
     from apptainer_py.engines.oci.hooks import HookState
+    from apptainer_py.engines.oci.monitored import Monitored
     from apptainer_py.host.cgroups import Manager
     from apptainer_py.model.oci_call import OciCall
     from apptainer_py.model.oci_plan import HostFacts, OciPlan
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
         created_ns: int
         pid: int
         started_at: int
+        monitored: Monitored | None
 
 
 _CLONE_NEWPID = 0x20000000
@@ -89,6 +93,10 @@ def describe(work: Work, *, creating: bool) -> RecordData:
         flags |= FLAG_PYTHON
     if work.host.rootless:
         flags |= FLAG_ROOTLESS
+    if work.monitored:
+        flags |= FLAG_MONITOR
+        has_terminal = plan.terminal and not work.call.text("console-socket")
+        flags |= FLAG_TERMINAL if has_terminal else 0
     own = os.getpid()
     return RecordData(
         container_id=work.name,

@@ -124,6 +124,7 @@ class Tenancy:
     def __init__(self, context: PrepareContext, call: OciCall) -> None:
         self.call = call
         self.detached = call.flag("detach")
+        self.stays = not self.detached
         self.pid_file = os.path.abspath(call.text("pid-file")) if call.text("pid-file") else ""
         state = StateDir.open(call.root, call.arguments[0])
         self.record = state.read_record()
@@ -161,7 +162,8 @@ class Tenancy:
     def _check_status(self, status: str) -> None:
         if status in ("stopped", "creating"):
             raise ContainerError(text="cannot exec in a stopped container")
-        if status == "paused" and not self.call.flag("ignore-paused"):
+        ignored = self.call.flag("ignore-paused") or self.call.apptainer
+        if status == "paused" and not ignored:
             text = "cannot exec in a paused container (use --ignore-paused to override)"
             raise ContainerError(text=text)
 
@@ -228,7 +230,7 @@ class Tenancy:
         try:
             os.sched_setaffinity(self.pid, cpus)
         except OSError as error:
-            text = f"failed to set final affinity: {(error.strerror or '').lower()}"
+            text = f"error setting final CPU affinity: {(error.strerror or '').lower()}"
             raise StartFailed(reason=text) from None
 
     def _console(self, nest: Nest, row: Row) -> None:
@@ -283,7 +285,7 @@ class Tenancy:
         if not self.pid_file:
             return
         try:
-            steps.write_pid_file(self.pid_file, self.pid)
+            _starter.run_step(protocol.STEP_TOLD_PID, steps.write_pid_file, self.pid_file, self.pid)
         except OSError as error:
             self.failed = True
             reason = (error.strerror or "").lower()
@@ -291,7 +293,7 @@ class Tenancy:
 
     def watch(self, context: MonitorContext) -> int:
         """Pass signals and the terminal on until the payload has ended."""
-        return terminal.watch(context, self.pty)
+        return _starter.run_step(protocol.STEP_WATCHED, terminal.watch, context, self.pty)
 
     def clean_up(self, status: int | None) -> None:
         """End a process that failed on its way; the container goes on."""
