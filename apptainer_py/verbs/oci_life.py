@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 
@@ -118,8 +119,11 @@ def kill(call: OciCall, environment: Mapping[str, str]) -> str:
         if start_time(record.init_pid) != record.init_start:
             raise ProcessLookupError
         _container.pidfd_signal(first, number)
-    except OSError:
-        raise ContainerError(text="container not running") from None
+    except OSError as error:
+        text = "container not running"
+        if error.errno == errno.EINVAL:
+            text = "unable to signal init: invalid argument"
+        raise ContainerError(text=text) from None
     if number == _SIGKILL:
         _let_die(record, groups)
     timeout = call.number("timeout")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -187,8 +188,30 @@ def client_place(runtime: beds.Runtime) -> Iterator[Path]:
     shutil.rmtree(made, ignore_errors=True)
 
 
+CLIENTS_GROUPS = ("libpod_parent", "default")
+
+
 @pytest.fixture(scope="module")
-def podman(runtime: beds.Runtime, client_place: Path, household: Household) -> Iterator[Client]:
+def client_groups() -> Iterator[None]:
+    """podman and containerd make cgroups for all their containers, and leave them when they end.
+
+    Those that were there before, and those in use, stay.
+    """
+    places = set(beds.hierarchies().values())
+    paths = [Path(place, name) for place in places for name in CLIENTS_GROUPS]
+    before = {path for path in paths if path.is_dir()}
+    yield
+    for path in paths:
+        if path not in before and path.is_dir():
+            for folder, _, _ in os.walk(path, topdown=False):
+                with contextlib.suppress(OSError):
+                    os.rmdir(folder)
+
+
+@pytest.fixture(scope="module")
+def podman(
+    runtime: beds.Runtime, client_place: Path, household: Household, client_groups: None
+) -> Iterator[Client]:
     """podman with an image named busybox."""
     place = client_place / "p"
     (place / "tmp").mkdir(parents=True)
@@ -232,7 +255,7 @@ disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.snapshotter.v1.z
 
 
 @pytest.fixture(scope="module")
-def containerd(runtime: beds.Runtime) -> Iterator[Client]:
+def containerd(runtime: beds.Runtime, client_groups: None) -> Iterator[Client]:
     """ctr with a daemon of its own, an image, and the options that choose the runtime."""
     daemon, ctr = program("containerd"), program("ctr")
     household = Household()

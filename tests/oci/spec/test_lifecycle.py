@@ -271,6 +271,12 @@ def test_a_signal_that_is_none(bed, bundle, word):
     assert container.status() == "running"
 
 
+def test_a_negative_number_is_no_signal_and_the_container_no_other(bed, bundle):
+    container = bed.sleeping(bundle)
+    assert "unable to signal init: invalid argument" in bed.bad("kill", container.id, "-1")
+    assert container.status() == "running"
+
+
 def test_kill_without_a_pid_namespace_ends_all_processes(bed, bundle):
     bundle.without_space("pid")
     bundle.linux["cgroupsPath"] = f"/{bed.name()}"
