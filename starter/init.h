@@ -96,6 +96,9 @@ MUST_USE int hooks_before_start(const struct process *p, char *const envp[]);
 init_row init_propagation, init_root_bundle, init_fs, init_fsopt, init_tree, init_attr, init_copyup,
     init_place, init_remount, init_enter, init_root_readonly;
 
+/* init_image.c */
+init_row init_image, init_overlay;
+
 /* init_dev.c */
 init_row init_mknod, init_link;
 

@@ -106,6 +106,10 @@ class PrepareContext:
         self.helpers_wanted = False
         self.message = b""
 
+    def image_server(self) -> tuple[int, int]:
+        """Return the socket of the image server that waits for an image, and its pid."""
+        return self._info["server_fd"], self._info["server_pid"]
+
     def plan(self, plan: ContainerPlan) -> None:
         """Set the container that the starter will be asked for."""
         self._plan = plan

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from apptainer_py.runtime.stages import LoadBuiltin
 
 
+# As the launcher of images names itself where it asks for this engine (starter/launcher.c); what
+# runc's commands are sent as begins with `oci` then.
+_LAUNCHER = "apptainer-py"
+
+
 class _Place:
     """Stands for the spec of an extension module, as far as the interpreter's core reads it."""
 
@@ -55,14 +60,24 @@ place_json()
 def run(info: StageInfo, load_builtin: LoadBuiltin) -> int:
     """Run the launch; returns the exit status."""
     calls: list[OciCall] = []
+    images: list[bool] = []
 
     def parse(words: list[str], environment: Mapping[str, str]) -> OciCall:
+        if words[0] == _LAUNCHER and words[1:2] != ["oci"]:
+            from apptainer_py.cli.oci import action
+
+            images.append(True)
+            return action.parse_action(words, environment, uid=info["uid"])
         call = parse_typed(words, environment, uid=info["uid"])
         calls.append(call)
         report.begin(call)
         return call
 
     def tell(error: ApptainerError) -> int:
+        if images:
+            from apptainer_py.cli.oci import action
+
+            return action.show(error)
         if isinstance(error, UsageError):
             from apptainer_py.cli.oci import help as texts
 
