@@ -28,6 +28,7 @@ enum init_phase {
 
 struct init {
     int socket;                        /* to master */
+    bool root;                         /* what it was started as: maps make it 0 at any moment */
     mode_t umask;                      /* the caller's, for a payload that asks for none */
     int phase;                         /* one bit of enum init_phase */
     bool failed;                       /* later rows are answered, not done */
