@@ -79,6 +79,7 @@ void stage_target(const struct launch *l, enum role role, struct target_identity
     case ROLE_KEEPER:
     case ROLE_CONTAINER:
     case ROLE_INIT:
+    case ROLE_LAUNCHER:
     default:
         break;
     }
@@ -138,6 +139,13 @@ static bool right_identity(const struct identity *who) {
     return same_identity(&target, who) && right_spaces(stage_launch, who);
 }
 
+static void at_step(uint32_t step, int end) {
+    if (end)
+        step_end((enum step)step);
+    else
+        step_begin((enum step)step);
+}
+
 static void enter_hook(uint32_t hook) {
     struct identity who;
     memset(&who, 0, sizeof(who)); /* it is compared as bytes */
@@ -156,7 +164,7 @@ static void leave_hook(uint32_t hook, int failed) {
 
 /* Keeper alone holds the other end of the pipe. */
 bool stage_keeper_lives(const struct launch *l) {
-    struct pollfd go = {.fd = l->go_pipe[0], .events = 0};
+    struct pollfd go = {.fd = l->go_socket[0], .events = 0};
     return poll(&go, 1, 0) >= 0 && !(go.revents & (POLLHUP | POLLERR));
 }
 
@@ -186,7 +194,7 @@ int stage_wait_for_rpc(struct launch *l, pid_t rpc) {
 /* Keeper alone holds the other end, and writes once it has nothing left.  Stage 2 has no payload to
  * decide about once bearer has ended. */
 int stage_wait_for_go(const struct launch *l) {
-    struct pollfd fds[] = {{.fd = l->go_pipe[0], .events = POLLIN},
+    struct pollfd fds[] = {{.fd = l->go_socket[0], .events = POLLIN},
                            {.fd = l->bearer_socket[0], .events = 0}};
     char byte = 0;
     while (poll(fds, ARRAY_SIZE(fds), -1) < 0)
@@ -196,7 +204,7 @@ int stage_wait_for_go(const struct launch *l) {
         return -1;
     ssize_t got;
     do
-        got = read(l->go_pipe[0], &byte, 1);
+        got = read(l->go_socket[0], &byte, 1);
     while (got < 0 && errno == EINTR);
     return got == 1 && byte == 'G' ? stage_die_with_keeper(l) : -1;
 }
@@ -269,9 +277,11 @@ static struct stage_info describe(const struct launch *l, enum stage stage) {
         .init_fd = l->flow == FLOW_CALLER ? l->init_socket[1] : -1, .init_pid = l->init_pid,
         .server_fd = l->flow == FLOW_CALLER ? l->server_socket[1] : -1,
         .server_pid = l->server_pid,
+        .ready_fd = l->flow == FLOW_CALLER ? l->ready_fd : -1,
         .forecast = l->request.forecast,
         .trace_fd = trace_fd, .permitted = l->permitted, .enter_hook = enter_hook,
-        .leave_hook = leave_hook, .wait_for_go = wait_for_go, .exec_payload = exec_payload,
+        .leave_hook = leave_hook, .at_step = at_step, .wait_for_go = wait_for_go,
+        .exec_payload = exec_payload,
     };
     return info;
 }

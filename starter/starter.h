@@ -56,9 +56,12 @@ struct launch {
     pid_t init_pid;
     int server_socket[2];              /* flow CALLER: [0] image server, [1] master; -1 without */
     pid_t server_pid;
+    int ready_fd;                      /* flow CALLER: who called waits for it; -1 without */
     int seal_pipe[2];                  /* stage 2 → rpc: nothing more will be loaded */
     int ready_pipe[2];                 /* container → keeper: rpc is gone */
-    int go_pipe[2];                    /* keeper → stage 2, bearer: nothing privileged is left */
+    /* keeper → stage 2, bearer: nothing privileged is left.  No pipe: whoever holds the end of one
+     * for reading may open it for writing (/proc/self/fd), and say it in keeper's place. */
+    int go_socket[2];
     int fuse_fds[LIMIT_FUSE_DEVICES];
     bool early_fuse;                   /* the image is mounted and served before it is asked for */
     int life_pipe[2];                  /* closes when the last process of the container ends */
@@ -137,11 +140,6 @@ bool policy_layer(const struct launch *l, enum layer_kind kind);
 typedef bool (*grants_match)(const char *name, bool group, const void *whose);
 MUST_USE int grants_read(const char *text, size_t size, grants_match matches, const void *whose,
                          uint64_t *granted);
-
-#ifdef APY_TEST_STEPS
-void test_read_environment(void);
-char *test_variable(void);
-#endif
 
 /* trace.c */
 extern int trace_fd;

@@ -7,7 +7,9 @@ import os
 from apptainer_py.base.errors import UsageError
 from apptainer_py.cli import report
 from apptainer_py.cli.oci.parse import STATE_ROOT
+from apptainer_py.cli.options import Options
 from apptainer_py.cli.parse import parse
+from apptainer_py.cli.table import ACTIONS
 from apptainer_py.model.oci_call import OciCall
 from apptainer_py.model.request import ActionRequest
 
@@ -18,6 +20,16 @@ if TYPE_CHECKING:
     from apptainer_py.base.errors import ApptainerError
 
 EXIT_FAILED = 255
+
+
+def is_action(words: Sequence[str]) -> bool:
+    """Return whether these words start an image; `oci` may stand behind options of the program.
+
+    Raises:
+        UsageError: one of those is wrong.
+    """
+    rest = Options("").read(words[1:])
+    return bool(rest) and rest[0] in ACTIONS
 
 
 def parse_action(words: Sequence[str], environment: Mapping[str, str], *, uid: int) -> OciCall:
@@ -36,7 +48,6 @@ def parse_action(words: Sequence[str], environment: Mapping[str, str], *, uid: i
         options={},
         arguments=(f"apy-{os.getpid()}-{os.urandom(4).hex()}",),
         root=state_root(environment, uid),
-        apptainer=True,
         action=action,
     )
 

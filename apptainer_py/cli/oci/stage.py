@@ -8,7 +8,7 @@ import sys
 from apptainer_py.base import build
 from apptainer_py.base.errors import ApptainerError, UsageError
 from apptainer_py.cli.oci import report
-from apptainer_py.cli.oci.parse import parse_typed
+from apptainer_py.cli.oci.parse import is_apptainer, parse_typed
 from apptainer_py.kernel import _starter
 from apptainer_py.runtime import stages
 
@@ -61,13 +61,16 @@ def run(info: StageInfo, load_builtin: LoadBuiltin) -> int:
     """Run the launch; returns the exit status."""
     calls: list[OciCall] = []
     images: list[bool] = []
+    surfaces: list[bool] = []
 
     def parse(words: list[str], environment: Mapping[str, str]) -> OciCall:
         if words[0] == _LAUNCHER and words[1:2] != ["oci"]:
             from apptainer_py.cli.oci import action
 
-            images.append(True)
-            return action.parse_action(words, environment, uid=info["uid"])
+            if action.is_action(words):
+                images.append(True)
+                return action.parse_action(words, environment, uid=info["uid"])
+        surfaces.append(is_apptainer(words))
         call = parse_typed(words, environment, uid=info["uid"])
         calls.append(call)
         report.begin(call)
@@ -82,7 +85,7 @@ def run(info: StageInfo, load_builtin: LoadBuiltin) -> int:
             from apptainer_py.cli.oci import help as texts
 
             return texts.show(error)
-        return report.show(error, calls[0] if calls else None)
+        return report.show(error, calls[0] if calls else None, apptainer=True in surfaces)
 
     try:
         return stages.run_caller(info, parse, load_builtin, tell)
