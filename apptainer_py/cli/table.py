@@ -371,6 +371,8 @@ COMMANDS: Final[tuple[Command, ...]] = (
     ("oci exec", "<container_ID> <command> <args>", 1, -1, SUPPORTED,
      "Execute a command within container"),
     ("oci kill", "[kill options...] <container_ID>", 1, 2, SUPPORTED, "Kill a container"),
+    ("oci mount", "<sif_image> <bundle_path>", 2, 2, SUPPORTED,
+     "Mount create an OCI bundle from SIF image (root user only)"),
     ("oci pause", "<container_ID>", 1, 1, SUPPORTED,
      "Suspends all processes inside the container"),
     ("oci resume", "<container_ID>", 1, 1, SUPPORTED,
@@ -379,6 +381,7 @@ COMMANDS: Final[tuple[Command, ...]] = (
      "Create/start/attach/delete a container from a bundle directory"),
     ("oci start", "<container_ID>", 1, 1, SUPPORTED, "Start container process"),
     ("oci state", "<container_ID>", 1, 1, SUPPORTED, "Query state of a container"),
+    ("oci umount", "<bundle_path>", 1, 1, SUPPORTED, "Umount delete bundle (root user only)"),
     ("oci update", "[update options...] <container_ID>", 1, 1, SUPPORTED,
      "Update container cgroups resources"),
     ("overlay", "", 0, -1, REFUSED, "Manage writable overlay images"),
@@ -413,7 +416,8 @@ HIDDEN_COMMANDS: Final = ("buildcfg", "confgen")
 # Elsewhere the first argument ends the options.
 INTERSPERSED: Final = (
     *_SIF, "sif", "completion", "help", "oci attach", "oci create", "oci delete", "oci kill",
-    "oci pause", "oci resume", "oci run", "oci start", "oci state", "oci update",
+    "oci mount", "oci pause", "oci resume", "oci run", "oci start", "oci state", "oci umount",
+    "oci update",
 )  # fmt: skip
 # Groups that explain themselves when the command after them is missing or unknown.
 GROUPS: Final = ("sif", "config", "completion", "oci")

@@ -167,7 +167,7 @@ class Unpacker:
             self._make(entry, stream, parent, name, path)
             self._note(path)
         except OSError as error:
-            reason = f"{_shown(entry.name)}: {(error.strerror or '').lower()}"
+            reason = f"{_shown(entry.name)}: {os.strerror(error.errno or 0).lower()}"
             raise LayerWrong(reason=reason) from None
 
     def _note(self, path: bytes) -> None:

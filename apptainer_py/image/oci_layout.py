@@ -133,7 +133,7 @@ class Layout:
         try:
             fd = _starter.openat2(self._fd, name.encode(), flags, _RESOLVE_BENEATH_NO_LINKS)
         except OSError as error:
-            raise self._wrong(f"{name}: {(error.strerror or '').lower()}") from None
+            raise self._wrong(f"{name}: {os.strerror(error.errno or 0).lower()}") from None
         facts = os.fstat(fd)
         if not stat.S_ISREG(facts.st_mode):
             os.close(fd)
