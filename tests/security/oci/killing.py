@@ -34,7 +34,7 @@ NUMBERS = {**STEPS, **OPERATIONS}
 # Behind these the process is another program, or waits: whoever dies there is killed from outside.
 WITHOUT_END = ("EXEC_STARTER", "EXEC_INIT", "GO", "EXEC_PAYLOAD", "OP_GO")
 DIED = b"STEPS:   a process dies here"
-DEADLINE_S = 60.0
+DEADLINE_S = 30.0
 
 _ASSEMBLED = (
     "FS FSOPT TREE ATTR COPYUP PLACE REMOUNT MKNOD LINK NETDEV RUN_HOOKS ENTER "
