@@ -42,7 +42,7 @@ static void close_outer_ends(struct launch *l) {
     close_fd(&l->rpc_socket[1]);
     close_fd(&l->start_socket[1]);
     close_fd(&l->methods_socket[1]);
-    close_fd(&l->go_pipe[1]);
+    close_fd(&l->go_socket[1]);
     close_fd(&l->ready_pipe[0]);
     close_fd(&l->life_pipe[0]);
     close_fd(&l->serve_pipe[0]);
@@ -87,7 +87,7 @@ static pid_t fork_rpc(struct launch *l) {
     close_fd(&l->methods_socket[0]);
     close_fd(&l->seal_pipe[1]);
     close_fd(&l->ready_pipe[1]);
-    close_fd(&l->go_pipe[0]);
+    close_fd(&l->go_socket[0]);
     sanitize_close_inherited(l);
     rpc_main(l);
 }

@@ -64,8 +64,8 @@ int init_join(struct init *s, const struct op_request *q, struct op_reply *a) {
         return init_failed_at(a, (uint32_t)kind);
     if (kind == CLONE_NEWUSER)
         return keep_join(s, kind);
-    /* The container's root has every right over who is in its user namespace, were that one dumpable;
-     * an ordinary caller's still is.  CVE-2016-9962. */
+    /* The container's root has every right over who is in its user namespace, were that one
+     * dumpable; an ordinary caller's still is.  CVE-2016-9962. */
     if (kind & CLONE_NEWUSER && prctl(PR_SET_DUMPABLE, 0) < 0)
         return init_failed_at(a, (uint32_t)kind);
     if (setns(s->passed, kind) == 0)

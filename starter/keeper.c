@@ -54,7 +54,8 @@ static void open_channels(struct launch *l) {
     bool builtin = l->request.total - l->request.engine_file_off == 1;
     if (wire_pair(l->keeper_socket) < 0 || wire_pair(l->rpc_socket) < 0 ||
         wire_pair(l->start_socket) < 0 || pipe2(l->seal_pipe, O_CLOEXEC) < 0 ||
-        pipe2(l->ready_pipe, O_CLOEXEC) < 0 || pipe2(l->go_pipe, O_CLOEXEC) < 0 ||
+        pipe2(l->ready_pipe, O_CLOEXEC) < 0 ||
+        socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, l->go_socket) < 0 ||
         (!builtin && (wire_pair(l->methods_socket) < 0 || wire_pair(l->helper_sockets[0]) < 0 ||
                       wire_pair(l->helper_sockets[1]) < 0)))
         fail("cannot make the channels between the processes", errno);
@@ -90,8 +91,8 @@ static void close_inner_ends(struct launch *l) {
     close_fd(&l->seal_pipe[1]);
     close_fd(&l->ready_pipe[0]);
     close_fd(&l->ready_pipe[1]);
-    close_fd(&l->go_pipe[0]);
-    close_fd(&l->go_pipe[1]);
+    close_fd(&l->go_socket[0]);
+    close_fd(&l->go_socket[1]);
     close_fd(&l->life_pipe[0]);
     close_fuse(l);
     sanitize_close_inherited(l);
@@ -264,7 +265,7 @@ static void close_container_ends(struct launch *l) {
     close_fd(&l->seal_pipe[0]);
     close_fd(&l->seal_pipe[1]);
     close_fd(&l->ready_pipe[1]);
-    close_fd(&l->go_pipe[0]);
+    close_fd(&l->go_socket[0]);
 }
 
 /* CONTAINER: the plan is judged again, recorded, and carried out. */
@@ -683,7 +684,7 @@ static void drop_and_go(struct keeper *k) {
     step_begin(STEP_GO);
     tell_master(k, EVENT_GO, k->container, 0);
     /* One for stage 2, one for bearer; a dead reader shows as an ended child. */
-    ssize_t ignored = write(l->go_pipe[1], "GG", 2);
+    ssize_t ignored = send(l->go_socket[1], "GG", 2, MSG_NOSIGNAL);
     (void)ignored;
     step_end(STEP_GO);
 }

@@ -40,8 +40,7 @@ static void open_standard_streams(void) {
             _exit(1);
 }
 
-__attribute__((noreturn)) static void run_interpreter(struct lean *l, int argc,
-                                                      char *const argv[]) {
+void lean_interpreter(struct lean *l, int argc, char *const argv[]) {
     static const char *const start[] = {APY_PYTHON, "-I", "-S", "-B", MAIN_FILE, "oci"};
     size_t count = (size_t)argc;
     const char **all = calloc(COUNT(start) + count + 1, sizeof(*all));
@@ -64,7 +63,9 @@ static char *number_text(char *end, int number) {
     return end;
 }
 
-__attribute__((noreturn)) static void run_starter(struct lean *l, int argc, char *const argv[]) {
+/* `ready` is the end of a pipe at which somebody waits, or -1. */
+__attribute__((noreturn)) static void run_starter(struct lean *l, int argc, char *const argv[],
+                                                  int ready) {
     const struct choice c = {.flow = FLOW_CALLER, .engine = "oci", .trace_fd = -1};
     const char *why;
     int fd = request_make(&c, argc, argv, l->envp, &why);
@@ -73,9 +74,11 @@ __attribute__((noreturn)) static void run_starter(struct lean *l, int argc, char
     int high = fcntl(fd, F_DUPFD, FIRST_OWN_FD);
     if (high >= 0)
         close(fd);
-    char number[16], word[] = "caller";
+    char number[16], ready_number[16], word[] = "caller";
     char *arguments[] = {argv[0], number_text(number + sizeof(number), high >= 0 ? high : fd),
-                         word, NULL};
+                         word, NULL, NULL};
+    if (ready >= 0)
+        arguments[3] = number_text(ready_number + sizeof(ready_number), ready);
 #ifdef APY_TEST_STEPS
     char *const *environment = test_environment();
 #else
@@ -103,9 +106,12 @@ static int run(struct lean *l) {
         return lean_kill(l);
     case LEAN_DELETE:
         return lean_delete(l);
+    case LEAN_ATTACH:
+        return lean_attach(l);
     case LEAN_VERSION:
         return show_version(l);
     case LEAN_LAUNCH:
+    case LEAN_MONITORED:
     case LEAN_OTHER:
     default:
         return LEAN_TO_PYTHON;
@@ -122,11 +128,13 @@ int main(int argc, char *argv[], char *envp[]) {
         return 1;
     lean_scan(&l, argc, argv);
     if (l.command == LEAN_LAUNCH)
-        run_starter(&l, argc, argv);
+        run_starter(&l, argc, argv, -1);
+    if (l.command == LEAN_MONITORED)
+        return lean_run(&l, argc, argv, run_starter);
     if (l.command != LEAN_OTHER && lean_log_open(&l) < 0)
         return LEAN_FAILED;
     int status = run(&l);
     if (status == LEAN_TO_PYTHON)
-        run_interpreter(&l, argc, argv);
+        lean_interpreter(&l, argc, argv);
     return status == LEAN_FAILED && l.apptainer ? EXIT_FATAL : status;
 }

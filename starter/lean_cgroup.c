@@ -2,6 +2,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -12,7 +13,8 @@
 
 #include "lean.h"
 
-#define DEPTH_MAX 32
+/* Of levels of groups; a bound for memory. */
+#define DEPTH_MAX (1 << 16)
 #define ROUNDS_MAX 64
 /* Version 1 tells nobody when the last process has left: 1, 2, 4 ... 64, 64 ms, 2 s in all. */
 #define PATIENCE_MS 2000
@@ -78,26 +80,118 @@ static int kill_listed(int dir_fd) {
 
 typedef int visit(int dir_fd);
 
-/* A directory and those below it, children first; takes the descriptor. */
-static int walk(int fd, visit *function, int depth) {
-    int count = 0;
-    DIR *dir = fd < 0 ? NULL : fdopendir(fd);
-    struct dirent *entry;
-    if (dir == NULL && fd >= 0)
-        close(fd);
-    while (dir != NULL && depth < DEPTH_MAX && (entry = readdir(dir)) != NULL) {
-        const char *name = entry->d_name;
-        if (entry->d_type != DT_DIR || strcmp(name, ".") == 0 || strcmp(name, "..") == 0)
-            continue;
-        int below = openat(dirfd(dir), name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-        count += walk(below, function, depth + 1);
-        if (function == NULL)
-            (void)unlinkat(dirfd(dir), name, AT_REMOVEDIR);
+/* Where in the list of its directory a walk has come to.  A payload with a group that it may write
+ * to nests as deep as it likes, so a level costs no descriptor and no frame of the stack. */
+struct level {
+    long next;
+    ino_t inode;
+    char name[NAME_MAX + 1];         /* in the directory above */
+};
+
+struct walk {
+    int at;
+    size_t depth, room;
+    struct level *levels;
+};
+
+static bool is_group(const struct dirent *entry) {
+    return entry->d_type == DT_DIR && strcmp(entry->d_name, ".") != 0 &&
+           strcmp(entry->d_name, "..") != 0;
+}
+
+/* The next name in the list of a directory; false: there is none. */
+static bool next_name(int at, struct level *here, struct level *below) {
+    int own = openat(at, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    DIR *dir = own < 0 ? NULL : fdopendir(own);
+    const struct dirent *entry = NULL;
+    if (dir == NULL && own >= 0)
+        close(own);
+    if (dir != NULL && here->next != 0)
+        seekdir(dir, here->next);
+    while (dir != NULL && (entry = readdir(dir)) != NULL && !is_group(entry))
+        ;
+    if (entry != NULL) {
+        here->next = telldir(dir);
+        memcpy(below->name, entry->d_name, strlen(entry->d_name) + 1);
     }
-    if (dir != NULL && function != NULL)
-        count += function(dirfd(dir));
     if (dir != NULL)
         closedir(dir);
+    return entry != NULL;
+}
+
+static bool has_room(struct walk *w) {
+    if (w->depth + 2 <= w->room)
+        return true;
+    size_t room = w->room == 0 ? 8 : w->room * 2;
+    struct level *levels = room > DEPTH_MAX ? NULL : realloc(w->levels, room * sizeof(*levels));
+    if (levels == NULL)
+        return false;
+    w->levels = levels;
+    w->room = room;
+    return true;
+}
+
+/* Into one of those below that it has not been in; one that has gone meanwhile is passed over. */
+static bool go_down(struct walk *w) {
+    const int flags = O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC;
+    if (!has_room(w))
+        return false;
+    struct level *here = &w->levels[w->depth], *below = here + 1;
+    struct stat st;
+    while (next_name(w->at, here, below)) {
+        int fd = openat(w->at, below->name, flags);
+        if (fd < 0 || fstat(fd, &st) < 0) {
+            if (fd >= 0)
+                close(fd);
+            continue;
+        }
+        close(w->at);
+        w->at = fd;
+        w->depth++;
+        below->next = 0;
+        below->inode = st.st_ino;
+        return true;
+    }
+    return false;
+}
+
+/* Groups are not moved to another one above, so that ".." is where the walk came from. */
+static bool go_up(struct walk *w, bool remove) {
+    struct stat st;
+    if (w->depth == 0)
+        return false;
+    int fd = openat(w->at, "..", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0 || fstat(fd, &st) < 0 || st.st_ino != w->levels[w->depth - 1].inode) {
+        if (fd >= 0)
+            close(fd);
+        return false;
+    }
+    close(w->at);
+    w->at = fd;
+    if (remove)
+        (void)unlinkat(fd, w->levels[w->depth].name, AT_REMOVEDIR);
+    w->depth--;
+    return true;
+}
+
+/* A directory and those below it, children first; takes the descriptor.  Without a function those
+ * below are removed. */
+static int walk(int fd, visit *function) {
+    struct walk w = {.at = fd};
+    struct stat st;
+    int count = 0;
+    if (fd < 0)
+        return 0;
+    if (has_room(&w) && fstat(fd, &st) == 0) {
+        w.levels[0] = (struct level){.inode = st.st_ino};
+        do {
+            while (go_down(&w))
+                ;
+            count += function == NULL ? 0 : function(w.at);
+        } while (go_up(&w, function == NULL));
+    }
+    free(w.levels);
+    close(w.at);
     return count;
 }
 
@@ -138,7 +232,7 @@ bool cgroup_kill_all(const struct record *r) {
     }
     freeze(r, true);
     for (int round = 0; round < ROUNDS_MAX; round++) {
-        int found = walk(dup(fd), kill_listed, 0);
+        int found = walk(dup(fd), kill_listed);
         killed += found;
         if (found == 0 || freezer(r) != NULL)
             break;
@@ -154,7 +248,7 @@ static int remove_one(const char *path) {
         if (rmdir(path) == 0 || errno == ENOENT || errno == ENOTDIR)
             return 0;
         if (errno == EBUSY || errno == ENOTEMPTY)
-            (void)walk(open_directory(path), NULL, 0);
+            (void)walk(open_directory(path), NULL);
         if (rmdir(path) == 0 || errno == ENOENT)
             return 0;
         if (errno != EBUSY || waited >= PATIENCE_MS)

@@ -55,8 +55,8 @@ static bool right_id(const char *id) {
     return true;
 }
 
-/* A record names processes to be killed, directories to be removed and hooks to be run: only what the
- * caller alone can have written is followed, whatever --root says. */
+/* A record names processes to be killed, directories to be removed and hooks to be run: only what
+ * the caller alone can have written is followed, whatever --root says. */
 static bool is_own(int fd) {
     struct stat st;
     return fstat(fd, &st) == 0 && st.st_uid == geteuid() && (st.st_mode & (S_IWGRP | S_IWOTH)) == 0;
@@ -159,7 +159,10 @@ int container_tell(const struct lean *l, enum found found) {
     case FOUND_NO_RECORD:
     case FOUND_LOCKED:
     default:
-        lean_error(l, "container does not exist");
+        if (l->apptainer)
+            lean_error(l, "no container found with name %s", l->id);
+        else
+            lean_error(l, "container does not exist");
         return LEAN_FAILED;
     }
 }

@@ -9,6 +9,7 @@
 #include "lean.h"
 
 #define END_MS 10000
+#define MONITOR_MS 2000
 
 /* The specification: a hook that fails is warned of, and the others run. */
 static void run_poststop(const struct container *c) {
@@ -72,6 +73,17 @@ static int stop_creator(const struct container *c) {
     return ended ? LEAN_DONE : LEAN_FAILED;
 }
 
+/* It keeps the end of the log and the status; then nobody asks for either. */
+static void end_monitor(const struct container *c) {
+    int monitor = -1;
+    if (!(c->record.head.flags & RECORD_MONITOR) || !container_creator(c, &monitor))
+        return;
+    if (!lean_wait_end(monitor, MONITOR_MS))
+        (void)syscall(SYS_pidfd_send_signal, monitor, SIGKILL, NULL, 0);
+    (void)lean_wait_end(monitor, END_MS);
+    close(monitor);
+}
+
 static int delete_locked(const struct container *c) {
     const struct lean *l = c->lean;
     enum status status = container_status(c);
@@ -84,6 +96,7 @@ static int delete_locked(const struct container *c) {
     }
     if ((l->force || status == STATUS_CREATED) && end_processes(c) != LEAN_DONE)
         return LEAN_FAILED;
+    end_monitor(c);
     return destroy(c);
 }
 

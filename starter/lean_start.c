@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #include "hook.h"
@@ -48,6 +49,17 @@ static int run_poststart(const struct container *c) {
     return LEAN_FAILED;
 }
 
+/* So that whoever asks next finds when it was started; the answer is the end. */
+static void tell_monitor(const struct container *c) {
+    char byte;
+    int fd = c->record.head.flags & RECORD_MONITOR ? container_connect(c, "control.sock") : -1;
+    if (fd < 0)
+        return; /* it has ended by now, perhaps */
+    if (send(fd, "{}", 2, MSG_NOSIGNAL) == 2)
+        (void)!read(fd, &byte, 1);
+    close(fd);
+}
+
 static const char *refusal(enum status status) {
     switch (status) {
     case STATUS_STOPPED:
@@ -82,7 +94,12 @@ int lean_start(struct lean *l) {
     /* Hooks may ask for this container, and take any time. */
     container_unlock(&c);
     if (why == NULL)
+        tell_monitor(&c);
+    if (why == NULL)
         return run_poststart(&c);
-    lean_error(l, "%s", why);
+    if (l->apptainer)
+        lean_error(l, "cannot start '%s', the state of the container must be created", l->id);
+    else
+        lean_error(l, "%s", why);
     return LEAN_FAILED;
 }

@@ -161,7 +161,7 @@ static void leave_hook(uint32_t hook, int failed) {
 
 /* Keeper alone holds the other end of the pipe. */
 bool stage_keeper_lives(const struct launch *l) {
-    struct pollfd go = {.fd = l->go_pipe[0], .events = 0};
+    struct pollfd go = {.fd = l->go_socket[0], .events = 0};
     return poll(&go, 1, 0) >= 0 && !(go.revents & (POLLHUP | POLLERR));
 }
 
@@ -191,7 +191,7 @@ int stage_wait_for_rpc(struct launch *l, pid_t rpc) {
 /* Keeper alone holds the other end, and writes once it has nothing left.  Stage 2 has no payload to
  * decide about once bearer has ended. */
 int stage_wait_for_go(const struct launch *l) {
-    struct pollfd fds[] = {{.fd = l->go_pipe[0], .events = POLLIN},
+    struct pollfd fds[] = {{.fd = l->go_socket[0], .events = POLLIN},
                            {.fd = l->bearer_socket[0], .events = 0}};
     char byte = 0;
     while (poll(fds, ARRAY_SIZE(fds), -1) < 0)
@@ -201,7 +201,7 @@ int stage_wait_for_go(const struct launch *l) {
         return -1;
     ssize_t got;
     do
-        got = read(l->go_pipe[0], &byte, 1);
+        got = read(l->go_socket[0], &byte, 1);
     while (got < 0 && errno == EINTR);
     return got == 1 && byte == 'G' ? stage_die_with_keeper(l) : -1;
 }
@@ -272,9 +272,11 @@ static struct stage_info describe(const struct launch *l, enum stage stage) {
         .helper_fds = {master ? l->helper_sockets[0][1] : -1,
                        master ? l->helper_sockets[1][1] : -1},
         .init_fd = l->flow == FLOW_CALLER ? l->init_socket[1] : -1, .init_pid = l->init_pid,
+        .ready_fd = l->flow == FLOW_CALLER ? l->ready_fd : -1,
         .forecast = l->request.forecast,
         .trace_fd = trace_fd, .permitted = l->permitted, .enter_hook = enter_hook,
-        .leave_hook = leave_hook, .at_step = at_step, .wait_for_go = wait_for_go, .exec_payload = exec_payload,
+        .leave_hook = leave_hook, .at_step = at_step, .wait_for_go = wait_for_go,
+        .exec_payload = exec_payload,
     };
     return info;
 }

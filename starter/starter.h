@@ -54,9 +54,12 @@ struct launch {
     int bearer_socket[2];              /* [0] stage 2, [1] bearer; -1 without */
     int init_socket[2];                /* flow CALLER: [0] starter-init, [1] master; -1 without */
     pid_t init_pid;
+    int ready_fd;                      /* flow CALLER: who called waits for it; -1 without */
     int seal_pipe[2];                  /* stage 2 → rpc: nothing more will be loaded */
     int ready_pipe[2];                 /* container → keeper: rpc is gone */
-    int go_pipe[2];                    /* keeper → stage 2, bearer: nothing privileged is left */
+    /* keeper → stage 2, bearer: nothing privileged is left.  No pipe: whoever holds the end of one
+     * for reading may open it for writing (/proc/self/fd), and say it in keeper's place. */
+    int go_socket[2];
     int fuse_fds[LIMIT_FUSE_DEVICES];
     bool early_fuse;                   /* the image is mounted and served before it is asked for */
     int life_pipe[2];                  /* closes when the last process of the container ends */

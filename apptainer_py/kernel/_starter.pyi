@@ -28,6 +28,7 @@ class StageInfo(TypedDict):
     permitted: int
     init_fd: int
     init_pid: int
+    ready_fd: int
 
 def is_complete() -> bool: ...
 def complete_interpreter() -> None: ...

@@ -53,11 +53,32 @@ def lie(info):
                 files = [sealed(os.memfd_create("x", 3), True, b"/bin/sh")]
             elif what == "empty":
                 files = [sealed(os.memfd_create("x", 3), True, b"")]
+            elif what == "go":
+                say_go()
+                continue
+            elif what == "wait":
+                import select
+                select.select([channel], [], [], 1)
+                continue
             elif what:
                 files = [os.open(what, os.O_RDONLY)]
             socket.send_fds(channel, [bytes.fromhex(head)], files)
         kept.append(channel)
     return kept
+
+def say_go():
+    # What keeper alone may say: an end for reading is opened for writing.
+    import fcntl
+    for number in range(3, 64):
+        name = f"/proc/self/fd/{number}"
+        try:
+            ours = os.readlink(name).startswith("pipe:") and fcntl.fcntl(number, 3) & 3 == 0
+            fd = os.open(name, os.O_WRONLY | os.O_NONBLOCK) if ours else -1
+        except OSError:
+            continue
+        if fd >= 0:
+            os.write(fd, b"GG")
+            os.close(fd)
 
 def sealed(fd, seal, data=None):
     import fcntl
@@ -101,11 +122,11 @@ def lying(require_root, repository) -> Iterator[SimpleNamespace]:
     shutil.rmtree(place)
 
 
-def run(lying, user, sets, *words) -> SimpleNamespace:
+def run(lying, user, sets, *words, flags=()) -> SimpleNamespace:
     names = {"users": {user.pw_name: ["CAP_NET_RAW", "CAP_CHOWN"], "root": ["CAP_SYS_ADMIN"]}}
     lying.file.write_text(json.dumps(names))
     lying.file.chmod(0o644)
-    line = ["exec", "--add-caps", ",".join(map(str, sets)), lying.sif, "sh", "-c", *words]
+    line = ["exec", *flags, "--add-caps", ",".join(map(str, sets)), lying.sif, "sh", "-c", *words]
     env = {"PATH": "/usr/bin:/bin", "HOME": user.pw_dir}
     done = forge.finish(forge.start(lying.program, list(map(str, line)), user=user, env=env))
     assert forge.left_behind() == []
@@ -194,6 +215,16 @@ def test_a_program_that_is_asked_for_too_early_waits_until_keeper_has_nothing(ly
     lying.lies.write_text("[]")
     keeper, _, own = done.out.partition("own\n")
     assert (caps(keeper), caps(own)) == ([0] * 5, [CHOWN] * 5), done.err
+    assert done.status == 9
+
+
+def test_nobody_but_keeper_says_go(lying, user):
+    """Else the program would run on the host's root: nothing has been mounted so far."""
+    lying.lies.write_text(json.dumps([["", "go"], [GOOD, "program"], ["", "wait"]]))
+    done = run(lying, user, [CHOWN], "echo the asked one", flags=["-p"])
+    lying.lies.write_text("[]")
+    parent, _, own = done.out.partition("own\n")
+    assert (caps(parent), caps(own)) == ([0] * 5, [CHOWN] * 5), done.err
     assert done.status == 9
 
 

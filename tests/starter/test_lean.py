@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import time
@@ -362,3 +363,50 @@ def test_version_names_program_and_specification():
     assert re.fullmatch(r"apptainer-py-oci version \S+", first)
     assert commit.startswith("commit: ")
     assert spec.startswith("spec: 1.")
+
+
+def nested(top: Path, levels: int) -> int:
+    """Make directories below each other, deeper than a path or a table of descriptors reaches."""
+    top.mkdir()
+    fd = os.open(top, os.O_RDONLY)
+    for _ in range(levels):
+        os.mkdir("below", dir_fd=fd)
+        inner = os.open("below", os.O_RDONLY, dir_fd=fd)
+        os.close(fd)
+        fd = inner
+    return fd
+
+
+@pytest.mark.parametrize("levels", [1, 40, 1500])
+def test_groups_are_removed_however_deep(make, call, tmp_path, levels):
+    os.close(nested(tmp_path / "group", levels))
+    try:
+        make().write(cgroups=(str(tmp_path / "group"),))
+        done = call("delete", "--force", "c1", preexec_fn=lambda: few_files(64))
+        assert (done.returncode, done.stderr) == (0, "")
+        assert not (tmp_path / "group").exists()
+    finally:
+        subprocess.run(["rm", "-rf", tmp_path / "group"], check=True)
+
+
+@pytest.mark.parametrize("levels", [1, 40, 1500])
+def test_whoever_is_in_a_group_is_killed_however_deep(make, call, tmp_path, levels):
+    container = make()
+    fd = nested(tmp_path / "group", levels)
+    try:
+        (tmp_path / "group/cgroup.procs").touch()
+        file = os.open("cgroup.procs", os.O_WRONLY | os.O_CREAT, 0o644, dir_fd=fd)
+        os.write(file, b"%d\n" % container.process.pid)
+        os.close(file)
+        # The record's own process has ended: only the group tells of this one.
+        container.write(flags=0, init_start=1, cgroups=(str(tmp_path / "group"),))
+        done = call("kill", "c1", "KILL", preexec_fn=lambda: few_files(64))
+        assert (done.returncode, done.stderr) == (0, "")
+        assert container.process.wait(10) == -signal.SIGKILL
+    finally:
+        os.close(fd)
+        subprocess.run(["rm", "-rf", tmp_path / "group"], check=True)
+
+
+def few_files(most: int) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -72,8 +72,8 @@ def open_namespace(kind: int, path: str) -> int:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        text = f"failed to open {path}: {reason_of(error)}"
-        raise StartFailed(reason=text) from None
+        text = f"unable to create new parent process: namespace path: lstat {path}: "
+        raise ContainerError(text=text + reason_of(error)) from None
     try:
         found = _container.ns_type(fd)
     except OSError:
@@ -285,6 +285,18 @@ def write_pid_file(path: str, pid: int) -> None:
     finally:
         os.close(fd)
     os.rename(fresh, path)
+
+
+def tell_ready(fd: int) -> None:
+    """Tell a library caller that its process stands; 0 is nobody."""
+    if not fd:
+        return
+    try:
+        os.write(fd, b"r")
+        os.close(fd)
+    except OSError as error:
+        text = f"nobody waits at descriptor {fd}: {reason_of(error)}"
+        raise ContainerError(text=text) from None
 
 
 def inner_hook_failed(error: RowFailed, kind: str) -> ApptainerError:

@@ -11,7 +11,7 @@ from apptainer_py.model.oci_plan import Row
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from typing import Any
 
     from apptainer_py.model.oci_plan import CgroupWish
@@ -21,6 +21,7 @@ GROUP_UMASK = 0o022
 # A group is busy until the last process in it has been taken off its lists, and v1 tells nobody.
 _REMOVE_DELAYS_MS = (1, 2, 4, 8, 16, 32, 64, 64, 64, 64, 64, 64)
 _FILE_BYTES_MAX = 1 << 20
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -116,25 +117,62 @@ def make_directory(path: str) -> bool:
     return True
 
 
-def groups_below(directory: str) -> list[str]:
-    """Return a group's directory and all below it, each before those above it."""
-    found: list[str] = []
+def walk_groups(directory: str, *, remove: bool = False) -> Iterator[int]:
+    """Yield a descriptor of a group and of all below it, each before those above it.
+
+    `remove` removes those below, as far as they are empty, once they have been yielded. A payload
+    may nest as deep as it likes: a level needs neither a descriptor nor a longer path.
+    """
     try:
-        with os.scandir(directory) as entries:
-            inner = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+        fd = os.open(directory, _DIRECTORY)
+    except FileNotFoundError:
+        return
+    try:
+        levels = [("", _names(fd))]
+        while levels:
+            name, below = levels[-1]
+            if below:
+                step = below.pop()
+                try:
+                    inner = os.open(step, _DIRECTORY, dir_fd=fd)
+                except FileNotFoundError:
+                    continue
+                os.close(fd)
+                fd = inner
+                levels.append((step, _names(fd)))
+                continue
+            yield fd
+            levels.pop()
+            if levels:
+                above = os.open("..", _DIRECTORY, dir_fd=fd)
+                os.close(fd)
+                fd = above
+            if levels and remove:
+                _remove_one(name, fd)
+    finally:
+        os.close(fd)
+
+
+def _names(fd: int) -> list[str]:
+    try:
+        with os.scandir(fd) as entries:
+            return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
     except FileNotFoundError:
         return []
-    for path in inner:
-        found += groups_below(path)
-    found.append(directory)
-    return found
+
+
+def _remove_one(name: str, fd: int) -> None:
+    try:
+        os.rmdir(name, dir_fd=fd)
+    except OSError:
+        return  # then the one above cannot be removed either, and that is told
 
 
 def processes_below(directory: str) -> list[int]:
     """Return the processes of a group and of all below it."""
     found: list[int] = []
-    for path in groups_below(directory):
-        text = read_maybe(path, "cgroup.procs") or ""
+    for fd in walk_groups(directory):
+        text = read_maybe(f"/proc/self/fd/{fd}", "cgroup.procs") or ""
         found += map(int, text.split())
     return found
 
@@ -145,27 +183,29 @@ def remove_directory(path: str) -> None:
     Raises:
         CgroupError: processes stay in it.
     """
-    try:
-        os.rmdir(path)
+    last = _try_remove(path)
+    if last is None:
         return
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        last = error
     import time
 
     for delay in _REMOVE_DELAYS_MS:
-        for inner in groups_below(path):
-            try:
-                os.rmdir(inner)
-            except FileNotFoundError:
-                pass
-            except OSError as error:
-                last = error
-        if not os.path.exists(path):
+        for _ in walk_groups(path, remove=True):
+            pass
+        last = _try_remove(path)
+        if last is None:
             return
         time.sleep(delay / 1000)
     raise CgroupError(text=f"failed to remove paths: rmdir {path}: {why(last)}", errno=last.errno)
+
+
+def _try_remove(path: str) -> OSError | None:
+    try:
+        os.rmdir(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return error
+    return None
 
 
 def _can_be_made(path: str) -> bool:

@@ -1,4 +1,4 @@
-"""Commands of the oci engine, each of which passes some of the numbered steps, and who dies there."""
+"""Commands of the oci engine, each of which passes some numbered steps, and who dies there."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from apptainer_py.model import protocol
 from tests.oci import bed as beds
-from tests.own_install import Household, HostState, eventually, household
+from tests.own_install import HostState, Household, eventually, household
 
 BEGIN, END = 0, 1
 NAMED = {name: value for name, value in vars(protocol).items() if isinstance(value, int)}
@@ -196,7 +196,8 @@ class Ground:
 
 
 _BUNDLES = {
-    "create": "everything", "create terminal": "terminal", "create mapped": "mapped", "create labelled": "labelled",
+    "create": "everything", "create terminal": "terminal",
+    "create mapped": "mapped", "create labelled": "labelled",
     "create failing": "failing", "delete creating": "hanging", "run": "short",
 }  # fmt: skip
 

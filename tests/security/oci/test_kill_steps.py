@@ -24,7 +24,7 @@ from tests.security.oci.killing import (
 
 # In these the container is there already, and goes on whoever dies.
 GOES_ON = ("exec",)
-# Well, with its own word, or as a payload that was killed; a first process of a pid namespace traps.
+# Well, with its own word, or as a killed payload; a first process of a pid namespace traps.
 ENDS = (0, 1, 255, 128 + signal.SIGKILL, 128 + signal.SIGILL)
 
 
