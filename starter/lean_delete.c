@@ -100,8 +100,8 @@ static int delete_locked(const struct container *c) {
     return destroy(c);
 }
 
-/* A directory without a record: one that a `create` has just made or a `delete` has all but removed,
- * or the remains of one that was ended before it had done anything. */
+/* A directory without a record: one that a `create` has just made, one that a `delete` has all but
+ * removed, or the remains of one that was ended before it had done anything. */
 static int delete_remains(struct container *c) {
     enum found found = container_lock(c, c->lean->force);
     if (found == FOUND)

@@ -61,8 +61,8 @@ __attribute__((constructor)) static void keep_heap(void) {
     use_huge_page();
 }
 
-/* The image server keeps eight blocks of inodes and names, and a launch walks to and fro between some
- * twenty: what was unpacked before is known by its packed bytes, all of them. */
+/* The image server keeps eight blocks of inodes and names, and a launch walks to and fro between
+ * some twenty: what was unpacked before is known by its packed bytes, all of them. */
 enum { METADATA_BYTES = 8192, KEPT_BLOCKS = 32 };
 static _Thread_local struct {
     size_t packed, unpacked;

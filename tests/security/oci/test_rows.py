@@ -652,7 +652,7 @@ def test_c01_every_kind_of_mount(bed, bundle, outside, kind: str, form: str) -> 
     run_hostile(bed, bundle.args("/bin/true"))
 
 
-MADE = ["/dev/null", "/dev/ptmx", "/dev/fd", "/dev/stdin", "/dev/core", "/dev/console", "/work"]
+MADE = ["/dev/null", "/dev/ptmx", "/dev/fd", "/dev/stdin", "/dev/core", "/dev/console", "/made"]
 FORMS: dict[str, Callable[[Path, Outside], None]] = {
     "link": lambda at, out: at.symlink_to(out.link("/{outside}/file")),
     "link up": lambda at, out: at.symlink_to(out.link("{up}/{outside}/file")),
@@ -671,7 +671,7 @@ def test_c02_what_is_made_in_the_root(bed, bundle, outside, place: str, form: st
     for target in ("/dev", "/dev/pts", "/dev/shm", "/dev/mqueue"):
         bundle.without_mount(target)
     FORMS[form](bundle.rootfs / place[1:], outside)
-    bundle.process["cwd"] = "/work/deep"
+    bundle.process["cwd"] = "/made/deep"
     (outside.path / "file").chmod(0o666)
     outside.before = outside._state()
     run_hostile(bed, bundle.args("/bin/true"))
