@@ -10,7 +10,7 @@ import os
 import sys
 
 from apptainer_py.base import log
-from apptainer_py.base.errors import ApptainerError, LaunchError
+from apptainer_py.base.errors import ApptainerError, ImageGone, LaunchError, is_gone
 from apptainer_py.base.files import read_at_most, write_all
 from apptainer_py.kernel import _starter
 from apptainer_py.model import protocol
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     ParseCall = Callable[[list[str], Mapping[str, str]], OciCall]
     Report = Callable[[ApptainerError], int]
 
+_SERVER_ENDS_MS = 2000
 _STAGE_NAMES = {
     protocol.STAGE_MASTER: "master",
     protocol.STAGE_START: "stage2",
@@ -234,8 +235,10 @@ class Master:
             _starter.run_hook(
                 protocol.HOOK_CREATE_CONTAINER, self.operations.create_container, create
             )
-        except ApptainerError:
-            if self._stage2_said():
+        except (ApptainerError, OSError) as error:
+            if self._server_ended(error):
+                raise ImageGone from None
+            if isinstance(error, ApptainerError) and self._stage2_said():
                 raise StageFailed from None
             raise
         os.close(self.info["rpc_fd"])
@@ -254,6 +257,20 @@ class Master:
             )
         self.clean_up()
         return 0
+
+    def _server_ended(self, error: ApptainerError | OSError) -> bool:
+        """Return whether the image's server has ended: then that is why something went wrong."""
+        import select
+
+        number = error.errno if isinstance(error, OSError) else error.facts.get("errno")
+        events = select.poll()
+        events.register(self.keeper_fd, select.POLLIN)
+        # A file system shows its server's end before the server's parent does.
+        while events.poll(_SERVER_ENDS_MS if is_gone(number) else 0):
+            event = _starter.receive_event(self.keeper_fd)
+            if event is None or event[0] == protocol.EVENT_SERVER_ENDED:
+                return event is not None
+        return False
 
     def _stage2_said(self) -> bool:
         """Return whether stage 2 has already told the user why it ended."""
@@ -282,6 +299,8 @@ class Master:
         if event is not None and event[0] == protocol.EVENT_GO:
             self.container_pid = event[1]
             return True
+        if event is not None and event[0] == protocol.EVENT_SERVER_ENDED:
+            raise ImageGone
         if event is not None and event[0] == protocol.EVENT_PAYLOAD_ENDED:
             self.status = event[2]
         raise StarterGone(what="cannot start the payload")
