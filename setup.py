@@ -2,8 +2,8 @@
 
     /usr/bin/python3 setup.py build_product --prefix P --sysconfdir S --output DIR
 
-leaves in DIR: starter, starter-init, apptainer-py, apptainer-py-oci, stagehost.so, unpack.so,
-main.py and package/apptainer_py, byte-compiled.
+leaves in DIR: starter, starter-init, starter-monitor, apptainer-py, apptainer-py-oci, stagehost.so,
+unpack.so, main.py and package/apptainer_py, byte-compiled.
 Nothing is installed here (./install does that); metadata and tool settings are in pyproject.toml.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import py_compile
+import re
 import shutil
 import subprocess
 import sys
@@ -27,10 +28,10 @@ GCC = "/usr/bin/gcc"
 # What is not the starter: other programs, and what only those share.
 STARTER_INDEPENDENT = (
     *("launcher", "stagehost", "unpack", "fuzz", "test"),
-    *("lean", "init", "process", "hook", "record", "relay"),
+    *("lean", "init", "process", "hook", "record", "relay", "monitor"),
 )
-LEAN_SHARED = ("launcher_request", "hook", "record")
-INIT_SHARED = ("wire", "report", "process", "hook")
+LEAN_SHARED = ("launcher_request", "hook", "record", "steps")
+INIT_SHARED = ("wire", "report", "process", "hook", "steps")
 PARALLEL = 2
 
 WARNINGS = """
@@ -254,7 +255,8 @@ class Compiler:
         objects = self._objects(files, "stagehost", [*self.strict, "-fPIC", *self.python])
         frozen = self.objects / "frozen.c"
         script = SOURCE / "tools/gen_frozen.py"
-        run([PYTHON, "-I", "-B", str(script), str(self.tree), str(frozen)])
+        # Columns of the source, which only a traceback would show, are a fifth of the bytecode.
+        run([PYTHON, "-I", "-B", "-X", "no_debug_ranges", str(script), str(self.tree), str(frozen)])
         objects += self._objects([frozen], "stagehost", ["-O0", "-fPIC", "-w", *self.python])
         objects += self.cython_objects
         target = str(self.output / "stagehost.so")
@@ -272,6 +274,10 @@ class Compiler:
         written = self.objects / f"{source.stem}.c"
         cython = [PYTHON, "-I", "-B", "-m", "cython", "-3", "-o", str(written)]
         run([*cython, str(source.relative_to(self.tree))], cwd=self.tree)
+        # Cython describes each function by a code object, half of the module's start, that nothing
+        # reads where functions are not bound (`binding=False`).
+        unread = r"(?m)^(  __pyx_codeobj\w* = )\(PyObject ?\*\)__Pyx_PyCode_New\([^;]*\);"
+        written.write_text(re.sub(unread, r"\1Py_NewRef(Py_None);", written.read_text()))
         # Cython's own C does not pass the warnings that hand-written C is held to.
         flags = ["-O2", "-fPIC", "-w", *self.hardening, *self.python]
         objects = self._objects([written], "module", flags)
@@ -383,8 +389,12 @@ class BuildProduct(Command):
         if self.steps:
             compiler.program("starter-steps", own, "-DAPY_TEST_STEPS")
         compiler.program("apptainer-py", sorted(folder.glob("launcher*.c")))
-        lean = [folder / f"{stem}.c" for stem in LEAN_SHARED]
-        compiler.static_program("apptainer-py-oci", [*sorted(folder.glob("lean*.c")), *lean])
+        shared = [folder / f"{stem}.c" for stem in LEAN_SHARED]
+        lean = [*sorted(folder.glob("lean*.c")), *shared]
+        compiler.static_program("apptainer-py-oci", lean)
+        if self.steps:
+            compiler.static_program("apptainer-py-oci-steps", lean, "-DAPY_TEST_STEPS")
+        compiler.static_program("starter-monitor", sorted(folder.glob("monitor*.c")))
         self._compile_init(compiler, folder)
         compiler.stage_host(sorted(folder.glob("stagehost*.c")))
         compiler.server_object(sorted(folder.glob("unpack*.c")))

@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "starter.h"
+#include "steps.h"
 
 #ifdef APY_TEST_STEPS
 #define INIT_FILE APY_LIBEXECDIR "/starter-init-steps"
@@ -75,9 +76,11 @@ static const char *number_text(char *end, int number) {
 
 NO_RETURN static void become_init(struct launch *l, pid_t master) {
     char digits[16], name[] = "apptainer-py-init";
-    char *arguments[] = {name, NULL, NULL}, *environment[] = {NULL, NULL};
+    char *arguments[] = {name, NULL, NULL};
 #ifdef APY_TEST_STEPS
-    environment[0] = test_variable(); /* where it is to die */
+    char *const *environment = test_environment();
+#else
+    char *const environment[] = {NULL};
 #endif
     step_begin(STEP_EXEC_INIT);
     int program = sealed_copy();
@@ -124,6 +127,19 @@ static void no_channels(struct launch *l) {
     l->config_fd = -1;
 }
 
+/* The launcher's, behind the word of this flow; whoever forges it gives away a file of his own. */
+static int ready_of(int argc, char *const argv[]) {
+    int fd = 0;
+    if (argc < 4 || argv[3][0] == '\0')
+        return -1;
+    for (const char *c = argv[3]; *c != '\0'; c++) {
+        if (*c < '0' || *c > '9' || fd > LIMIT_INHERITED_FDS)
+            fail("the number of a descriptor is none", 0);
+        fd = fd * 10 + (*c - '0');
+    }
+    return fcntl(fd, F_GETFD) < 0 ? -1 : fd;
+}
+
 NO_RETURN void caller_main(struct launch *l, int argc, char *const argv[]) {
     /* SAFE: the setuid flow never comes here; the process has no right that its caller lacks. */
     if (l->flow == FLOW_SETUID)
@@ -131,6 +147,7 @@ NO_RETURN void caller_main(struct launch *l, int argc, char *const argv[]) {
     no_channels(l);
     l->flow = FLOW_CALLER;
     request_open(l, argc, argv);
+    l->ready_fd = ready_of(argc, argv);
     if (l->request.flow != FLOW_CALLER)
         fail("this request is not for this starter", 0);
     step_end(STEP_KEEPER_START);

@@ -4,10 +4,26 @@
 
 #include <Python.h>
 
-/* A marshalled tuple of (name, is a package, code), in the order in which they are to be run. */
+/* Objects in one piece of memory (tools/code_image.py).  `gaps` lead from one address that is to be
+ * put in to the next, in units of eight bytes; `names` are the strings to intern; a set is made of
+ * the items of a tuple. */
+struct image {
+    const char *data;
+    size_t size;
+    uint32_t root, slot_count, name_count, set_count;
+    const uint16_t *gaps;
+    const uint32_t *names;
+    const struct image_set {
+        uint32_t slot, items;
+    } *sets;
+};
+
+/* A tuple of (name, is a package, code), in the order in which they are to be run: marshalled, or
+ * as an image where the interpreter is one that images are made for. */
 struct bundle {
     const char *data;
     Py_ssize_t size;
+    const struct image *image;
 };
 
 enum { BUNDLE_MASTER, BUNDLE_IMAGE, BUNDLE_START, BUNDLE_OCI };
@@ -15,6 +31,10 @@ enum { BUNDLE_MASTER, BUNDLE_IMAGE, BUNDLE_START, BUNDLE_OCI };
 extern const struct _frozen frozen_modules[];
 extern const struct bundle bundles[];
 
+/* The root object of an image, each of which is loaded at most once; NULL and an exception. */
+PyObject *image_load(const struct image *image);
+/* The rows of a bundle; a new reference, or NULL and an exception. */
+PyObject *bundle_load(const struct bundle *bundle);
 /* Run the modules of a bundle without the import system; -1 and an exception if one fails. */
 int bundle_run(const struct bundle *bundle);
 

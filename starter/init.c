@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "init.h"
+#include "steps.h"
 
 #define ROW_KEEPER(name, phase, next, times, function)
 #define ROW_RPC(name, phase, next, times, function)
@@ -140,7 +141,7 @@ int main(int argc, char *argv[]) {
         fail("starter-init is not for direct use; run apptainer-py-oci", 0);
     init_shield(s);
 #ifdef APY_TEST_STEPS
-    test_read_environment();
+    test_read_environment(environ);
 #endif
     s->umask = umask(022);
     while (serve(s))

@@ -73,7 +73,7 @@ void init_close(int *fd);
 init_row init_join, init_cgroup, init_prep, init_spaces, init_mapped, init_keyring, init_tenant;
 
 /* init_console.c */
-init_row init_console;
+init_row init_console, init_stream;
 
 /* init_process.c */
 init_row init_apparmor, init_process;

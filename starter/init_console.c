@@ -113,3 +113,10 @@ int init_console(struct init *s, const struct op_request *q, struct op_reply *a)
         init_close(&s->fd_out);
     return code;
 }
+
+/* One of the three streams, from whoever carries them on. */
+int init_stream(struct init *s, const struct op_request *q, struct op_reply *a) {
+    if (s->passed < 0 || q->flags != 0 || q->num[0] > STDERR_FILENO)
+        return ERR_MALFORMED;
+    return dup2(s->passed, (int)q->num[0]) < 0 ? init_failed(a) : ERR_OK;
+}

@@ -9,6 +9,7 @@
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "init.h"
@@ -163,9 +164,29 @@ static void close_the_rest(struct init *s) {
     close_unlisted(s);
 }
 
+/* For a container that others will run in: it ends when it is asked to.  Held back and waited for,
+ * because what has no handler never reaches the first process of a pid namespace. */
+NO_RETURN static void stay_empty(void) {
+    siginfo_t info;
+    sigset_t wanted;
+    sigemptyset(&wanted);
+    sigaddset(&wanted, SIGCHLD);
+    sigaddset(&wanted, SIGINT);
+    sigaddset(&wanted, SIGTERM);
+    (void)sigprocmask(SIG_SETMASK, &wanted, NULL);
+    (void)syscall(SYS_close_range, 3, ~0U, 0);
+    for (;;) {
+        while (waitpid(-1, NULL, WNOHANG) > 0)
+            ;
+        if (sigwaitinfo(&wanted, &info) > 0 && info.si_signo != SIGCHLD)
+            _exit(0);
+    }
+}
+
 static void become(struct init *s, enum go_step *step) {
     const struct process *p = &s->process;
     const bool early = !(p->header.flags & PROCESS_NO_NEW_PRIVS);
+    const bool empty = (p->header.flags & PROCESS_EMPTY) != 0;
     struct sigaction ignore = {.sa_handler = SIG_IGN}, before;
     process_strings(p, PROCESS_ARGS, arguments);
     process_strings(p, PROCESS_ENV, variables);
@@ -176,7 +197,7 @@ static void become(struct init *s, enum go_step *step) {
     close_the_rest(s);
     /* Without no_new_privs the filter needs a capability that the payload may not have. */
     if ((early && install_filter(s, step) < 0) || identity_take(s, step) < 0 ||
-        lookup_program(arguments, variables, program, sizeof(program), step) < 0 ||
+        (!empty && lookup_program(arguments, variables, program, sizeof(program), step) < 0) ||
         check_fifo(s, step) < 0)
         return;
     (void)umask(p->header.flags & PROCESS_SET_UMASK ? p->header.umask : s->umask);
@@ -188,6 +209,8 @@ static void become(struct init *s, enum go_step *step) {
     (void)sigaction(SIGPIPE, &before, NULL);
     if (hooks_before_start(p, variables) < 0)
         _exit(255);
+    if (empty)
+        stay_empty();
     step_begin(STEP_EXEC_PAYLOAD);
     (void)execve(program, arguments, variables);
     die("exec ", program, errno); /* started, and over: as runc, this is the container's own end */

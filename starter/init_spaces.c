@@ -5,6 +5,7 @@
 #include <linux/sched.h>
 #include <sched.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/statfs.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -63,6 +64,10 @@ int init_join(struct init *s, const struct op_request *q, struct op_reply *a) {
         return init_failed_at(a, (uint32_t)kind);
     if (kind == CLONE_NEWUSER)
         return keep_join(s, kind);
+    /* The container's root has every right over who is in its user namespace, were that one
+     * dumpable; an ordinary caller's still is.  CVE-2016-9962. */
+    if (kind & CLONE_NEWUSER && prctl(PR_SET_DUMPABLE, 0) < 0)
+        return init_failed_at(a, (uint32_t)kind);
     if (setns(s->passed, kind) == 0)
         return ERR_OK;
     return errno == EPERM ? keep_join(s, kind) : init_failed_at(a, (uint32_t)kind);

@@ -12,8 +12,14 @@
 #include "build.h"
 #include "launcher.h"
 #include "lean.h"
+#include "steps.h"
 
 #define MAIN_FILE APY_LIBEXECDIR "/main.py"
+#ifdef APY_TEST_STEPS
+#define STARTER_FILE APY_LIBEXECDIR "/starter-steps"
+#else
+#define STARTER_FILE APY_STARTER
+#endif
 #define EXIT_FATAL 255
 /* Above what --preserve-fds and LISTEN_FDS can mean: those numbers are the caller's. */
 #define FIRST_OWN_FD 1000
@@ -34,8 +40,7 @@ static void open_standard_streams(void) {
             _exit(1);
 }
 
-__attribute__((noreturn)) static void run_interpreter(struct lean *l, int argc,
-                                                      char *const argv[]) {
+void lean_interpreter(struct lean *l, int argc, char *const argv[]) {
     static const char *const start[] = {APY_PYTHON, "-I", "-S", "-B", MAIN_FILE, "oci"};
     size_t count = (size_t)argc;
     const char **all = calloc(COUNT(start) + count + 1, sizeof(*all));
@@ -58,7 +63,9 @@ static char *number_text(char *end, int number) {
     return end;
 }
 
-__attribute__((noreturn)) static void run_starter(struct lean *l, int argc, char *const argv[]) {
+/* `ready` is the end of a pipe at which somebody waits, or -1. */
+__attribute__((noreturn)) static void run_starter(struct lean *l, int argc, char *const argv[],
+                                                  int ready) {
     const struct choice c = {.flow = FLOW_CALLER, .engine = "oci", .trace_fd = -1};
     const char *why;
     int fd = request_make(&c, argc, argv, l->envp, &why);
@@ -67,12 +74,19 @@ __attribute__((noreturn)) static void run_starter(struct lean *l, int argc, char
     int high = fcntl(fd, F_DUPFD, FIRST_OWN_FD);
     if (high >= 0)
         close(fd);
-    char number[16], word[] = "caller";
+    char number[16], ready_number[16], word[] = "caller";
     char *arguments[] = {argv[0], number_text(number + sizeof(number), high >= 0 ? high : fd),
-                         word, NULL};
-    char *environment[] = {NULL};
-    execve(APY_STARTER, arguments, environment);
-    fatal(l, APY_STARTER, strerror(errno));
+                         word, NULL, NULL};
+    if (ready >= 0)
+        arguments[3] = number_text(ready_number + sizeof(ready_number), ready);
+#ifdef APY_TEST_STEPS
+    char *const *environment = test_environment();
+#else
+    char *const environment[] = {NULL};
+#endif
+    lean_step_begin(STEP_EXEC_STARTER);
+    execve(STARTER_FILE, arguments, environment);
+    fatal(l, STARTER_FILE, strerror(errno));
 }
 
 static int show_version(const struct lean *l) {
@@ -92,9 +106,12 @@ static int run(struct lean *l) {
         return lean_kill(l);
     case LEAN_DELETE:
         return lean_delete(l);
+    case LEAN_ATTACH:
+        return lean_attach(l);
     case LEAN_VERSION:
         return show_version(l);
     case LEAN_LAUNCH:
+    case LEAN_MONITORED:
     case LEAN_OTHER:
     default:
         return LEAN_TO_PYTHON;
@@ -103,16 +120,21 @@ static int run(struct lean *l) {
 
 int main(int argc, char *argv[], char *envp[]) {
     struct lean l = {.envp = envp, .log_fd = -1};
+#ifdef APY_TEST_STEPS
+    test_read_environment(envp);
+#endif
     open_standard_streams();
     if (argc < 1)
         return 1;
     lean_scan(&l, argc, argv);
     if (l.command == LEAN_LAUNCH)
-        run_starter(&l, argc, argv);
+        run_starter(&l, argc, argv, -1);
+    if (l.command == LEAN_MONITORED)
+        return lean_run(&l, argc, argv, run_starter);
     if (l.command != LEAN_OTHER && lean_log_open(&l) < 0)
         return LEAN_FAILED;
     int status = run(&l);
     if (status == LEAN_TO_PYTHON)
-        run_interpreter(&l, argc, argv);
+        lean_interpreter(&l, argc, argv);
     return status == LEAN_FAILED && l.apptainer ? EXIT_FATAL : status;
 }

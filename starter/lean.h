@@ -8,6 +8,7 @@
 #include <stdint.h>
 #include <sys/types.h>
 
+#include "protocol.h"
 #include "record.h"
 
 #define COUNT(array) (sizeof(array) / sizeof((array)[0]))
@@ -20,7 +21,9 @@ enum lean_command {
     LEAN_START,
     LEAN_KILL,
     LEAN_DELETE,
-    LEAN_VERSION
+    LEAN_VERSION,
+    LEAN_MONITORED,      /* create, run of Apptainer's: somebody stays with the container */
+    LEAN_ATTACH
 };
 
 /* The command line and the little of the environment that counts. */
@@ -55,6 +58,9 @@ struct container {
     int init_pidfd;          /* of the very process that the record names, or -1: it has ended */
 };
 
+/* lean.c: becomes the interpreter, with these words */
+__attribute__((noreturn)) void lean_interpreter(struct lean *l, int argc, char *const argv[]);
+
 /* lean_scan.c */
 void lean_scan(struct lean *l, int argc, char *const argv[]);
 const char *lean_variable(char *const envp[], const char *name);
@@ -68,7 +74,7 @@ const char *lean_errno_text(int error);
 
 /* lean_container.c; tell: LEAN_DONE, LEAN_FAILED after a message, or LEAN_TO_PYTHON */
 enum found { FOUND, FOUND_NOTHING, FOUND_NO_RECORD, FOUND_LOCKED, FOUND_NO_ID, FOUND_BAD_ID,
-             FOUND_OTHER_VERSION };
+             FOUND_FOREIGN, FOUND_OTHER_VERSION };
 enum found container_find(const struct lean *l, struct container *c);
 enum found container_lock(struct container *c, bool wait);
 int container_tell(const struct lean *l, enum found found);
@@ -84,12 +90,36 @@ void cgroup_thaw(const struct record *r);
 bool cgroup_kill_all(const struct record *r);
 int cgroup_remove_all(const struct lean *l, const struct record *r);
 
+/* lean_steps.c */
+void lean_step_begin(enum step step);
+void lean_step_end(enum step step);
+
 /* lean_start.c, lean_kill.c, lean_delete.c: the commands */
 int lean_state(struct lean *l);
 int lean_start(struct lean *l);
 int lean_kill(struct lean *l);
 int lean_delete(struct lean *l);
+int lean_attach(struct lean *l);
 int lean_signal(const struct container *c, int number);
 bool lean_wait_end(int pidfd, int timeout_ms);
+
+/* lean_attach.c */
+/* A socket in the container's directory; -1: nobody is there. */
+int container_connect(const struct container *c, const char *name);
+struct attached {
+    int fd;                  /* connected to attach.sock */
+    bool terminal, silent;   /* silent: what comes is only waited for */
+};
+/* What keeps from attaching, or NULL. */
+const char *attach_open(const struct container *c, struct attached *a);
+/* Until the other side ends it; the container's status, or -1 after a message. */
+int attach_stay(const struct container *c, const struct attached *a);
+
+/* lean_run.c: the starter in a process of its own, which becomes the monitor.  It says:
+ *   'c' nothing more is to be done, 'd' it is to be started, 'r' started, waited for and deleted;
+ *   then the root directory, NUL, the id, NUL */
+/* does not return */
+typedef void lean_launch(struct lean *l, int argc, char *const argv[], int ready);
+int lean_run(struct lean *l, int argc, char *const argv[], lean_launch *launch);
 
 #endif

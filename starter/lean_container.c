@@ -55,6 +55,13 @@ static bool right_id(const char *id) {
     return true;
 }
 
+/* A record names processes to be killed, directories to be removed and hooks to be run: only what
+ * the caller alone can have written is followed, whatever --root says. */
+static bool is_own(int fd) {
+    struct stat st;
+    return fstat(fd, &st) == 0 && st.st_uid == geteuid() && (st.st_mode & (S_IWGRP | S_IWOTH)) == 0;
+}
+
 /* Reads the whole record, which is replaced by rename only. */
 static enum found read_record(struct container *c) {
     struct stat st;
@@ -125,6 +132,8 @@ enum found container_find(const struct lean *l, struct container *c) {
     c->dir_fd = c->root_fd < 0 ? -1 : openat(c->root_fd, l->id, flags);
     if (c->dir_fd < 0)
         return FOUND_NOTHING;
+    if (!is_own(c->dir_fd))
+        return FOUND_FOREIGN;
     enum found found = read_record(c);
     if (found == FOUND)
         open_init(c);
@@ -143,11 +152,17 @@ int container_tell(const struct lean *l, enum found found) {
     case FOUND_BAD_ID:
         lean_error(l, "invalid container ID format");
         return LEAN_FAILED;
+    case FOUND_FOREIGN:
+        lean_error(l, "the state of container %s belongs to another user", l->id);
+        return LEAN_FAILED;
     case FOUND_NOTHING:
     case FOUND_NO_RECORD:
     case FOUND_LOCKED:
     default:
-        lean_error(l, "container does not exist");
+        if (l->apptainer)
+            lean_error(l, "no container found with name %s", l->id);
+        else
+            lean_error(l, "container does not exist");
         return LEAN_FAILED;
     }
 }

@@ -9,6 +9,7 @@
 #include "lean.h"
 
 #define END_MS 10000
+#define MONITOR_MS 2000
 
 /* The specification: a hook that fails is warned of, and the others run. */
 static void run_poststop(const struct container *c) {
@@ -16,11 +17,13 @@ static void run_poststop(const struct container *c) {
     size_t size;
     uint32_t done = 0;
     const char *frame = record_bytes(&c->record, RECORD_POSTSTOP, &size);
+    lean_step_begin(STEP_POSTSTOP);
     while (size > 0 &&
            hook_run_after(frame, size, done, 0, c->lean->envp, &result) < 0) {
         done = result.failed;
         lean_warning(c->lean, "error running poststop hook #%u: %s", done - 1, result.text);
     }
+    lean_step_end(STEP_POSTSTOP);
 }
 
 static int end_processes(const struct container *c) {
@@ -37,8 +40,14 @@ static int destroy(const struct container *c) {
         (void)cgroup_kill_all(&c->record);
     if (cgroup_frozen(&c->record))
         cgroup_thaw(&c->record);
-    if (cgroup_remove_all(c->lean, &c->record) < 0 || !container_remove_files(c))
+    lean_step_begin(STEP_REMOVE_GROUPS);
+    if (cgroup_remove_all(c->lean, &c->record) < 0)
         return LEAN_FAILED;
+    lean_step_end(STEP_REMOVE_GROUPS);
+    lean_step_begin(STEP_REMOVE_FILES);
+    if (!container_remove_files(c))
+        return LEAN_FAILED;
+    lean_step_end(STEP_REMOVE_FILES);
     run_poststop(c);
     return LEAN_DONE;
 }
@@ -54,12 +63,25 @@ static int stop_creator(const struct container *c) {
         close(creator);
         return LEAN_FAILED;
     }
+    lean_step_begin(STEP_END_CREATOR);
     (void)syscall(SYS_pidfd_send_signal, creator, SIGKILL, NULL, 0);
     bool ended = lean_wait_end(creator, END_MS);
+    lean_step_end(STEP_END_CREATOR);
     close(creator);
     if (!ended)
         lean_error(c->lean, "the process that creates the container does not end");
     return ended ? LEAN_DONE : LEAN_FAILED;
+}
+
+/* It keeps the end of the log and the status; then nobody asks for either. */
+static void end_monitor(const struct container *c) {
+    int monitor = -1;
+    if (!(c->record.head.flags & RECORD_MONITOR) || !container_creator(c, &monitor))
+        return;
+    if (!lean_wait_end(monitor, MONITOR_MS))
+        (void)syscall(SYS_pidfd_send_signal, monitor, SIGKILL, NULL, 0);
+    (void)lean_wait_end(monitor, END_MS);
+    close(monitor);
 }
 
 static int delete_locked(const struct container *c) {
@@ -74,6 +96,7 @@ static int delete_locked(const struct container *c) {
     }
     if ((l->force || status == STATUS_CREATED) && end_processes(c) != LEAN_DONE)
         return LEAN_FAILED;
+    end_monitor(c);
     return destroy(c);
 }
 

@@ -60,8 +60,10 @@ int lean_signal(const struct container *c, int number) {
     bool killed = all && cgroup_kill_all(&c->record);
     if (c->init_pidfd < 0)
         return killed ? 0 : ESRCH;
+    lean_step_begin(STEP_SIGNAL);
     if (syscall(SYS_pidfd_send_signal, c->init_pidfd, number, NULL, 0) < 0 && !killed)
         return errno;
+    lean_step_end(STEP_SIGNAL);
     /* In a frozen group of version 1 even this one waits. */
     if (number == SIGKILL && cgroup_frozen(&c->record))
         cgroup_thaw(&c->record);

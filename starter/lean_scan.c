@@ -36,13 +36,15 @@ static const struct flag apptainer_flags[] = {
 static const struct flag delete_flags[] = {{"force", FLAG_FORCE, false}, {"f", FLAG_FORCE, false}};
 static const struct flag kill_flags[] = {{"all", FLAG_ALL, false}, {"a", FLAG_ALL, false}};
 
-static const struct {
+struct command {
     const char *name;
     enum lean_command command;
     int fewest, most;
     const struct flag *flags;
     size_t count;
-} commands[] = {
+};
+
+static const struct command commands[] = {
     {"create", LEAN_LAUNCH, 0, 0, NULL, 0},
     {"run", LEAN_LAUNCH, 0, 0, NULL, 0},
     {"exec", LEAN_LAUNCH, 0, 0, NULL, 0},
@@ -50,6 +52,12 @@ static const struct {
     {"start", LEAN_START, 1, 1, NULL, 0},
     {"kill", LEAN_KILL, 1, 2, kill_flags, COUNT(kill_flags)},
     {"delete", LEAN_DELETE, 1, 1, delete_flags, COUNT(delete_flags)},
+};
+/* Of Apptainer's command line: the others differ in more than their words. */
+static const struct command apptainer_commands[] = {
+    {"create", LEAN_MONITORED, 0, 0, NULL, 0}, {"run", LEAN_MONITORED, 0, 0, NULL, 0},
+    {"exec", LEAN_LAUNCH, 0, 0, NULL, 0},      {"start", LEAN_START, 1, 1, NULL, 0},
+    {"attach", LEAN_ATTACH, 1, 1, NULL, 0},
 };
 
 const char *lean_variable(char *const envp[], const char *name) {
@@ -139,27 +147,44 @@ static bool read_flags(struct lean *l, struct words *w, const struct flag *flags
     return true;
 }
 
+static const struct command *find_command(const struct command *all, size_t count,
+                                          const char *name) {
+    for (size_t i = 0; i < count; i++)
+        if (strcmp(all[i].name, name) == 0)
+            return &all[i];
+    return NULL;
+}
+
+/* Then there is nothing to be made, and nobody stays. */
+static bool asks_for_help(const struct words *w) {
+    for (int i = 0; i < w->left && strcmp(w->at[i], "--") != 0; i++)
+        if (strcmp(w->at[i], "-h") == 0 || strcmp(w->at[i], "--help") == 0)
+            return true;
+    return false;
+}
+
 static void read_command(struct lean *l, struct words *w) {
-    size_t i = 0;
-    while (i < COUNT(commands) && strcmp(commands[i].name, *w->at) != 0)
-        i++;
-    if (i == COUNT(commands))
+    const struct command *c =
+        l->apptainer ? find_command(apptainer_commands, COUNT(apptainer_commands), *w->at)
+                     : find_command(commands, COUNT(commands), *w->at);
+    if (c == NULL)
         return;
     w->at++;
     w->left--;
-    if (commands[i].command == LEAN_LAUNCH) {
-        l->command = LEAN_LAUNCH;
+    if (c->command == LEAN_MONITORED && asks_for_help(w))
+        return;
+    if (c->command == LEAN_LAUNCH || c->command == LEAN_MONITORED) {
+        l->command = c->command;
         return;
     }
-    if (!read_flags(l, w, commands[i].flags, commands[i].count) || w->left < commands[i].fewest ||
-        w->left > commands[i].most)
+    if (!read_flags(l, w, c->flags, c->count) || w->left < c->fewest || w->left > c->most)
         return;
     for (int k = 0; k < w->left; k++)
         if (is_flag(w->at[k])) /* urfave/cli takes flags behind the words too */
             return;
     l->id = w->at[0];
     l->signal = w->left > 1 ? w->at[1] : NULL;
-    l->command = commands[i].command;
+    l->command = c->command;
 }
 
 static const char *base_name(const char *path) {
@@ -177,6 +202,11 @@ void lean_scan(struct lean *l, int argc, char *const argv[]) {
             return;
         w.at++;
         w.left--;
+        if (!read_flags(l, &w, global_flags, COUNT(global_flags)) ||
+            l->command == LEAN_VERSION) {
+            l->command = LEAN_OTHER;
+            return;
+        }
     } else if (!read_flags(l, &w, global_flags, COUNT(global_flags)) ||
                l->command == LEAN_VERSION) {
         if (l->command == LEAN_VERSION && w.left > 0)

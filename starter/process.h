@@ -36,7 +36,8 @@ enum process_flag {
     PROCESS_TENANT = 256,
     PROCESS_USERNS = 512,                /* it is in a user namespace that is not master's */
     PROCESS_LISTENER = 1024,             /* master takes the filter's listener and says so */
-    PROCESS_FLAGS_ALL = 2047
+    PROCESS_EMPTY = 2048,                /* no program: init stays, and reaps */
+    PROCESS_FLAGS_ALL = 4095
 };
 
 enum process_part {

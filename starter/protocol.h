@@ -180,12 +180,15 @@ struct stage_info {
     int32_t helper_fds[2];/* master: post_start_host, cleanup_host, or -1 */
     int32_t init_fd;      /* master ↔ starter-init (flow CALLER), or -1 */
     int32_t init_pid;     /* starter-init's first process, or 0 */
+    int32_t ready_fd;     /* whoever has called waits at its other end, or -1 */
     int32_t trace_fd;     /* tracer's socket, or -1 */
     uint32_t forecast;    /* enum forecast_kind of the request */
     uint64_t permitted;   /* capabilities that root may hand out */
     /* Verifies the identity for a hook against the table; ends the process on a difference. */
     void (*enter_hook)(uint32_t hook);
     void (*leave_hook)(uint32_t hook, int failed);
+    /* A numbered step begins, or has ended. */
+    void (*at_step)(uint32_t step, int end);
     /* stage 2: says "sealed", waits until keeper has dropped; 0 or -1 */
     int (*wait_for_go)(void);
     /* stage 2: restores what belongs to the user, then execve; returns errno */

@@ -34,7 +34,11 @@ enum record_phase { RECORD_CREATING = 1, RECORD_CREATED = 2 };
 enum record_flag {
     RECORD_PIDNS = 1,                /* pid 1 of a namespace of its own: its end ends all */
     RECORD_CGROUP2 = 2,
-    RECORD_PYTHON = 4                /* start, delete are for the interpreter: systemd, resctrl */
+    RECORD_PYTHON = 4,               /* start, delete are for the interpreter: systemd, resctrl */
+    RECORD_SYSTEMD = 8,              /* a unit of systemd's: its name is the groups' last part */
+    RECORD_ROOTLESS = 16,            /* made by an ordinary user, or in a user namespace */
+    RECORD_MONITOR = 32,             /* who has made it stays with it, until it has ended */
+    RECORD_TERMINAL = 64             /* that one holds the container's terminal */
 };
 
 struct record_header {

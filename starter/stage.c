@@ -76,6 +76,7 @@ void stage_target(const struct launch *l, enum role role, struct target_identity
     case ROLE_IMAGE_SERVER:
     case ROLE_CONTAINER:
     case ROLE_INIT:
+    case ROLE_LAUNCHER:
     default:
         break;
     }
@@ -133,6 +134,13 @@ static bool right_identity(const struct identity *who) {
         return memcmp(who, &caller_identity, sizeof(*who)) == 0;
     stage_target(stage_launch, stage_role, &target);
     return same_identity(&target, who) && right_spaces(stage_launch, who);
+}
+
+static void at_step(uint32_t step, int end) {
+    if (end)
+        step_end((enum step)step);
+    else
+        step_begin((enum step)step);
 }
 
 static void enter_hook(uint32_t hook) {
@@ -264,9 +272,11 @@ static struct stage_info describe(const struct launch *l, enum stage stage) {
         .helper_fds = {master ? l->helper_sockets[0][1] : -1,
                        master ? l->helper_sockets[1][1] : -1},
         .init_fd = l->flow == FLOW_CALLER ? l->init_socket[1] : -1, .init_pid = l->init_pid,
+        .ready_fd = l->flow == FLOW_CALLER ? l->ready_fd : -1,
         .forecast = l->request.forecast,
         .trace_fd = trace_fd, .permitted = l->permitted, .enter_hook = enter_hook,
-        .leave_hook = leave_hook, .wait_for_go = wait_for_go, .exec_payload = exec_payload,
+        .leave_hook = leave_hook, .at_step = at_step, .wait_for_go = wait_for_go,
+        .exec_payload = exec_payload,
     };
     return info;
 }

@@ -69,10 +69,16 @@ static int run_paths(void) {
     return 0;
 }
 
+PyObject *bundle_load(const struct bundle *bundle) {
+    if (bundle->image)
+        return image_load(bundle->image);
+    return PyMarshal_ReadObjectFromString(bundle->data, bundle->size);
+}
+
 int bundle_run(const struct bundle *bundle) {
     if (run_paths() < 0)
         return -1;
-    PyObject *rows = PyMarshal_ReadObjectFromString(bundle->data, bundle->size);
+    PyObject *rows = bundle_load(bundle);
     PyObject *name = rows ? PyUnicode_FromString("bundle") : NULL;
     PyObject *spec = name ? make_spec(name) : NULL;
     int result = spec ? 0 : -1;

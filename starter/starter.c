@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "starter.h"
+#include "steps.h"
 
 static struct launch launch;
 
@@ -71,7 +72,8 @@ static void check_caller(struct launch *l) {
 int main(int argc, char *argv[]) {
     struct launch *l = &launch;
 #ifdef APY_TEST_STEPS
-    test_read_environment();
+    test_read_environment(environ);
+    trace_set_role(ROLE_KEEPER);
 #endif
     step_begin(STEP_KEEPER_START);
     sanitize_start(l);

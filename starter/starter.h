@@ -54,6 +54,7 @@ struct launch {
     int bearer_socket[2];              /* [0] stage 2, [1] bearer; -1 without */
     int init_socket[2];                /* flow CALLER: [0] starter-init, [1] master; -1 without */
     pid_t init_pid;
+    int ready_fd;                      /* flow CALLER: who called waits for it; -1 without */
     int seal_pipe[2];                  /* stage 2 → rpc: nothing more will be loaded */
     int ready_pipe[2];                 /* container → keeper: rpc is gone */
     /* keeper → stage 2, bearer: nothing privileged is left.  No pipe: whoever holds the end of one
@@ -137,11 +138,6 @@ bool policy_layer(const struct launch *l, enum layer_kind kind);
 typedef bool (*grants_match)(const char *name, bool group, const void *whose);
 MUST_USE int grants_read(const char *text, size_t size, grants_match matches, const void *whose,
                          uint64_t *granted);
-
-#ifdef APY_TEST_STEPS
-void test_read_environment(void);
-char *test_variable(void);
-#endif
 
 /* trace.c */
 extern int trace_fd;

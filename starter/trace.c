@@ -5,15 +5,14 @@
 #include <linux/capability.h>
 #include <poll.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "starter.h"
+#include "steps.h"
 
 #define TRACE_PATIENCE_MS 300
 
@@ -21,42 +20,7 @@ int trace_fd = -1;
 enum role trace_role = ROLE_KEEPER;
 
 #ifdef APY_TEST_STEPS
-/* Only in the build for tests: APY_TEST_DIE="STEP:ROLE:END" names where a process dies, and
- * APY_TEST_WAIT="STEP:ROLE:END:FD" where it waits for others to be killed.  FD is a page that the
- * test shares: memory stays where descriptors are closed and signals are blocked. */
-enum { TEST_PATIENCE_MS = 120000 };
-struct test_place {
-    int step, role, end;
-};
-struct test_gate {
-    int reached, role, open;
-};
-static struct test_place test_die = {-1, -1, 0}, test_wait = {-1, -1, 0};
-static volatile struct test_gate *test_gate;
-
-static char test_die_variable[64];
-
 static const char *role_name(uint32_t role);
-
-/* For programs that the starter executes. */
-char *test_variable(void) {
-    return test_die_variable[0] ? test_die_variable : NULL;
-}
-
-void test_read_environment(void) {
-    const char *die = getenv("APY_TEST_DIE"), *wait = getenv("APY_TEST_WAIT");
-    int fd = -1;
-    if (die)
-        (void)sscanf(die, "%d:%d:%d", &test_die.step, &test_die.role, &test_die.end);
-    if (die)
-        (void)snprintf(test_die_variable, sizeof(test_die_variable), "APY_TEST_DIE=%s", die);
-    if (wait && sscanf(wait, "%d:%d:%d:%d", &test_wait.step, &test_wait.role, &test_wait.end,
-                       &fd) == 4) {
-        void *page = mmap(NULL, sizeof(*test_gate), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-        test_gate = page == MAP_FAILED ? NULL : page;
-    }
-    trace_set_role(ROLE_KEEPER);
-}
 #endif
 
 void trace_set_role(enum role role) {
@@ -137,45 +101,26 @@ static void trace_step(uint32_t step) {
     emit(&event, NULL);
 }
 
+static void at_step(uint32_t step, bool end) {
 #ifdef APY_TEST_STEPS
-static bool is_here(const struct test_place *place, uint32_t step, bool end) {
-    return (int)step == place->step && end == (place->end != 0) &&
-           (place->role < 0 || place->role == (int)trace_role);
-}
-
-static void test_here(uint32_t step, bool end) {
-    if (test_gate && is_here(&test_wait, step, end) && !test_gate->open) {
-        static const struct timespec moment = {.tv_nsec = 1000000};
-        int moments = TEST_PATIENCE_MS; /* a test that was killed opens nothing any more */
-        test_gate->role = (int)trace_role;
-        test_gate->reached = 1;
-        while (!test_gate->open && moments-- > 0)
-            (void)nanosleep(&moment, NULL);
-    }
-    if (!is_here(&test_die, step, end))
-        return;
-    report("STEPS:   ", "a process dies here"); /* a test must know that it was reached */
-    (void)kill(getpid(), SIGKILL);
-    __builtin_trap(); /* the first process of a pid namespace cannot kill itself */
-}
+    test_here(step, (int)trace_role, end);
 #else
-static void test_here(uint32_t step, bool end) {
     (void)step;
     (void)end;
-}
 #endif
+}
 
 void step_begin(enum step step) {
     trace_step(step);
-    test_here(step, false);
+    at_step(step, false);
 }
 
 void step_end(enum step step) {
-    test_here(step, true);
+    at_step(step, true);
 }
 
 void step_operation(uint32_t op, bool end) {
-    test_here(100 + op, end);
+    at_step(100 + op, end);
 }
 
 /* ---- the writer: forked, dropped, holds the user's file ---- */

@@ -160,9 +160,19 @@ def _installed() -> tuple[Installation, str]:
     return made, "" if done.returncode == 0 else done.stderr
 
 
-@functools.cache
 def starter_with_steps() -> tuple[Path, Path]:
-    """Build the starter that can be told where to die; returns it with and without the bit."""
+    """Return the starter that can be told where to die, without the bit and with it."""
+    built = _programs_with_steps()
+    return built / "starter-steps", built / "starter-steps-suid"
+
+
+def oci_with_steps() -> Path:
+    """Return apptainer-py-oci with all that it starts, which can be told where to die."""
+    return _programs_with_steps() / "apptainer-py-oci-steps"
+
+
+@functools.cache
+def _programs_with_steps() -> Path:
     made = installation()
     output = Path(tempfile.mkdtemp(prefix="apptainer-py-steps-", dir="/var/tmp"))
     try:
@@ -171,13 +181,15 @@ def starter_with_steps() -> tuple[Path, Path]:
         done = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=REPOSITORY)
         if done.returncode != 0:
             raise RuntimeError(f"the build failed: {done.stderr}")
-        plain, suid = made.libexec / "starter-steps", made.libexec / "starter-steps-suid"
-        for target, mode in ((plain, 0o755), (suid, 0o4711)):
-            shutil.copy(output / "starter-steps", target)
-            target.chmod(mode)
+        for name in ("starter-steps", "starter-init-steps", "apptainer-py-oci-steps"):
+            shutil.copy(output / name, made.libexec / name)
+            (made.libexec / name).chmod(0o755)
+        suid = made.libexec / "starter-steps-suid"
+        shutil.copy(output / "starter-steps", suid)
+        suid.chmod(0o4711)
     finally:
         shutil.rmtree(output)
-    return plain, suid
+    return made.libexec
 
 
 # ---- requests by hand: what the launcher would have made ----

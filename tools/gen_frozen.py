@@ -20,8 +20,15 @@ import marshal
 import runpy
 import struct
 import sys
+from collections.abc import Sequence
 from encodings import utf_8
 from pathlib import Path
+from types import CodeType
+
+# It runs isolated, and the other half of it lies beside it.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import code_image
 
 _LINE_BYTES = 32
 _PROTOCOL = "apptainer_py.model.protocol"
@@ -212,11 +219,13 @@ class Tree:
         tree = _Lean(self.numbers).visit(ast.parse(text))
         return ast.fix_missing_locations(_LateClasses(name, self.classes).visit(tree))
 
-    def code(self, name: str) -> object:
+    def code(self, name: str) -> CodeType:
         """Return the code object of a module."""
         flags = annotations.compiler_flag
         tree = self.parse(name)
-        return compile(tree, f"<frozen {name}>", "exec", flags, dont_inherit=True, optimize=2)
+        code = compile(tree, f"<frozen {name}>", "exec", flags, dont_inherit=True, optimize=2)
+        assert isinstance(code, CodeType)
+        return code
 
     def imports(self, name: str) -> list[str]:
         """Return the modules that this one imports when it is run, in order."""
@@ -259,6 +268,43 @@ def literal(data: bytes) -> str:
     return "\n".join(lines)
 
 
+def marshalled(stage: str, rows: tuple[tuple[str, bool, CodeType], ...]) -> tuple[str, str]:
+    """Return a bundle in C: its arrays, and its row in the table of bundles."""
+    data = marshal.dumps(rows)
+    fields = f".data = {stage}, .size = {len(data)}"
+    return f"static const char {stage}[] =\n{literal(data)};", fields
+
+
+def image(stage: str, rows: tuple[tuple[str, bool, CodeType], ...]) -> tuple[str, str]:
+    """Return the same, laid out as CPython has it in memory."""
+    made = code_image.Image()
+    names = set().union(*(code_image.names_of(code) for _, _, code in rows))
+    root = made.add(rows, names)
+    gaps = made.gaps()
+    lines = [
+        f"static const char {stage}_data[] =\n{literal(bytes(made.data))};",
+        f"static const uint16_t {stage}_gaps[] = {{{numbers(gaps)}}};",
+        f"static const uint32_t {stage}_names[] = {{{numbers(made.names)}}};",
+        f"static const struct image_set {stage}_sets[] = {{"
+        + numbers([f"{{{slot}, {items}}}" for slot, items in made.sets] or ["{0}"])
+        + "};",
+        f"static const struct image {stage} = {{.data = {stage}_data, .size = {len(made.data)}, "
+        f".root = {root}, .slot_count = {len(gaps)}, .name_count = {len(made.names)}, "
+        f".set_count = {len(made.sets)}, .gaps = {stage}_gaps, .names = {stage}_names, "
+        f".sets = {stage}_sets}};",
+    ]
+    return "\n".join(lines), f".image = &{stage}"
+
+
+def numbers(values: Sequence[object]) -> str:
+    """Return what an array holds, some a line."""
+    lines = [
+        ", ".join(map(str, values[start : start + _LINE_BYTES])) + ","
+        for start in range(0, len(values), _LINE_BYTES)
+    ]
+    return "\n".join(["", *lines, ""])
+
+
 def generate(tree: Tree) -> str:
     """Return the C text: one array a module and a bundle, and the tables of both."""
     parts = [
@@ -278,9 +324,9 @@ def generate(tree: Tree) -> str:
     for stage, wanted in _BUNDLES.items():
         names = tree.bundle(wanted, master if stage == "image" else [])
         rows = tuple((name, tree.sources[name][1], tree.code(name)) for name in names)
-        data = marshal.dumps(rows)
-        parts.append(f"static const char {stage}[] =\n{literal(data)};")
-        bundles.append(f"    [BUNDLE_{stage.upper()}] = {{.data = {stage}, .size = {len(data)}}},")
+        text, fields = image(stage, rows) if code_image.possible() else marshalled(stage, rows)
+        parts.append(text)
+        bundles.append(f"    [BUNDLE_{stage.upper()}] = {{{fields}}},")
     parts += ["const struct _frozen frozen_modules[] = {", *modules, "    {.name = NULL},", "};"]
     parts += ["const struct bundle bundles[] = {", *bundles, "};", ""]
     return "\n".join(parts)

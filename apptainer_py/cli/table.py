@@ -43,6 +43,9 @@ _INSTANCES: Final = ("instance start", "instance run")
 _ALL: Final = ACTIONS + _INSTANCES
 _SIF: Final = ("sif list", "sif header", "sif info", "sif dump")
 
+_OCI_MAKE: Final = ("oci create", "oci run")
+_OCI_ONE: Final = ("oci kill",)
+
 PREFIXES: Final = ("APPTAINER_", "SINGULARITY_")
 
 # Sorted by long name: environment variables are looked at in this order.
@@ -72,6 +75,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "start the container's own init (root only)"),
     ("build-config", "", BOOL, False, (), ROOT, REFUSED,
      "use the configuration that building containers needs"),
+    ("bundle", "b", STRING, "", ("BUNDLE",), _OCI_MAKE, SUPPORTED,
+     "directory of the bundle (required)"),
     ("cleanenv", "e", BOOL, False, ("CLEANENV",), _ALL, SUPPORTED,
      "do not pass the environment of the host"),
     ("compat", "", BOOL, False, ("COMPAT",), _ALL, SUPPORTED,
@@ -79,6 +84,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "--writable-tmpfs together"),
     ("config", "c", STRING, "", ("CONFIG_FILE",), ROOT, SUPPORTED,
      "use this configuration file (for root, or where no setuid starter is installed)"),
+    ("console-socket", "", STRING, "", (), _OCI_MAKE, SUPPORTED,
+     "socket that is given the terminal"),
     ("contain", "c", BOOL, False, ("CONTAIN",), _ALL, SUPPORTED,
      "a minimal /dev and empty directories in place of the host's, such as /tmp and $HOME"),
     ("containall", "C", BOOL, False, ("CONTAINALL",), _ALL, SUPPORTED,
@@ -99,6 +106,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "print all messages there are"),
     ("deffile", "d", BOOL, False, (), ("inspect",), SUPPORTED,
      "show the definition file the image was built from"),
+    ("detach", "d", BOOL, False, (), ("oci run",), SUPPORTED,
+     "return when the container runs; it is not deleted in the end"),
     ("disable-cache", "", BOOL, False, ("DISABLE_CACHE",), _ALL, FETCHING,
      "neither use nor fill the cache of fetched images"),
     ("dmtcp-launch", "", STRING, "", ("DMTCP_LAUNCH",), _INSTANCES, REFUSED,
@@ -121,6 +130,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "print the resulting configuration in place of writing it"),
     ("effective", "", BOOL, False, (), ("config show",), SUPPORTED,
      "show what applies, and where each value came from"),
+    ("empty-process", "", BOOL, False, ("EMPTY_PROCESS",), ("oci create",), SUPPORTED,
+     "run no program, for a container that others are executed in"),
     ("env", "", MAP, (), (), _ALL, SUPPORTED,
      "set variables in the container, NAME=VALUE, several separated by commas"),
     ("env-file", "", LIST, (), ("ENV_FILE",), _ALL, SUPPORTED,
@@ -129,6 +140,10 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "show the environment that the image sets"),
     ("fakeroot", "f", BOOL, False, ("FAKEROOT",), _ALL, REFUSED,
      "appear as root inside the container"),
+    ("force", "f", BOOL, False, (), ("oci delete",), SUPPORTED,
+     "kill the container first if it runs"),
+    ("force", "f", BOOL, False, ("FORCE",), _OCI_ONE, SUPPORTED,
+     "send SIGKILL"),
     ("fusemount", "", LIST, (), ("FUSESPEC",), _ALL, REFUSED,
      "mount a FUSE file system: type:command mountpoint"),
     ("get", "g", BOOL, False, (), ("config global",), SUPPORTED,
@@ -156,6 +171,10 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "show the labels of the image (shown if nothing else is asked for)"),
     ("list-apps", "", BOOL, False, (), ("inspect",), SUPPORTED,
      "list the SCIF applications of the image"),
+    ("log-format", "", STRING, "kubernetes", ("LOG_FORMAT",), _OCI_MAKE, SUPPORTED,
+     "format of the log: basic, kubernetes or json"),
+    ("log-path", "l", STRING, "", ("LOG_PATH",), _OCI_MAKE, SUPPORTED,
+     "file of the log"),
     ("memory", "", STRING, "", ("MEMORY",), _ALL, REFUSED,
      "memory limit in bytes"),
     ("memory-reservation", "", STRING, "", ("MEMORY_RESERVATION",), _ALL, REFUSED,
@@ -186,10 +205,14 @@ OPTIONS: Final[tuple[Option, ...]] = (
     ("no-mount", "", LIST, (), ("NO_MOUNT",), _ALL, SUPPORTED,
      "mounts of the configuration to leave out: proc, sys, dev, devpts, home, tmp, hostfs, cwd, "
      "bind-paths, or the target of a bind path"),
+    ("no-new-keyring", "", BOOL, False, (), _OCI_MAKE, SUPPORTED,
+     "keep the session keyring of the caller"),
     ("no-nv", "", BOOL, False, ("NV_OFF", "NO_NV"), _ALL, SUPPORTED,
      "no NVIDIA support, even if the configuration asks for it"),
     ("no-pid", "", BOOL, False, ("NO_PID",), _ALL, SUPPORTED,
      "no new PID namespace, even if another option implies one"),
+    ("no-pivot", "", BOOL, False, (), _OCI_MAKE, SUPPORTED,
+     "change the root without pivot_root"),
     ("no-privs", "", BOOL, False, ("NO_PRIVS",), _ALL, SUPPORTED,
      "let root drop all capabilities in the container"),
     ("no-rocm", "", BOOL, False, ("ROCM_OFF", "NO_ROCM"), _ALL, SUPPORTED,
@@ -216,8 +239,14 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "a new PID namespace"),
     ("pid-file", "", STRING, "", ("PID_FILE",), _INSTANCES, REFUSED,
      "write the process number of the instance to this file"),
+    ("pid-file", "", STRING, "", ("PID_FILE",), _OCI_MAKE, SUPPORTED,
+     "file for the number of the first process"),
+    ("pidfd-socket", "", STRING, "", (), _OCI_MAKE, SUPPORTED,
+     "socket that is given a pidfd of the first process"),
     ("pids-limit", "", INT, 0, ("PIDS_LIMIT",), _ALL, REFUSED,
      "how many processes the container may have, -1 for any number"),
+    ("preserve-fds", "", INT, 0, (), _OCI_MAKE, SUPPORTED,
+     "how many more open files the container is given"),
     ("pwd", "", STRING, "", ("PWD", "TARGET_PWD"), ACTIONS, SUPPORTED,
      "working directory inside the container"),
     ("quiet", "q", BOOL, False, ("QUIET",), ROOT, SUPPORTED,
@@ -240,12 +269,18 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "share namespaces with the other containers of the same parent process"),
     ("shell", "s", STRING, "", ("SHELL",), ("shell",), SUPPORTED,
      "shell to start"),
+    ("signal", "s", STRING, "SIGTERM", ("SIGNAL",), _OCI_ONE, SUPPORTED,
+     "signal to send"),
     ("silent", "s", BOOL, False, ("SILENT",), ROOT, SUPPORTED,
      "print errors only"),
     ("startscript", "s", BOOL, False, (), ("inspect",), SUPPORTED,
      "show what an instance starts"),
+    ("sync-socket", "s", STRING, "", ("SYNC_SOCKET",), (*_OCI_MAKE, "oci state"), SUPPORTED,
+     "socket that is told the state, at each change"),
     ("test", "t", BOOL, False, (), ("inspect",), SUPPORTED,
      "show what `test` starts"),
+    ("timeout", "t", INT, 0, (), _OCI_ONE, SUPPORTED,
+     "seconds after which SIGKILL follows"),
     ("tmpdir", "", STRING, "", ("TMPDIR",), _ALL, FETCHING,
      "directory for temporary files while an image is fetched"),
     ("trace", "", STRING, "", (), ROOT, SUPPORTED,
@@ -322,7 +357,25 @@ COMMANDS: Final[tuple[Command, ...]] = (
     ("instance", "<command>", 0, -1, REFUSED, "Manage containers that run as services"),
     ("key", "", 0, -1, REFUSED, "Manage OpenPGP keys"),
     ("keyserver", "", 0, -1, REFUSED, "Manage key servers"),
-    ("oci", "", 0, -1, REFUSED, "Manage OCI containers"),
+    ("oci", "<command>", 0, -1, SUPPORTED, "Manage OCI containers"),
+    ("oci attach", "<container_ID>", 1, 1, SUPPORTED,
+     "Attach console to a running container process"),
+    ("oci create", "-b <bundle_path> [create options...] <container_ID>", 1, 1, SUPPORTED,
+     "Create a container from a bundle directory"),
+    ("oci delete", "<container_ID>", 1, 1, SUPPORTED, "Delete container"),
+    ("oci exec", "<container_ID> <command> <args>", 1, -1, SUPPORTED,
+     "Execute a command within container"),
+    ("oci kill", "[kill options...] <container_ID>", 1, 2, SUPPORTED, "Kill a container"),
+    ("oci pause", "<container_ID>", 1, 1, SUPPORTED,
+     "Suspends all processes inside the container"),
+    ("oci resume", "<container_ID>", 1, 1, SUPPORTED,
+     "Resumes all processes previously paused inside the container"),
+    ("oci run", "-b <bundle_path> [run options...] <container_ID>", 1, 1, SUPPORTED,
+     "Create/start/attach/delete a container from a bundle directory"),
+    ("oci start", "<container_ID>", 1, 1, SUPPORTED, "Start container process"),
+    ("oci state", "<container_ID>", 1, 1, SUPPORTED, "Query state of a container"),
+    ("oci update", "[update options...] <container_ID>", 1, 1, SUPPORTED,
+     "Update container cgroups resources"),
     ("overlay", "", 0, -1, REFUSED, "Manage writable overlay images"),
     ("plugin", "", 0, -1, REFUSED, "Manage plug-ins"),
     ("pull", "[pull options...] [output file] <URI>", 1, 2, REFUSED, "Fetch an image"),
@@ -353,9 +406,12 @@ COMMANDS: Final[tuple[Command, ...]] = (
 
 HIDDEN_COMMANDS: Final = ("buildcfg", "confgen")
 # Elsewhere the first argument ends the options.
-INTERSPERSED: Final = (*_SIF, "sif", "completion", "help")
+INTERSPERSED: Final = (
+    *_SIF, "sif", "completion", "help", "oci attach", "oci create", "oci delete", "oci kill",
+    "oci pause", "oci resume", "oci run", "oci start", "oci state", "oci update",
+)  # fmt: skip
 # Groups that explain themselves when the command after them is missing or unknown.
-GROUPS: Final = ("sif", "config", "completion")
+GROUPS: Final = ("sif", "config", "completion", "oci")
 
 # `name:` without slashes is a transport only if it is one of these (uri.Split of Apptainer).
 TRANSPORTS: Final = (

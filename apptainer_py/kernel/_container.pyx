@@ -157,8 +157,9 @@ cdef extern from *:
     }
 
     /* SAFE: a socket's path may be longer than sun_path; it is then reached below its directory. */
-    static int apy_connect(const char *path) {
+    static int apy_connect(const char *path, int timeout_ms) {
         struct sockaddr_un a;
+        const struct timeval wait = {timeout_ms / 1000, timeout_ms % 1000 * 1000};
         memset(&a, 0, sizeof(a));
         a.sun_family = AF_UNIX;
         int directory = -1;
@@ -185,6 +186,8 @@ cdef extern from *:
             }
         }
         int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        if (fd >= 0 && timeout_ms > 0)
+            (void)setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &wait, sizeof(wait));
         int result = fd < 0 ? -1 : connect(fd, (struct sockaddr *)&a, sizeof(a));
         int failed = errno;
         if (directory >= 0)
@@ -193,6 +196,26 @@ cdef extern from *:
             close(fd);
         errno = failed;
         return result < 0 ? -1 : fd;
+    }
+
+    static int apy_listen(const char *path, int backlog) {
+        struct sockaddr_un a;
+        memset(&a, 0, sizeof(a));
+        a.sun_family = AF_UNIX;
+        if (strlen(path) >= sizeof(a.sun_path)) {
+            errno = ENAMETOOLONG;
+            return -1;
+        }
+        strcpy(a.sun_path, path);
+        int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+        if (fd >= 0 &&
+            (bind(fd, (struct sockaddr *)&a, sizeof(a)) < 0 || listen(fd, backlog) < 0)) {
+            int failed = errno;
+            close(fd);
+            errno = failed;
+            return -1;
+        }
+        return fd;
     }
 
     /* A socket of another network namespace.  The calling process, which has one thread, is in that
@@ -341,6 +364,8 @@ cdef extern from *:
     int sys_mount "mount"(const char *source, const char *target, const char *kind,
                           unsigned long flags, const void *data)
     int sys_umount "umount2"(const char *target, int flags)
+    int sys_unshare "unshare"(int kinds)
+    int sys_setns "setns"(int fd, int kinds)
     int apy_prlimit(int pid, int which, uint64_t soft, uint64_t hard)
     int apy_pidfd_open(int pid)
     int apy_pidfd_signal(int fd, int number)
@@ -359,7 +384,8 @@ cdef extern from *:
     int apy_bpf_by_id(uint32_t id)
     int apy_userns_holder()
     void apy_end_child(int pid)
-    int apy_connect(const char *path)
+    int apy_connect(const char *path, int timeout_ms)
+    int apy_listen(const char *path, int backlog)
     int apy_socket_in(int space, int family, int type, int protocol)
     int apy_tree_in(int space, const char *path, unsigned flags)
     ssize_t apy_send_fd(int fd, const void *data, size_t size, int passed)
@@ -505,6 +531,18 @@ def umount2(bytes target not None, int flags):
         raise _failed(target)
 
 
+def unshare(int kinds):
+    """Give this process namespaces of its own, as unshare(2) does."""
+    if sys_unshare(kinds) < 0:
+        raise _failed()
+
+
+def setns(int fd, int kinds):
+    """Enter namespaces as setns(2) does; of a mount namespace, its root directory."""
+    if sys_setns(fd, kinds) < 0:
+        raise _failed()
+
+
 def open_tree(int directory, bytes path not None, unsigned flags):
     """Return a descriptor of a mount, or with OPEN_TREE_CLONE of a copy; close-on-exec."""
     cdef int fd = apy_open_tree(directory, _text(path, "the path"), flags)
@@ -541,9 +579,20 @@ def mount_setattr(int fd, bytes path not None, unsigned flags, uint64_t attr_set
         raise _failed(path)
 
 
-def connect_unix(bytes path not None):
-    """Return a stream socket that is connected to the one at a path of any length."""
-    cdef int fd = apy_connect(_text(path, "the path"))
+def connect_unix(bytes path not None, int timeout_ms=0):
+    """Return a stream socket that is connected to the one at a path of any length.
+
+    With a timeout neither this nor what is sent waits any longer for the other side.
+    """
+    cdef int fd = apy_connect(_text(path, "the path"), timeout_ms)
+    if fd < 0:
+        raise _failed(path)
+    return fd
+
+
+def listen_unix(bytes path not None, int backlog):
+    """Return a new stream socket that listens at a path, and never waits."""
+    cdef int fd = apy_listen(_text(path, "the path"), backlog)
     if fd < 0:
         raise _failed(path)
     return fd

@@ -70,10 +70,12 @@ cdef extern from "protocol.h":
         int32_t helper_fds[2]
         int32_t init_fd
         int32_t init_pid
+        int32_t ready_fd
         int32_t trace_fd
         uint64_t permitted
         void (*enter_hook)(uint32_t hook)
         void (*leave_hook)(uint32_t hook, int failed)
+        void (*at_step)(uint32_t step, int end)
         int (*wait_for_go)() nogil
         int (*exec_payload)(const char *path, char **argv, char **envp)
 
@@ -149,6 +151,7 @@ def stage():
         "start_fd": info.start_fd, "methods_fd": info.methods_fd, "trigger_fd": info.trigger_fd,
         "helper_fds": (info.helper_fds[0], info.helper_fds[1]), "permitted": info.permitted,
         "init_fd": info.init_fd, "init_pid": info.init_pid,
+        "ready_fd": info.ready_fd,
     }
 
 
@@ -165,6 +168,15 @@ def run_hook(unsigned int hook, function, *arguments):
         info.leave_hook(hook, 1)
         raise
     info.leave_hook(hook, 0)
+    return result
+
+
+def run_step(unsigned int step, function, *arguments):
+    """Call what does a numbered step of the launch (STEP_* of the protocol)."""
+    cdef const stage_info *info = _info()
+    info.at_step(step, 0)
+    result = function(*arguments)
+    info.at_step(step, 1)
     return result
 
 

@@ -50,7 +50,7 @@ class ProcessSpec(Record):
     Capability sets are bit masks in the order effective, permitted, inheritable, bounding, ambient;
     None keeps what the process has. `scheduler` is (policy, nice, priority, flags, runtime_ns,
     deadline_ns, period_ns); `io_priority` and `memory_policy` (mode with flags, nodes as a bit
-    mask) are as the system calls take them.
+    mask) are as the system calls take them. An `empty` one runs no program: it stays, and reaps.
     """
 
     arguments: tuple[bytes, ...]
@@ -71,6 +71,7 @@ class ProcessSpec(Record):
     preserve_fds: int = 0
     in_user_namespace: bool = False
     tenant: bool = False
+    empty: bool = False
 
 
 class CgroupWish(Record):

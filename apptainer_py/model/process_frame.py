@@ -30,6 +30,7 @@ _SET_MEMORY_POLICY = 128
 _TENANT = 256
 _USERNS = 512
 _LISTENER = 1024
+_EMPTY = 2048
 # What EINVAL means there.
 _UNMAPPED = {
     GOSTEP_UID: "unable to setup user: cannot setuid to unmapped uid {uid} in user namespace",
@@ -103,6 +104,7 @@ def _flags(spec: ProcessSpec, program_flags: int) -> int:
         | (_SET_MEMORY_POLICY if spec.memory_policy is not None else 0)
         | (_TENANT if spec.tenant else 0)
         | (_USERNS if spec.in_user_namespace else 0)
+        | (_EMPTY if spec.empty else 0)
         | (_LISTENER if program_flags & LISTENER_FLAG else 0)
     )
 

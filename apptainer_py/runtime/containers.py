@@ -41,6 +41,12 @@ class NoContainer(ContainerError):
     message = "container does not exist"
 
 
+class ForeignState(ContainerError):
+    """The directory is another user's, who may have written anything into it."""
+
+    message = "the state of container {name} belongs to another user"
+
+
 def check_id(name: str) -> str:
     """Return a container's name if it may be one.
 
@@ -96,18 +102,19 @@ class StateDir:
         root = os.path.abspath(root)
         path = f"{root}/{name}"
         try:
-            os.makedirs(root, 0o700, exist_ok=True)
+            _make_private(root)
             if sticky:
                 # So that nobody who tidies XDG_RUNTIME_DIR takes it for an old file.
-                os.chmod(root, 0o1700)
+                _make_sticky(root)
             os.mkdir(path, 0o711)
-            os.chmod(path, 0o711)
         except FileExistsError:
             raise ContainerError(text="container with given ID already exists") from None
         except OSError as error:
             reason = (error.strerror or "").lower()
             raise ContainerError(text=f"mkdir {error.filename}: {reason}") from None
-        state = cls(root, name, os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        # Where others may rename what lies in the root, only the descriptor tells what it is.
+        state = cls.open(root, name)
+        os.chmod(state.fd, 0o711)
         state.lock()
         return state
 
@@ -117,18 +124,23 @@ class StateDir:
 
         Raises:
             NoContainer: there is none.
+            ForeignState: it is not the caller's own.
         """
         check_id(name)
         root = os.path.abspath(root)
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
-            return cls(root, name, os.open(f"{root}/{name}", flags))
+            fd = os.open(f"{root}/{name}", flags)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
                 raise NoContainer from None
             raise ContainerError(
                 text=f"{error.filename}: {(error.strerror or '').lower()}"
             ) from None
+        if not _is_own(fd):
+            os.close(fd)
+            raise ForeignState(name=name)
+        return cls(root, name, fd)
 
     def lock(self, *, wait: bool = True) -> bool:
         """Keep others from changing the container until this process ends; False if one does.
@@ -199,12 +211,23 @@ class StateDir:
 
     def make_fifo(self, uid: int, gid: int) -> int:
         """Make what the container waits at for `start`; returns a descriptor that only names it."""
-        path = f"{self.path}/{FIFO}"
-        os.mkfifo(path, 0o622)
-        os.chmod(path, 0o622)
-        if (uid, gid) != (os.geteuid(), os.getegid()):
-            os.chown(path, uid, gid)
-        return os.open(path, os.O_PATH | os.O_CLOEXEC)  # type: ignore[attr-defined,unused-ignore]
+        flags = os.O_PATH | os.O_CLOEXEC  # type: ignore[attr-defined,unused-ignore]
+        try:
+            os.mkfifo(FIFO, 0o622, dir_fd=self.fd)
+            os.chmod(FIFO, 0o622, dir_fd=self.fd)
+            if (uid, gid) != (os.geteuid(), os.getegid()):
+                self._give_fifo(uid, gid)
+            return os.open(FIFO, flags, dir_fd=self.fd)
+        except OSError as error:
+            reason = (error.strerror or "").lower()
+            raise ContainerError(text=f"mkfifo {self.path}/{FIFO}: {reason}") from None
+
+    def _give_fifo(self, uid: int, gid: int) -> None:
+        try:
+            os.chown(FIFO, uid, gid, dir_fd=self.fd)
+        except PermissionError:
+            # An ordinary user cannot, and need not: whoever has the descriptor may write to it.
+            return
 
     def status(self, record: RecordData) -> str:
         """Return what the container is: creating, created, running, paused or stopped."""
@@ -221,23 +244,57 @@ class StateDir:
         """Remove the directory; the record last, for as long as it is there all can be found."""
         for file in os.listdir(self.fd):
             if file != RECORD:
-                _remove_entry(f"{self.path}/{file}")
-        _remove_entry(f"{self.path}/{RECORD}")
+                _remove_entry(self.fd, file)
+        _remove_entry(self.fd, RECORD)
         try:
             os.rmdir(self.path)
         except FileNotFoundError:
             pass
 
 
-def _remove_entry(path: str) -> None:
+def _make_private(path: str) -> None:
+    """Make a directory and those above it, whatever the umask is, for their owner alone."""
     try:
-        os.unlink(path)
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        pass
+    except FileNotFoundError:
+        _make_private(os.path.dirname(path))
+        os.mkdir(path, 0o700)
+
+
+def _make_sticky(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if _is_own(fd):
+            os.chmod(fd, 0o1700)
+    finally:
+        os.close(fd)
+
+
+def _is_own(fd: int) -> bool:
+    """Return whether only the caller can have written what a directory holds.
+
+    A record names processes to be killed, directories to be removed and hooks to be run.
+    """
+    facts = os.fstat(fd)
+    return facts.st_uid == os.geteuid() and not facts.st_mode & 0o022
+
+
+def _remove_entry(directory: int, name: str) -> None:
+    try:
+        os.unlink(name, dir_fd=directory)
     except FileNotFoundError:
         pass
     except (IsADirectoryError, PermissionError):
-        for name in os.listdir(path):
-            _remove_entry(f"{path}/{name}")
-        os.rmdir(path)
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
+        fd = os.open(name, flags, dir_fd=directory)
+        try:
+            for inner in os.listdir(fd):
+                _remove_entry(fd, inner)
+        finally:
+            os.close(fd)
+        os.rmdir(name, dir_fd=directory)
 
 
 def _is_frozen(record: RecordData) -> bool:

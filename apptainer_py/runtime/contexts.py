@@ -85,6 +85,7 @@ class PrepareContext:
         "facts",
         "helpers_wanted",
         "message",
+        "ready_fd",
     )
 
     def __init__(  # noqa: PLR0913 one thing each
@@ -107,6 +108,8 @@ class PrepareContext:
         self.call = call
         self.helpers_wanted = False
         self.message = b""
+        # Of a launcher that waits for the word that all stands, or -1.
+        self.ready_fd = info["ready_fd"]
 
     def plan(self, plan: ContainerPlan) -> None:
         """Set the container that the starter will be asked for."""

@@ -379,6 +379,11 @@ class Caller:
             self._end_first()
             self._clean_up()
             return report(error)
+        except Exception:
+            # A mistake of ours leaves nothing behind either.
+            self._end_first()
+            self._clean_up()
+            raise
 
     def _prepare(self, call: OciCall) -> PrepareContext:
         _init(self.operations, self.facts, protocol.STAGE_MASTER)

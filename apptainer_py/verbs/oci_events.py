@@ -7,9 +7,8 @@ import sys
 import time
 
 from apptainer_py.base.errors import ApptainerError
-from apptainer_py.host.cgroups import open_manager
+from apptainer_py.engines.oci.groups import groups_of
 from apptainer_py.model.json_out import dumps
-from apptainer_py.model.oci_plan import CgroupWish
 from apptainer_py.runtime.containers import ContainerError, StateDir
 
 TYPE_CHECKING = False
@@ -64,8 +63,7 @@ def events(call: OciCall, environment: Mapping[str, str]) -> str:
     record = state.read_record()
     if state.status(record) == "stopped":
         raise ContainerError(text=f"container with id {name} is not running")
-    wish = CgroupWish(path="", resources={})
-    groups = open_manager("cgroupfs" if record.cgroups else "disabled", wish, record.cgroups)
+    groups = groups_of(record, environment)
     if call.flag("stats"):
         return _line("stats", name, _stats(groups))
     _watch(state, groups, name, seconds)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import select
 
-from apptainer_py.base import log
-from apptainer_py.engines.oci.cleanup import destroy
-from apptainer_py.host.cgroups import open_manager
-from apptainer_py.kernel import _container, _starter
-from apptainer_py.model.oci_plan import CgroupWish
+from apptainer_py.engines.oci import cleanup
+from apptainer_py.engines.oci.groups import groups_of
+from apptainer_py.engines.oci.hooks import run_frame
+from apptainer_py.engines.oci.monitored import end_monitor, settle, settle_start
+from apptainer_py.kernel import _container
+from apptainer_py.model.record_frame import FLAG_PIDNS
 from apptainer_py.runtime.containers import (
     FIFO,
     PHASE_CREATING,
@@ -29,21 +30,7 @@ if TYPE_CHECKING:
     from apptainer_py.model.record_frame import RecordData
 
 _SIGKILL, _SIGTERM = 9, 15
-
-
-def groups_of(record: RecordData) -> Manager:
-    """Return the control groups of a container."""
-    wish = CgroupWish(path="", resources={})
-    kind = "cgroupfs" if record.cgroups else "disabled"
-    return open_manager(kind, wish, record.cgroups)
-
-
-def _hooks(frame: bytes, kind: str, pid: int, environment: Mapping[str, str]) -> str:
-    if not frame:
-        return ""
-    own = [os.fsencode(f"{name}={value}") for name, value in environment.items()]
-    number, reason = _starter.hook_run(frame, pid, own)
-    return f"error running {kind} hook #{number - 1}: {reason}" if number else ""
+_END_MS = 10_000
 
 
 def start(call: OciCall, environment: Mapping[str, str]) -> str:
@@ -56,6 +43,9 @@ def start(call: OciCall, environment: Mapping[str, str]) -> str:
     state.lock()
     record = state.read_record()
     status = state.status(record)
+    if call.apptainer and status != "created":
+        text = f"cannot start '{state.name}', the state of the container must be created"
+        raise ContainerError(text=text)
     if status == "stopped":
         raise ContainerError(text="cannot start a container that has stopped")
     if status == "running":
@@ -64,7 +54,8 @@ def start(call: OciCall, environment: Mapping[str, str]) -> str:
         raise ContainerError(text=f"cannot start a container in the {status} state")
     _release(state, record)
     state.unlock()
-    failed = _hooks(record.poststart, "poststart", record.init_pid, environment)
+    settle_start(state, record)
+    failed = run_frame(record.poststart, "poststart", record.init_pid, environment)
     if failed:
         os.kill(record.init_pid, _SIGKILL)
         raise ContainerError(text=failed)
@@ -72,8 +63,8 @@ def start(call: OciCall, environment: Mapping[str, str]) -> str:
 
 
 def _release(state: StateDir, record: RecordData) -> None:
-    path = f"{state.path}/{FIFO}"
-    fifo = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
+    fifo = os.open(FIFO, flags, dir_fd=state.fd)
     first = _container.pidfd_open(record.init_pid)
     poll = select.poll()
     poll.register(fifo, select.POLLIN)
@@ -84,7 +75,7 @@ def _release(state: StateDir, record: RecordData) -> None:
     os.close(first)
     if not said:
         raise ContainerError(text="container process is already dead")
-    os.unlink(path)
+    os.unlink(FIFO, dir_fd=state.fd)
 
 
 def signal_number(word: str) -> int:
@@ -113,9 +104,12 @@ def kill(call: OciCall, environment: Mapping[str, str]) -> str:
     """
     state = StateDir.open(call.root, call.arguments[0])
     record = state.read_record()
-    word = call.text("signal") or (call.arguments[1] if len(call.arguments) > 1 else "")
+    if call.apptainer and state.status(record) not in ("created", "running"):
+        text = f"cannot kill '{state.name}', the state of the container must be created or running"
+        raise ContainerError(text=text)
+    word = call.arguments[1] if len(call.arguments) > 1 else call.text("signal")
     number = _SIGKILL if call.flag("force") else signal_number(word or "SIGTERM")
-    groups = groups_of(record)
+    groups = groups_of(record, environment)
     if call.flag("all"):
         groups.kill(number)
         return ""
@@ -126,12 +120,24 @@ def kill(call: OciCall, environment: Mapping[str, str]) -> str:
         _container.pidfd_signal(first, number)
     except OSError:
         raise ContainerError(text="container not running") from None
-    timeout = call.text("timeout")
-    if timeout and not _container.wait_pidfd(first, int(float(timeout) * 1000)):
-        _container.pidfd_signal(first, _SIGKILL)
-    if number == _SIGKILL and groups.frozen():
-        groups.freeze(on=False)
+    if number == _SIGKILL:
+        _let_die(record, groups)
+    timeout = call.number("timeout")
+    if timeout > 0:
+        if not _container.wait_pidfd(first, timeout * 1000):
+            _container.pidfd_signal(first, _SIGKILL)
+            _let_die(record, groups)
+            _container.wait_pidfd(first, _END_MS)
+        settle(state)
     return ""
+
+
+def _let_die(record: RecordData, groups: Manager) -> None:
+    """Have a SIGKILL mean the whole container, and reach what is frozen."""
+    if not record.flags & FLAG_PIDNS:
+        groups.kill(_SIGKILL)
+    if groups.frozen():
+        groups.freeze(on=False)
 
 
 def delete(call: OciCall, environment: Mapping[str, str]) -> str:
@@ -166,11 +172,12 @@ def _delete(call: OciCall, name: str, environment: Mapping[str, str]) -> None:
     status = state.status(record)
     if status not in ("stopped", "created") and not force:
         text = f"cannot delete container {name} that is not stopped: {status}"
+        if call.apptainer:
+            text = f"cannot delete '{name}', the state of the container must be created or stopped"
         raise ContainerError(text=text)
-    destroy(state, groups_of(record), record.init_pid, record.init_start, None)
-    failed = _hooks(record.poststop, "poststop", 0, environment)
-    if failed:
-        log.warning(failed)
+    cleanup.end_process(record.init_pid, record.init_start)
+    end_monitor(record)
+    cleanup.delete(state, record, environment)
 
 
 def _end_creator(state: StateDir, name: str, *, force: bool) -> None:
@@ -195,7 +202,7 @@ def pause(call: OciCall, environment: Mapping[str, str]) -> str:
     record = state.read_record()
     if state.status(record) not in ("running", "created"):
         raise ContainerError(text="container not running")
-    groups_of(record).freeze(on=True)
+    groups_of(record, environment).freeze(on=True)
     return ""
 
 
@@ -209,5 +216,5 @@ def resume(call: OciCall, environment: Mapping[str, str]) -> str:
     record = state.read_record()
     if state.status(record) != "paused":
         raise ContainerError(text="container not paused")
-    groups_of(record).freeze(on=False)
+    groups_of(record, environment).freeze(on=False)
     return ""

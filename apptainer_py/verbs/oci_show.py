@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 
 from apptainer_py.base.errors import ApptainerError
-from apptainer_py.host.cgroups import open_manager
+from apptainer_py.engines.oci.groups import groups_of
+from apptainer_py.engines.oci.monitored import monitor_facts, settle
+from apptainer_py.kernel import _container
 from apptainer_py.model.json_out import dumps
 from apptainer_py.model.json_text import loads
-from apptainer_py.model.oci_plan import CgroupWish
-from apptainer_py.model.record_frame import BadRecord
+from apptainer_py.model.record_frame import FLAG_MONITOR, BadRecord
 from apptainer_py.runtime.containers import ContainerError, NoContainer, StateDir
 
 TYPE_CHECKING = False
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from apptainer_py.model.record_frame import RecordData
 
 _PAD, _LEAST = 3, 12
+_SOCKET_MS = 5000
 _COLUMNS = ("ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER")
 
 
@@ -35,7 +37,37 @@ def state_bytes(state: StateDir, record: RecordData) -> bytes:
 def state(call: OciCall, environment: Mapping[str, str]) -> str:
     """Return the state of a container."""
     found = StateDir.open(call.root, call.arguments[0])
+    if call.apptainer:
+        return _state_of_apptainer(call, found)
     return state_bytes(found, found.read_record()).decode("utf-8", "surrogateescape")
+
+
+def _state_of_apptainer(call: OciCall, found: StateDir) -> str:
+    """Return the state as Apptainer shows it, or give it to a socket."""
+    record = found.read_record()
+    if found.status(record) == "stopped" and record.flags & FLAG_MONITOR:
+        settle(found)
+    known = loads(state_bytes(found, record))
+    shown = {name: known[name] for name in ("ociVersion", "id", "status")}
+    if known["pid"]:
+        shown["pid"] = known["pid"]
+    shown["bundle"] = known["bundle"]
+    if known.get("annotations"):
+        shown["annotations"] = known["annotations"]
+    shown |= monitor_facts(found) or {"createdAt": record.created_ns}
+    socket = call.text("sync-socket")
+    if not socket:
+        return dumps(shown, "\t") + "\n"
+    try:
+        fd = _container.connect_unix(os.fsencode(socket), _SOCKET_MS)
+        try:
+            _container.send_fd(fd, dumps(shown).encode("utf-8", "surrogateescape"))
+        finally:
+            os.close(fd)
+    except OSError as error:
+        text = f"dial unix {socket}: connect: {(error.strerror or '').lower()}"
+        raise ContainerError(text=text) from None
+    return ""
 
 
 def _owner(directory: str) -> str:
@@ -96,12 +128,11 @@ def listing(call: OciCall, environment: Mapping[str, str]) -> str:
     return table([_COLUMNS, *rows])
 
 
-def pids_of(record: RecordData) -> list[int]:
+def pids_of(record: RecordData, environment: Mapping[str, str]) -> list[int]:
     """Return the processes of a container: those of its groups, or the first one alone."""
     if not record.cgroups:
         return [record.init_pid]
-    wish = CgroupWish(path="", resources={})
-    return sorted(set(open_manager("cgroupfs", wish, record.cgroups).pids()))
+    return sorted(set(groups_of(record, environment).pids()))
 
 
 def ps(call: OciCall, environment: Mapping[str, str]) -> str:
@@ -116,7 +147,7 @@ def ps(call: OciCall, environment: Mapping[str, str]) -> str:
     if found.status(record) in ("stopped", "creating"):
         pids: list[int] = []
     else:
-        pids = pids_of(record)
+        pids = pids_of(record, environment)
     if form == "json":
         return (dumps(pids) if pids else "null") + "\n"
     if form != "table":

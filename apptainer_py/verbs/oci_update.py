@@ -6,10 +6,9 @@ import os
 import sys
 
 from apptainer_py.base.files import read_at_most
-from apptainer_py.host.cgroups import open_manager
+from apptainer_py.engines.oci.groups import groups_of
 from apptainer_py.model.json_out import dumps
 from apptainer_py.model.json_text import loads
-from apptainer_py.model.oci_plan import CgroupWish
 from apptainer_py.runtime.containers import STATE, ContainerError, StateDir
 
 TYPE_CHECKING = False
@@ -104,6 +103,8 @@ def update(call: OciCall, environment: Mapping[str, str]) -> str:
         if call.text(flag):
             raise ContainerError(text="Intel RDT: not supported by update yet")
     path = call.text("resources") or call.text("from-file")
+    if call.apptainer and not path and not call.options:
+        raise ContainerError(text="you must specify --from-file")
     resources = _of_file(path) if path else _of_flags(call)
     if not isinstance(resources, dict):
         raise ContainerError(text="the resources are no JSON object")
@@ -117,8 +118,8 @@ def update(call: OciCall, environment: Mapping[str, str]) -> str:
         raise ContainerError(text="the container has no control groups")
     # What a file does not name, or names as 0, is meant to stay.
     wanted = {name: value for name, value in resources.items() if name != "devices" and value}
-    wish = CgroupWish(path=groups.get("path", ""), resources=wanted)
-    open_manager("cgroupfs", wish, record.cgroups).apply(wanted, devices=False)
+    manager = groups_of(record, environment, groups.get("path", ""), wanted)
+    manager.apply(wanted, devices=False)
     merged = dict(groups.get("Resources") or {})
     for name, value in wanted.items():
         before = merged.get(name)

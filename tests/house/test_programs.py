@@ -10,7 +10,7 @@ import pytest
 PROGRAMS = ["starter", "starter-steps", "apptainer-py"]
 LIBC_ONLY = [*PROGRAMS, "unpack.so"]
 # What enters a container, or is called three times for each: no loader and no library.
-STATIC = ["starter-init", "apptainer-py-oci"]
+STATIC = ["starter-init", "starter-monitor", "apptainer-py-oci"]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 STARTER = Path(__file__).resolve().parent.parent.parent / "starter"
-SHARED = ("process.c", "wire.c", "report.c", "hook.c")
+SHARED = ("process.c", "wire.c", "report.c", "hook.c", "steps.c")
 FLAGS = ("-D_GNU_SOURCE=", "-std=gnu11", "-g", "-O1", "-fno-sanitize-recover=all")
 SANITIZERS = ("-fsanitize=address,undefined",)
 WCLONE = 0x80000000

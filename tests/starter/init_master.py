@@ -32,7 +32,7 @@ NEWCGROUP, NEWTIME = 0x02000000, 0x80
 EVERY_CAP = 0x1FFFFFFFFFF
 READ_ONLY, NO_SUID, NO_DEV, NO_EXEC = 1, 2, 4, 8
 FLAGS = "-std=gnu11 -O1 -D_GNU_SOURCE= -fPIE -static-pie".split()
-SHARED = ("wire.c", "report.c", "process.c", "hook.c")
+SHARED = ("wire.c", "report.c", "process.c", "hook.c", "steps.c")
 # Puts the descriptors given by number at 3, 4 ..., as a caller of --preserve-fds has them.
 KEEP = """
 import fcntl, os, sys

@@ -8,7 +8,7 @@ import sys
 from apptainer_py.base.errors import ApptainerError, UsageError
 from apptainer_py.cli.oci import help as texts
 from apptainer_py.cli.oci import report
-from apptainer_py.cli.oci.parse import parse_typed
+from apptainer_py.cli.oci.parse import is_apptainer, parse_typed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     from apptainer_py.model.oci_call import OciCall
 
-    Verb = Callable[[OciCall, Mapping[str, str]], str]
+    # What is printed, or the exit status where there may be another than 0.
+    Verb = Callable[[OciCall, Mapping[str, str]], str | int]
 
 
 def main(words: Sequence[str], environment: Mapping[str, str]) -> int:
@@ -25,17 +26,21 @@ def main(words: Sequence[str], environment: Mapping[str, str]) -> int:
     try:
         call = parse_typed(words, environment, uid=os.geteuid())
         report.begin(call)
-        sys.stdout.write(_verb(call)(call, environment))
+        said = _verb(call)(call, environment)
+        if isinstance(said, int):
+            return said
+        sys.stdout.write(said)
         sys.stdout.flush()
     except UsageError as error:
         return texts.show(error)
     except ApptainerError as error:
         sys.stdout.flush()
-        return report.show(error, call)
+        return report.show(error, call, apptainer=is_apptainer(words))
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         text = f"{place}{(error.strerror or str(error)).lower()}"
-        return report.show(ApptainerError(text=text), call)
+        wrong = ApptainerError(text=text)
+        return report.show(wrong, call, apptainer=is_apptainer(words))
     return 0
 
 
@@ -73,7 +78,7 @@ def _verb(call: OciCall) -> Verb:
 
         return spec
     if name in ("checkpoint", "restore"):
-        from apptainer_py.verbs.oci_checkpoint import refuse
+        from apptainer_py.verbs import oci_checkpoint
 
-        return refuse
+        return oci_checkpoint.checkpoint if name == "checkpoint" else oci_checkpoint.restore
     raise ApptainerError(text=f"the command {name} is not supported yet")

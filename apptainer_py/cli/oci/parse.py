@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 STATE_ROOT = "apptainer-py-oci"
 _TRUE = ("1", "t", "T", "true", "TRUE", "True")
 _FALSE = ("0", "f", "F", "false", "FALSE", "False")
-# What would need a process of ours beside the container.
-_NOT_YET = ("sync-socket", "log-path", "empty-process")
 
 
 class OciUsage(UsageError):
@@ -30,10 +28,11 @@ class OciUsage(UsageError):
 class HelpWanted(UsageError):
     """Not a mistake: the help of `command` ("" for the program), or the version, is asked for."""
 
-    def __init__(self, command: str, *, version: bool = False) -> None:
+    def __init__(self, command: str, *, version: bool = False, apptainer: bool = False) -> None:
         super().__init__(text="")
         self.command = command
         self.version = version
+        self.apptainer = apptainer
 
 
 def _is_flag(word: str) -> bool:
@@ -162,28 +161,19 @@ def parse(
     try:
         settings, rest = _scan(words[1:], flags_of(GLOBAL))
     except _Wrong as why:
+        if apptainer:
+            raise _apptainer_wrong("", why) from None
         raise OciUsage(f"{why}", shown=f"Incorrect Usage. {why}\n\n") from None
     if settings.get("version") or settings.get("help") or not rest:
-        raise HelpWanted("", version=bool(settings.get("version") and not settings.get("help")))
-    command = rest[0]
-    row = (APPTAINER.get(command) if apptainer else None) or COMMANDS.get(command)
-    if row is None:
-        if command in ("help", "h"):
-            raise HelpWanted(rest[1] if len(rest) > 1 else "")
-        raise OciUsage(f"No help topic for '{command}'\n", status=3)
-    flags = flags_of(row[0])
-    ordered = rest[1:] if "s" in row[3] else _in_order(rest[1:], {**flags, "help": ("help", "")})
-    try:
-        options, arguments = _scan(ordered, flags)
-    except _Wrong as why:
-        raise OciUsage(f"{why}", command=command, shown=f"Incorrect Usage: {why}\n\n") from None
-    if options.pop("help", False):
-        raise HelpWanted(command)
-    call = OciCall(
+        version = bool(settings.get("version") and not settings.get("help"))
+        raise HelpWanted("", version=version, apptainer=apptainer)
+    read = _read_apptainer if apptainer else _read_command
+    options, arguments = read(program, rest[0], rest[1:], environment)
+    return OciCall(
         program=program,
-        command=command,
+        command=rest[0],
         options=options,
-        arguments=tuple(arguments),
+        arguments=arguments,
         root=str(settings.get("root") or state_root(environment, rootless=own_user)),
         log=str(settings.get("log", "")),
         log_format=str(settings.get("log-format", "text")),
@@ -193,11 +183,63 @@ def parse(
         criu=str(settings.get("criu", "criu")),
         apptainer=apptainer,
     )
+
+
+def _read_command(
+    program: str, command: str, words: Sequence[str], environment: Mapping[str, str]
+) -> tuple[dict[str, object], tuple[str, ...]]:
+    row = COMMANDS.get(command)
+    if row is None:
+        if command in ("help", "h"):
+            raise HelpWanted(words[0] if words else "")
+        raise OciUsage(f"No help topic for '{command}'\n", status=3)
+    try:
+        options, arguments = _scan_command(words, row)
+    except _Wrong as why:
+        raise OciUsage(f"{why}", command=command, shown=f"Incorrect Usage: {why}\n\n") from None
+    if options.pop("help", False):
+        raise HelpWanted(command)
     _check_count(program, command, len(arguments), row)
-    for name in _NOT_YET:
-        if call.options.get(name):
-            raise OciUsage(f"--{name} is not supported yet")
-    return call
+    return options, tuple(arguments)
+
+
+def _scan_command(
+    words: Sequence[str], row: tuple[str, int, int, str]
+) -> tuple[dict[str, object], list[str]]:
+    flags = flags_of(row[0])
+    ordered = words if "s" in row[3] else _in_order(words, {**flags, "help": ("help", "")})
+    return _scan(ordered, flags)
+
+
+def _apptainer_wrong(command: str, why: _Wrong, shows: str = "options") -> UsageError:
+    from apptainer_py.cli.oci.apptainer import wrong
+
+    return wrong(command, f"{why}", shows=shows)
+
+
+def _read_apptainer(
+    program: str, command: str, words: Sequence[str], environment: Mapping[str, str]
+) -> tuple[dict[str, object], tuple[str, ...]]:
+    from apptainer_py.cli.oci import apptainer
+
+    if command == "help" or not apptainer.is_known(command):
+        raise HelpWanted("".join(words[:1]) if command == "help" else "", apptainer=True)
+    if apptainer.is_ours(command):
+        read = apptainer.read_words(command, words, environment)
+        if read is None:
+            raise HelpWanted(command, apptainer=True)
+        return read
+    row = APPTAINER.get(command) or COMMANDS[command]
+    try:
+        options, arguments = _scan_command(words, row)
+        if options.pop("help", False):
+            raise HelpWanted(command, apptainer=True)
+        _, least, most, _ = row
+        if len(arguments) < least or 0 <= most < len(arguments):
+            raise _Wrong(f"requires at least {least} arg(s), only received {len(arguments)}")
+    except _Wrong as why:
+        raise _apptainer_wrong(command, why, "usage") from None
+    return {**apptainer.read_variables(command, environment), **options}, tuple(arguments)
 
 
 def _cgroup_manager(settings: dict[str, object]) -> str:
@@ -207,6 +249,11 @@ def _cgroup_manager(settings: dict[str, object]) -> str:
     return "systemd" if settings.get("systemd-cgroup") else kind
 
 
+def is_apptainer(words: Sequence[str]) -> bool:
+    """Return whether the program was called by the name of the one with Apptainer's commands."""
+    return words[0].rpartition("/")[2] == "apptainer-py"
+
+
 def parse_typed(words: Sequence[str], environment: Mapping[str, str], *, uid: int) -> OciCall:
     """Understand a call of either program: `apptainer-py-oci ...`, or `apptainer-py oci ...`.
 
@@ -214,8 +261,13 @@ def parse_typed(words: Sequence[str], environment: Mapping[str, str], *, uid: in
         OciUsage: it is wrong.
         HelpWanted: help or the version is asked for.
     """
-    apptainer = (
-        len(words) > 1 and words[1] == "oci" and words[0].rpartition("/")[2] == "apptainer-py"
-    )
-    typed = [words[0], *words[2:]] if apptainer else words
-    return parse(typed, environment, own_user=uid != 0, apptainer=apptainer)
+    if not is_apptainer(words):
+        return parse(words, environment, own_user=uid != 0)
+    from apptainer_py.cli.options import Options
+
+    outer = Options("")
+    rest = outer.read(words[1:])
+    if outer.wants_help or rest[:1] != ["oci"]:
+        raise HelpWanted("", apptainer=True)
+    call = parse([words[0], *rest[1:]], environment, own_user=uid != 0, apptainer=True)
+    return call.replace(debug=True) if outer.values["debug"] else call

@@ -19,7 +19,6 @@ _COLOURS = {"error": "31", "warning": "33", "debug": "37", "info": "36"}
 _PREFIXES = {
     "create": "runc create failed: ",
     "run": "runc run failed: ",
-    "restore": "runc restore failed: ",
     "exec": "exec failed: ",
 }
 
@@ -114,23 +113,34 @@ messages = Log()
 
 def begin(call: OciCall) -> None:
     """Have every message from here on take the form of this call."""
+    if call.apptainer:
+        # Its log options are about the container's output.
+        if call.debug:
+            log.set_level(log.DEBUG)
+        return
     log.writer = messages.write
     messages.open(call)
     if call.debug:
         log.set_level(log.DEBUG)
 
 
-def show(error: ApptainerError, call: OciCall | None) -> int:
-    """Say why a call fails; returns its exit status."""
+def show(error: ApptainerError, call: OciCall | None, *, apptainer: bool = False) -> int:
+    """Say why a call fails; returns its exit status.
+
+    `apptainer` tells whose words are meant where the call could not be understood.
+    """
     text = str(error)
+    if apptainer:
+        from apptainer_py.cli.oci.apptainer import text_of
+
+        log.writer = None
+        if text:
+            log.fatal(text_of(text, call) if call else text)
+        return 255
     if call is None or not text:
         if text:
             messages.fatal(text)
         return 1
-    if call.apptainer:
-        log.writer = None
-        log.fatal(text)
-        return 255
     prefix = _PREFIXES.get(call.command, "")
     if prefix.startswith("runc "):
         prefix = f"runc {call.command} failed: "

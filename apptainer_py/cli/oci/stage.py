@@ -8,7 +8,7 @@ import sys
 from apptainer_py.base import build
 from apptainer_py.base.errors import ApptainerError, UsageError
 from apptainer_py.cli.oci import report
-from apptainer_py.cli.oci.parse import parse_typed
+from apptainer_py.cli.oci.parse import is_apptainer, parse_typed
 from apptainer_py.kernel import _starter
 from apptainer_py.runtime import stages
 
@@ -55,8 +55,10 @@ place_json()
 def run(info: StageInfo, load_builtin: LoadBuiltin) -> int:
     """Run the launch; returns the exit status."""
     calls: list[OciCall] = []
+    surfaces: list[bool] = []
 
     def parse(words: list[str], environment: Mapping[str, str]) -> OciCall:
+        surfaces.append(is_apptainer(words))
         call = parse_typed(words, environment, uid=info["uid"])
         calls.append(call)
         report.begin(call)
@@ -67,7 +69,7 @@ def run(info: StageInfo, load_builtin: LoadBuiltin) -> int:
             from apptainer_py.cli.oci import help as texts
 
             return texts.show(error)
-        return report.show(error, calls[0] if calls else None)
+        return report.show(error, calls[0] if calls else None, apptainer=True in surfaces)
 
     try:
         return stages.run_caller(info, parse, load_builtin, tell)

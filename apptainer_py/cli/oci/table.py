@@ -11,7 +11,12 @@ GLOBAL = (
     "debug log= log-format= root= criu= systemd-cgroup rootless= cgroup-manager= log-level= "
     "help,h version,v"
 )
-_MAKE = "bundle,b= console-socket= pidfd-socket= pid-file= no-pivot no-new-keyring preserve-fds#"
+# The last two are not runc's: another file than the bundle's (crun), and who stays as the stand-in
+# of the process for runtime/library.py, which is told by this descriptor that it stands.
+_MAKE = (
+    "bundle,b= console-socket= pidfd-socket= pid-file= no-pivot no-new-keyring preserve-fds# "
+    "config,f= stay#"
+)
 _RESTORE = (
     "console-socket= image-path= work-path= tcp-established ext-unix-sk shell-job file-locks "
     "manage-cgroups-mode= bundle,b= detach,d pid-file= no-subreaper no-pivot empty-ns* auto-dedup "
@@ -25,7 +30,7 @@ _CHECKPOINT = (
 _EXEC = (
     "console-socket= pidfd-socket= cwd= env,e* tty,t user,u= additional-gids,g* process,p= "
     "detach,d pid-file= process-label= apparmor= no-new-privs cap,c* preserve-fds# cgroup* "
-    "ignore-paused"
+    "ignore-paused stay#"
 )
 _UPDATE = (
     "resources,r= blkio-weight= cpu-period= cpu-quota= cpu-burst= cpu-share= cpu-rt-period= "
@@ -55,17 +60,14 @@ COMMANDS: dict[str, tuple[str, int, int, str]] = {
     "update": (_UPDATE, 1, 1, "x"),
 }
 
-# Apptainer's own `oci` commands, where they differ; a flag of runc's is taken as well.
-_MONITOR = "sync-socket,s= log-path,l= log-format="
+# Apptainer's own `oci` commands whose options are not runc's (cli/table.py), and those that take
+# runc's as well.
 APPTAINER: dict[str, tuple[str, int, int, str]] = {
-    "attach": ("", 1, 1, "x"),
-    "create": (f"{_MAKE} {_MONITOR} empty-process", 1, 1, "x"),
+    **dict.fromkeys(
+        "attach create delete kill mount pause resume run start state umount".split(),
+        ("", 0, -1, ""),
+    ),
     "exec": (_EXEC, 2, -1, "s"),
-    "kill": ("all,a signal,s= force,f timeout,t=", 1, 2, ""),
-    "mount": ("", 2, 2, "x"),
-    "run": (f"{_MAKE} {_MONITOR} detach,d keep no-subreaper", 1, 1, "x"),
-    "state": ("sync-socket,s=", 1, 1, "x"),
-    "umount": ("", 1, 1, "x"),
     "update": (f"{_UPDATE} from-file,f=", 1, 1, "x"),
 }
 

@@ -50,7 +50,7 @@ class Oci(Operations):
             from apptainer_py.engines.oci.create import Creation
 
             self.work = Creation(context, context.call)
-        self.stays = not self.work.detached
+        self.stays = self.work.stays
 
     def create_container(self, context: CreateContext) -> None:
         """Make everything, up to the moment where the process can only become the payload."""

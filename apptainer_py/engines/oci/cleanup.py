@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import os
 
+from apptainer_py.base import log
 from apptainer_py.base.errors import ApptainerError
+from apptainer_py.engines.oci.groups import groups_of
+from apptainer_py.engines.oci.hooks import run_frame
 from apptainer_py.kernel import _container
 from apptainer_py.runtime.containers import ContainerError, start_time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from apptainer_py.host.cgroups import Manager
     from apptainer_py.model.oci_plan import OciPlan
+    from apptainer_py.model.record_frame import RecordData
     from apptainer_py.runtime.containers import StateDir
 
 _SIGKILL = 9
@@ -52,6 +58,19 @@ def _reap(pid: int) -> None:
         os.waitpid(pid, os.WNOHANG)
     except ChildProcessError:
         pass
+
+
+def delete(state: StateDir, record: RecordData, environment: Mapping[str, str]) -> None:
+    """Remove a container by its record, and run its poststop hooks: a failing one is warned of.
+
+    Raises:
+        ApptainerError: something could not be removed; all else is.
+    """
+    groups = groups_of(record, environment)
+    destroy(state, groups, record.init_pid, record.init_start, None)
+    failed = run_frame(record.poststop, "poststop", 0, environment)
+    if failed:
+        log.warning(failed)
 
 
 def destroy(

@@ -29,6 +29,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from apptainer_py.engines.oci.monitored import Monitored
     from apptainer_py.model.oci_call import OciCall
     from apptainer_py.model.oci_plan import OciPlan
     from apptainer_py.runtime.contexts import MonitorContext, PrepareContext
@@ -41,27 +42,40 @@ _LIMITS = "error during container init: error setting rlimits for ready process:
 _CLONE_NEWUSER = 0x10000000
 
 
-def read_bundle(bundle: str) -> tuple[str, bytes]:
+def _new_state(root: str, name: str, sticky: bool) -> StateDir:  # noqa: FBT001  by position
+    return StateDir.make(root, name, sticky=sticky)
+
+
+def read_bundle(bundle: str, config: str = "") -> tuple[str, bytes]:
     """Make a bundle the current directory; returns its path and its config.json.
+
+    `config` is another file to be read for it.
 
     Raises:
         ContainerError: there is none, in runc's words.
     """
+    file = os.path.abspath(config) if config else "config.json"
     if bundle:
         try:
             os.chdir(bundle)
         except OSError as error:
             raise ContainerError(text=f"chdir {bundle}: {(error.strerror or '').lower()}") from None
     try:
-        fd = os.open("config.json", os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise ContainerError(text="JSON specification file config.json not found") from None
+        raise ContainerError(text=f"JSON specification file {file} not found") from None
     except OSError as error:
-        text = f"open config.json: {(error.strerror or '').lower()}"
+        text = f"open {file}: {(error.strerror or '').lower()}"
         raise ContainerError(text=text) from None
     from apptainer_py.base.files import read_at_most
 
     return os.getcwd(), read_at_most(fd, _CONFIG_BYTES)
+
+
+def _with_monitor(call: OciCall, ready_fd: int) -> Monitored:
+    from apptainer_py.engines.oci.monitored import Monitored
+
+    return Monitored(call, ready_fd)
 
 
 class Creation:
@@ -70,13 +84,22 @@ class Creation:
     def __init__(self, context: PrepareContext, call: OciCall) -> None:
         self.call = call
         self.name = call.arguments[0]
-        self.detached = call.command == "create" or call.flag("detach")
+        # On Apptainer's command line somebody stays with each container, and `run` is what the
+        # launcher does with that one.
+        self.monitored = _with_monitor(call, context.ready_fd) if call.apptainer else None
+        self.waits = call.command == "create" or call.apptainer
+        self.detached = self.waits or call.flag("detach")
+        self.stand_in = call.number("stay")
+        self.stays = bool(self.monitored or self.stand_in) or not self.detached
         self.environment = context.environment
         # Paths of the command line are the caller's; the bundle is the directory from here on.
         self.pid_file = os.path.abspath(call.text("pid-file")) if call.text("pid-file") else ""
-        self.bundle, self.config_bytes = read_bundle(call.text("bundle"))
+        self.bundle, self.config_bytes = read_bundle(call.text("bundle"), call.text("config"))
         check_id(self.name)
         self.config: dict[str, Any] = loads(self.config_bytes)
+        if call.flag("empty-process") and isinstance(self.config.get("process"), dict):
+            # No program is looked for; but a bundle for a pod has a process all the same.
+            self.config["process"]["args"] = ["/"]
         self.host = facts.host_facts(call, context.environment)
         listen_fds = terminal.listen_fds(context.environment)
         self.options = CreateOptions(
@@ -90,7 +113,9 @@ class Creation:
         self.plan: OciPlan = compile_bundle(self.config, self.bundle, self.host, self.options)
         for warning in self.plan.warnings:
             log.warning(warning)
-        terminal.check_streams(call, terminal=self.plan.terminal, detached=self.detached)
+        if self.monitored is None or call.text("console-socket"):
+            detached = self.detached or bool(self.stand_in)
+            terminal.check_streams(call, terminal=self.plan.terminal, detached=detached)
         terminal.check_preserved(call.number("preserve-fds"), listen_fds)
         self.console = terminal.connect(call.text("console-socket"))
         self.pidfd_socket = terminal.connect(call.text("pidfd-socket"))
@@ -108,12 +133,15 @@ class Creation:
         self.state: StateDir | None = None
         self.fifo = -1
         self.pty = -1
-        if not self.detached:
+        if self.stays and not self.monitored:
             _starter.relay_begin()
         self.failed = True
         self.has_cgroup = False
         self.cgroup = find_manager(
-            call.cgroup_manager, self.plan.cgroup, rootless=self.host.rootless
+            call.cgroup_manager,
+            self.plan.cgroup,
+            rootless=self.host.rootless,
+            bus=context.environment.get(facts.USER_BUS, ""),
         )
 
     # -- create_container
@@ -127,26 +155,34 @@ class Creation:
             self._run_outer_hooks()
             self._enter(nest)
             self._send_process(nest)
-            self._record_created()
+            _starter.run_step(protocol.STEP_STATE_DONE, self._record_created)
         except ApptainerError as error:
             raise explained(error, self.plan.process, "error during container init: ") from None
 
     def _make_state(self) -> None:
         sticky = self.host.rootless and "XDG_RUNTIME_DIR" in self.environment
-        self.state = StateDir.make(self.call.root, self.name, sticky=sticky)
+        self.state = _starter.run_step(
+            protocol.STEP_STATE_MADE, _new_state, self.call.root, self.name, sticky
+        )
         self.created_ns = time.time_ns()
         try:
             # Before the record names it: `delete --force` would end who is in there.
             self.cgroup.check_unused()
-            self.state.write_record(describe(self, creating=True))
+            _starter.run_step(protocol.STEP_STATE_NAMED, self._name_state)
             self.state.write("config.json", self.config_bytes)
-            if self.call.command == "create":
+            if self.monitored:
+                self.monitored.begin(self)
+            if self.waits:
                 self.fifo = self.state.make_fifo(*self._container_root())
-            self.cgroup.create()
+            _starter.run_step(protocol.STEP_GROUPS_MADE, self.cgroup.create)
             self.has_cgroup = True
         except ApptainerError as error:
             text = f"unable to apply cgroup configuration: {error}"
             raise StartFailed(reason=text) from None
+
+    def _name_state(self) -> None:
+        assert self.state is not None
+        self.state.write_record(describe(self, creating=True))
 
     def _container_root(self) -> tuple[int, int]:
         """Return which ids of ours are 0 in the container."""
@@ -176,12 +212,9 @@ class Creation:
             os.close(group)
         self.started_at = start_time(self.pid)
         # From here on `delete --force` finds the process too.
-        assert self.state is not None
-        self.state.write_record(describe(self, creating=True))
+        _starter.run_step(protocol.STEP_PID_NAMED, self._name_state)
         if plan.new_spaces & _CLONE_NEWUSER:
-            from apptainer_py.host.subid import write_maps
-
-            write_maps(self.pid, plan.uid_maps, plan.gid_maps, rootless=self.host.rootless)
+            _starter.run_step(protocol.STEP_MAPS_WRITTEN, self._write_maps)
         if plan.resctrl:
             from apptainer_py.host import resctrl
 
@@ -192,6 +225,12 @@ class Creation:
             netlink.move_devices(plan.netdevs, self.pid)
         nest.row(plan.mapped)
 
+    def _write_maps(self) -> None:
+        from apptainer_py.host.subid import write_maps
+
+        plan = self.plan
+        write_maps(self.pid, plan.uid_maps, plan.gid_maps, rootless=self.host.rootless)
+
     def _assemble(self, nest: Nest) -> None:
         reaches_more = not self.host.rootless and bool(self.host.permitted >> _CAP_SYS_ADMIN & 1)
         self.passed = steps.Passed(self.plan, self.pid, reaches_more=reaches_more)
@@ -201,18 +240,23 @@ class Creation:
 
     def _run_outer_hooks(self) -> None:
         try:
-            self.cgroup.apply(self.plan.cgroup.resources)
+            _starter.run_step(
+                protocol.STEP_LIMITS_SET, self.cgroup.apply, self.plan.cgroup.resources
+            )
         except ApptainerError as error:
             text = "error during container init: error setting cgroup config for procHooks process"
             text = f"{text}: {error}"
             raise StartFailed(reason=text) from None
         if self.plan.hooks:
             try:
-                for kind in ("prestart", "createRuntime"):
-                    self.hook_state.run(self.plan.hooks, kind, "creating", self.pid)
+                _starter.run_step(protocol.STEP_OUTER_HOOKS, self._hooks_while_creating)
             except HookFailed as error:
                 text = f"error during container init: {error}"
                 raise StartFailed(reason=text) from None
+
+    def _hooks_while_creating(self) -> None:
+        for kind in ("prestart", "createRuntime"):
+            self.hook_state.run(self.plan.hooks, kind, "creating", self.pid)
 
     def _enter(self, nest: Nest) -> None:
         frames = self.hook_state.frames(self.plan.hooks, "createContainer", "creating")
@@ -226,6 +270,8 @@ class Creation:
                     self.console = self.pty = -1
             else:
                 self.passed.send(nest, row)
+        if self.monitored and not self.plan.terminal:
+            self.monitored.give_streams(nest)
         nest.settle()
 
     def _run_inner_hooks(self, nest: Nest, frames: bytes) -> None:
@@ -238,6 +284,8 @@ class Creation:
         if self.pidfd_socket >= 0:
             steps.send_pidfd(self.pidfd_socket, self.pid, b"standard")
         spec = steps.with_home(self.plan.process, nest.root_fd)
+        if self.call.flag("empty-process"):
+            spec = spec.replace(empty=True)
         frames = self.hook_state.frames(self.plan.hooks, "startContainer", "created")
         data = process_frame(spec, self.program[0], frames, program_flags=self.program[1])
         steps.send_frame(nest, Row(op=protocol.OP_PROCESS), data, "process")
@@ -260,6 +308,7 @@ class Creation:
                 self._send_listener(nest, listener)
         except ApptainerError as error:
             raise explained(error, self.plan.process, "error during container init: ") from None
+        log.debug(f"the first process is {self.pid}")
         self.failed = False
         return self.pid
 
@@ -279,7 +328,7 @@ class Creation:
     def started(self) -> None:
         """Write the pid file; run the poststart hooks if `start` will not."""
         assert self.state is not None
-        if self.call.command == "run":
+        if not self.waits:
             try:
                 self.hook_state.run(self.plan.hooks, "poststart", "running", self.pid)
             except HookFailed:
@@ -288,21 +337,28 @@ class Creation:
         self.state.unlock()
         if self.pid_file:
             try:
-                steps.write_pid_file(self.pid_file, self.pid)
+                _starter.run_step(
+                    protocol.STEP_TOLD_PID, steps.write_pid_file, self.pid_file, self.pid
+                )
             except OSError as error:
                 self.failed = True
                 reason = (error.strerror or "").lower()
                 raise ContainerError(text=f"open {error.filename}: {reason}") from None
+        steps.tell_ready(self.stand_in)
 
     # -- monitor_container, cleanup_container
 
     def watch(self, context: MonitorContext) -> int:
         """Pass signals and the terminal on until the payload has ended."""
-        return terminal.watch(context, self.pty)
+        if self.monitored:
+            self.failed = True  # unless nothing comes back from here
+            self.monitored.take_over(self, self.pty)
+        return _starter.run_step(protocol.STEP_WATCHED, terminal.watch, context, self.pty)
 
     def clean_up(self, status: int | None) -> None:
         """Undo a container that failed, or that has ended in the foreground."""
-        if self.state is None or (not self.failed and (status is None or self.call.flag("keep"))):
+        kept = self.waits or self.call.flag("keep")
+        if self.state is None or (not self.failed and (status is None or kept)):
             return
         from apptainer_py.engines.oci.cleanup import destroy
 
@@ -311,7 +367,8 @@ class Creation:
             # What is in a group that was refused to us is another container.
             self.state.remove()
             return
-        destroy(self.state, self.cgroup, self.pid, self.started_at, self.plan)
+        owned = (self.state, self.cgroup, self.pid, self.started_at, self.plan)
+        _starter.run_step(protocol.STEP_UNDONE, destroy, *owned)
         if not self.failed:
             try:
                 self.hook_state.run(self.plan.hooks, "poststop", "stopped", 0)

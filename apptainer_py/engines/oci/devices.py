@@ -30,6 +30,7 @@ _LINKS = (
     ("/proc/self/fd/2", "/dev/stderr"),
 )
 
+DEFAULT_NODES = tuple(path for path, _, _ in _DEFAULTS)
 _SAYS = "configuring container /dev: error creating device nodes: {error}"
 _SAYS_PTMX = "configuring container /dev: error setting up ptmx: {error}"
 _SAYS_LINK = "configuring container /dev: error setting up /dev symlinks: {error}"

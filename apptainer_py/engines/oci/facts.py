@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from apptainer_py.model.oci_plan import CgroupWish, IdMap, Row
 
 _SPACES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
+# Where systemd of an ordinary user is found, if not at the usual place.
+USER_BUS = "DBUS_SESSION_BUS_ADDRESS"
 _WHOLE_MAP = [b"0", b"0", b"4294967295"]
 _CGROUP2_MAGIC_PLACE = "/sys/fs/cgroup/cgroup.controllers"
 
@@ -41,6 +43,7 @@ def _inode_of(path: str) -> int:
 
 def _joined_maps(path: str) -> tuple[tuple[IdMap, ...], tuple[IdMap, ...]]:
     """Return the maps of a user namespace, by the maps of the process whose file it is."""
+    os.stat(path)
     parts = path.split("/")
     if len(parts) != 5 or parts[1] != "proc" or parts[3:] != ["ns", "user"]:
         raise OSError(0, "its maps are unknown")
@@ -86,7 +89,8 @@ def host_facts(call: OciCall, environment: Mapping[str, str]) -> HostFacts:
     ) -> list[Row]:
         from apptainer_py.host.cgroups import find_manager
 
-        manager = find_manager(call.cgroup_manager, wish, rootless=rootless)
+        bus = environment.get(USER_BUS, "")
+        manager = find_manager(call.cgroup_manager, wish, rootless=rootless, bus=bus)
         return manager.mount_rows(target, options, private)
 
     return HostFacts(

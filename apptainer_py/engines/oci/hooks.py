@@ -20,6 +20,15 @@ if TYPE_CHECKING:
     from apptainer_py.model.oci_plan import Hook
 
 
+def run_frame(frame: bytes, kind: str, pid: int, environment: Mapping[str, str]) -> str:
+    """Run the hooks of a record; returns what failed, "" if nothing did."""
+    if not frame:
+        return ""
+    own = [os.fsencode(f"{name}={value}") for name, value in environment.items()]
+    number, reason = _starter.hook_run(frame, pid, own)
+    return f"error running {kind} hook #{number - 1}: {reason}" if number else ""
+
+
 class HookFailed(ApptainerError):
     """A hook could not be run, ended badly, or took too long."""
 

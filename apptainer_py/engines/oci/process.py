@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from apptainer_py.engines.oci.keys import ConfigWrong
 from apptainer_py.engines.oci.spaces import outside
-from apptainer_py.engines.oci.texts import IN_INIT, path_bytes, quoted
+from apptainer_py.engines.oci.texts import IN_INIT, STARTING, path_bytes, quoted
 from apptainer_py.model import protocol
 from apptainer_py.model.oci_plan import ProcessSpec
 
@@ -106,7 +106,7 @@ def compile_process(
         apparmor_profile=process.get("apparmorProfile", ""),
         selinux_label=process.get("selinuxLabel", ""),
         scheduler=_scheduler(process.get("scheduler")),
-        io_priority=_io_priority(process.get("ioPriority")),
+        io_priority=_io_priority(process.get("ioPriority"), tenant=tenant),
         personality=_personality(linux.get("personality"), warnings),
         memory_policy=_memory_policy(linux.get("memoryPolicy")),
         preserve_fds=preserve_fds,
@@ -247,6 +247,13 @@ def _capabilities(
     if masks["effective"] & ~masks["permitted"]:
         text = f"{IN_INIT}unable to apply caps: can't apply capabilities: operation not permitted"
         raise ConfigWrong(key="process.capabilities.effective", text=text)
+    # The kernel's rule (capabilities(7)); who asks for more is told, and goes without.
+    had = masks["permitted"] & masks["inheritable"]
+    warnings += [
+        f"can't raise ambient capability {word}: operation not permitted"
+        for word in sets.get("ambient", ())
+        if not had >> CAPABILITIES.get(word, 0) & 1 and word not in unknown
+    ]
     return (
         masks["effective"],
         masks["permitted"],
@@ -291,7 +298,7 @@ def _scheduler_problem(policy: str, nice: int, priority: int, times: tuple[int, 
     return ""
 
 
-def _io_priority(value: dict[str, Any] | None) -> int | None:
+def _io_priority(value: dict[str, Any] | None, *, tenant: bool) -> int | None:
     if value is None:
         return None
     level, name = value.get("priority", 0), value.get("class", "")
@@ -299,6 +306,8 @@ def _io_priority(value: dict[str, Any] | None) -> int | None:
         text = f"invalid ioPriority.Priority: {level}"
     elif name not in _IO_CLASSES:
         text = f"invalid ioPriority.Class: {quoted(name)}"
+        if tenant:
+            text = f"{STARTING}invalid io priority class: {name}"
     else:
         return int(_IO_CLASSES[name] << _IO_CLASS_SHIFT | level)
     raise ConfigWrong(key="process.ioPriority", text=text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from apptainer_py.base.record import Record
 from apptainer_py.engines.oci.keys import ConfigWrong
-from apptainer_py.engines.oci.texts import IN_INIT, quoted
+from apptainer_py.engines.oci.texts import IN_INIT, path_bytes, quoted
 from apptainer_py.model.oci_plan import IdMap
 
 TYPE_CHECKING = False
@@ -82,6 +82,7 @@ def compile_spaces(linux: dict[str, Any], host: HostFacts) -> Spaces:
             text = f"the path of a namespace must be absolute: {quoted(path)}"
             raise ConfigWrong(key="linux.namespaces", text=text)
         if path:
+            path_bytes(path, "linux.namespaces", f"failed to open {quoted(path)}: {{error}}")
             paths.append((bit, path))
         else:
             new |= bit

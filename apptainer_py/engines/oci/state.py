@@ -7,8 +7,12 @@ import os
 from apptainer_py.model.json_out import dumps
 from apptainer_py.model.record_frame import (
     FLAG_CGROUP2,
+    FLAG_MONITOR,
     FLAG_PIDNS,
     FLAG_PYTHON,
+    FLAG_ROOTLESS,
+    FLAG_SYSTEMD,
+    FLAG_TERMINAL,
     PHASE_CREATED,
     PHASE_CREATING,
     RecordData,
@@ -17,9 +21,30 @@ from apptainer_py.runtime.containers import created_text, start_time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, Protocol
 
-    from apptainer_py.engines.oci.create import Creation
+    from apptainer_py.engines.oci.hooks import HookState
+    from apptainer_py.engines.oci.monitored import Monitored
+    from apptainer_py.host.cgroups import Manager
+    from apptainer_py.model.oci_call import OciCall
+    from apptainer_py.model.oci_plan import HostFacts, OciPlan
+
+    class Work(Protocol):
+        """A container on its way: made new, or restored."""
+
+        call: OciCall
+        name: str
+        bundle: str
+        config: dict[str, Any]
+        host: HostFacts
+        plan: OciPlan
+        cgroup: Manager
+        hook_state: HookState
+        created_ns: int
+        pid: int
+        started_at: int
+        monitored: Monitored | None
+
 
 _CLONE_NEWPID = 0x20000000
 # Name in /proc/PID/ns by libcontainer's name of the namespace.
@@ -34,7 +59,7 @@ _SPACE_TYPES = {
 _STATUS, _PID = "\x01", 77000077
 
 
-def state_text(work: Creation, owner: str = "") -> dict[str, Any]:
+def state_text(work: Work, owner: str = "") -> dict[str, Any]:
     """Return what `state` shows, with stand-ins for pid and status."""
     shown: dict[str, Any] = {
         "ociVersion": work.config.get("ociVersion", ""),
@@ -51,7 +76,7 @@ def state_text(work: Creation, owner: str = "") -> dict[str, Any]:
     return shown
 
 
-def describe(work: Creation, *, creating: bool) -> RecordData:
+def describe(work: Work, *, creating: bool) -> RecordData:
     """Return the record of a container as it stands."""
     text = dumps(state_text(work), "  ").encode()
     before, _, rest = text.partition(str(_PID).encode())
@@ -62,8 +87,16 @@ def describe(work: Creation, *, creating: bool) -> RecordData:
         flags |= FLAG_PIDNS
     if work.host.cgroup2:
         flags |= FLAG_CGROUP2
+    if work.cgroup.unit():
+        flags |= FLAG_SYSTEMD
     if work.cgroup.unit() or plan.resctrl:
         flags |= FLAG_PYTHON
+    if work.host.rootless:
+        flags |= FLAG_ROOTLESS
+    if work.monitored:
+        flags |= FLAG_MONITOR
+        has_terminal = plan.terminal and not work.call.text("console-socket")
+        flags |= FLAG_TERMINAL if has_terminal else 0
     own = os.getpid()
     return RecordData(
         container_id=work.name,
@@ -82,7 +115,7 @@ def describe(work: Creation, *, creating: bool) -> RecordData:
     )
 
 
-def libcontainer_state(work: Creation) -> bytes:
+def libcontainer_state(work: Work) -> bytes:
     """Return state.json, as far as tools are known to read it."""
     linux = work.config.get("linux") or {}
     links = []

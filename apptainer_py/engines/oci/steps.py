@@ -29,6 +29,7 @@ _OPEN_TREE_CLONE = 1
 _AT_SYMLINK_NOFOLLOW, _AT_EMPTY_PATH, _AT_RECURSIVE = 0x100, 0x1000, 0x8000
 _RESOLVE_IN_ROOT = 0x10
 _PASSWD_BYTES = 1 << 20
+_S_IFMT, _S_IFREG = 0o170000, 0o100000
 
 
 class StartFailed(ContainerError):
@@ -71,8 +72,8 @@ def open_namespace(kind: int, path: str) -> int:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        text = f"failed to open {path}: {reason_of(error)}"
-        raise StartFailed(reason=text) from None
+        text = f"unable to create new parent process: namespace path: lstat {path}: "
+        raise ContainerError(text=text + reason_of(error)) from None
     try:
         found = _container.ns_type(fd)
     except OSError:
@@ -234,22 +235,24 @@ def with_home(spec: ProcessSpec, root: int) -> ProcessSpec:
 
 
 def _passwd(root: int) -> bytes:
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
     try:
-        fd = _starter.openat2(root, b"etc/passwd", flags, _RESOLVE_IN_ROOT)
+        named = _starter.openat2(root, b"etc/passwd", os.O_PATH | os.O_CLOEXEC, _RESOLVE_IN_ROOT)
     except OSError:
         return b""
     try:
-        # It may be anything that the image's maker has put there.
-        import stat
-
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        # It may be anything that the image's maker has put there: a device would be opened with
+        # the rights of the host.
+        if os.fstat(named).st_mode & _S_IFMT != _S_IFREG:
             return b""
-        return os.pread(fd, _PASSWD_BYTES, 0)
+        fd = os.open(f"/proc/self/fd/{named}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.pread(fd, _PASSWD_BYTES, 0)
+        finally:
+            os.close(fd)
     except OSError:
         return b""
     finally:
-        os.close(fd)
+        os.close(named)
 
 
 def go(nest: Nest, fifo: int) -> int:
@@ -271,12 +274,29 @@ def write_pid_file(path: str, pid: int) -> None:
     directory, name = os.path.split(path)
     fresh = f"{directory}/.{name}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_SYNC | os.O_CLOEXEC
-    fd = os.open(fresh, flags, 0o666)
+    try:
+        fd = os.open(fresh, flags, 0o666)
+    except FileExistsError:
+        # Of a call that was killed; whatever it is, it is not written to.
+        os.unlink(fresh)
+        fd = os.open(fresh, flags, 0o666)
     try:
         os.write(fd, b"%d" % pid)
     finally:
         os.close(fd)
     os.rename(fresh, path)
+
+
+def tell_ready(fd: int) -> None:
+    """Tell a library caller that its process stands; 0 is nobody."""
+    if not fd:
+        return
+    try:
+        os.write(fd, b"r")
+        os.close(fd)
+    except OSError as error:
+        text = f"nobody waits at descriptor {fd}: {reason_of(error)}"
+        raise ContainerError(text=text) from None
 
 
 def inner_hook_failed(error: RowFailed, kind: str) -> ApptainerError:

@@ -57,7 +57,7 @@ def subgroup_directories(own: dict[str, str], wanted: dict[str, str]) -> dict[st
             raise ContainerError(text=f"unable to create new parent process: {text}")
         path = posixpath.normpath(f"{base}/{below}")
         if path != base and not path.startswith(f"{base}/"):
-            text = f"bad sub cgroup path: {below}"
+            text = f"{below} is not a sub cgroup path"
             raise ContainerError(text=f"unable to create new parent process: {text}")
         chosen[name] = path
     return chosen

@@ -124,6 +124,8 @@ class Tenancy:
     def __init__(self, context: PrepareContext, call: OciCall) -> None:
         self.call = call
         self.detached = call.flag("detach")
+        self.stand_in = call.number("stay")
+        self.stays = bool(self.stand_in) or not self.detached
         self.pid_file = os.path.abspath(call.text("pid-file")) if call.text("pid-file") else ""
         state = StateDir.open(call.root, call.arguments[0])
         self.record = state.read_record()
@@ -142,7 +144,8 @@ class Tenancy:
         self.plan: OciPlan = compile_tenant(self.config, process, host, options)
         for warning in self.plan.warnings:
             log.warning(warning)
-        terminal.check_streams(call, terminal=self.plan.terminal, detached=self.detached)
+        detached = self.detached or bool(self.stand_in)
+        terminal.check_streams(call, terminal=self.plan.terminal, detached=detached)
         terminal.check_preserved(call.number("preserve-fds"), listen_fds)
         self.groups = subgroup_directories(
             known.get("cgroup_paths") or {}, parse_subgroups(call.words("cgroup"))
@@ -161,7 +164,8 @@ class Tenancy:
     def _check_status(self, status: str) -> None:
         if status in ("stopped", "creating"):
             raise ContainerError(text="cannot exec in a stopped container")
-        if status == "paused" and not self.call.flag("ignore-paused"):
+        ignored = self.call.flag("ignore-paused") or self.call.apptainer
+        if status == "paused" and not ignored:
             text = "cannot exec in a paused container (use --ignore-paused to override)"
             raise ContainerError(text=text)
 
@@ -228,7 +232,7 @@ class Tenancy:
         try:
             os.sched_setaffinity(self.pid, cpus)
         except OSError as error:
-            text = f"failed to set final affinity: {(error.strerror or '').lower()}"
+            text = f"error setting final CPU affinity: {(error.strerror or '').lower()}"
             raise StartFailed(reason=text) from None
 
     def _console(self, nest: Nest, row: Row) -> None:
@@ -259,6 +263,7 @@ class Tenancy:
                 self._send_listener(nest, listener)
         except ApptainerError as error:
             raise explained(error, self.plan.process, "") from None
+        log.debug(f"the process is {self.pid}")
         self.failed = False
         return self.pid
 
@@ -280,10 +285,14 @@ class Tenancy:
 
     def started(self) -> None:
         """Write the pid file."""
+        self._write_pid()
+        steps.tell_ready(self.stand_in)
+
+    def _write_pid(self) -> None:
         if not self.pid_file:
             return
         try:
-            steps.write_pid_file(self.pid_file, self.pid)
+            _starter.run_step(protocol.STEP_TOLD_PID, steps.write_pid_file, self.pid_file, self.pid)
         except OSError as error:
             self.failed = True
             reason = (error.strerror or "").lower()
@@ -291,7 +300,7 @@ class Tenancy:
 
     def watch(self, context: MonitorContext) -> int:
         """Pass signals and the terminal on until the payload has ended."""
-        return terminal.watch(context, self.pty)
+        return _starter.run_step(protocol.STEP_WATCHED, terminal.watch, context, self.pty)
 
     def clean_up(self, status: int | None) -> None:
         """End a process that failed on its way; the container goes on."""

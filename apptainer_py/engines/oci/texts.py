@@ -31,6 +31,7 @@ _IN_PROC = {4: "inside /proc", 7: "not of type proc"}
 _NOT_ORDINARY = {5: "proc", 6: "sysfs"}
 _MOUNTING = 8
 _ENTER_CWD = 3
+_PREP_LIST = 4
 
 
 def row_failure(failed: RowFailed) -> str:
@@ -43,6 +44,9 @@ def row_failed(row: Row, code: int, errno: int, value: int = 0) -> str:
     if code == protocol.ERR_SYSTEM and (why := _reason(row, value, errno)):
         mount = row.says.partition(": mount src=")[0].partition(": create mountpoint for ")[0]
         return f"{mount}: {why}" if row.op != protocol.OP_ENTER else f"{why}{errno_text(errno)}"
+    if row.op == protocol.OP_PREP and value == _PREP_LIST:
+        text = "error starting setns process: error setting initial CPU affinity"
+        return f"{text}: {errno_text(errno)}"
     if row.op == protocol.OP_SYSCTL and errno == ENOENT:
         name = (row.first or b"").decode().replace("/", ".")
         return f"open sysctl {name} file: {errno_text(errno)}"

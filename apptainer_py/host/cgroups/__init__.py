@@ -12,11 +12,12 @@ if TYPE_CHECKING:
     from apptainer_py.model.oci_plan import CgroupWish
 
 
-def find_manager(kind: str, wish: CgroupWish, *, rootless: bool) -> Manager:
+def find_manager(kind: str, wish: CgroupWish, *, rootless: bool, bus: str = "") -> Manager:
     """Return the driver for a new container; `kind` is cgroupfs, systemd or disabled.
 
     For cgroupfs, `wish.path` is cgroupsPath or, without one, the container's name: a relative path
-    lies below the caller's own groups. For systemd, `wish` names slice, prefix and name of a unit.
+    lies below the caller's own groups. For systemd, `wish` names slice, prefix and name of a unit,
+    and `bus` may be the address of the user's own bus.
 
     Raises:
         CgroupError: this machine has no control groups, or no systemd.
@@ -29,12 +30,17 @@ def find_manager(kind: str, wish: CgroupWish, *, rootless: bool) -> Manager:
     if kind == "systemd":
         from apptainer_py.host.cgroups.systemd import find_unit
 
-        return find_unit(tree, wish, rootless=rootless)
+        return find_unit(tree, wish, rootless=rootless, bus=bus)
     return _driver(tree, wish, None, rootless=rootless)
 
 
 def open_manager(
-    kind: str, wish: CgroupWish, directories: Sequence[str], *, rootless: bool = False
+    kind: str,
+    wish: CgroupWish,
+    directories: Sequence[str],
+    *,
+    rootless: bool = False,
+    bus: str = "",
 ) -> Manager:
     """Return the driver of a container that exists, by the directories that its record names."""
     if kind == "disabled" or not directories:
@@ -45,7 +51,7 @@ def open_manager(
     if kind == "systemd":
         from apptainer_py.host.cgroups.systemd import open_unit
 
-        return open_unit(tree, wish, directories, rootless=rootless)
+        return open_unit(tree, wish, directories, rootless=rootless, bus=bus)
     return _driver(tree, wish, directories, rootless=rootless)
 
 

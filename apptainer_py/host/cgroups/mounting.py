@@ -73,14 +73,28 @@ def rows_for(
     return rows
 
 
+def bind_places(paths: dict[str, str], target: str) -> list[tuple[str, str]]:
+    """Return (place, directory) of what is bound for each hierarchy of v1 at `target`."""
+    tree = find_tree()
+    if tree.unified_only:
+        return []
+    return [
+        (f"{target}/{one.target.rpartition('/')[2]}", _shown_directory(one, paths))
+        for one in tree.hierarchies
+        if one.controllers != ("",)
+    ]
+
+
+def _shown_directory(one: Hierarchy, paths: dict[str, str]) -> str:
+    return paths.get(one.controllers[0]) or one.own_directory()
+
+
 def _hierarchy_rows(
     one: Hierarchy, paths: dict[str, str], *, private_namespace: bool, says: str
 ) -> list[Row]:
     if not private_namespace:
-        shown = paths.get(one.controllers[0]) or one.own_directory()
-        return [
-            Row(op=protocol.OP_TREE, flags=_RECURSIVE, first=_bytes(shown), says=says),
-        ]
+        shown = _bytes(_shown_directory(one, paths))
+        return [Row(op=protocol.OP_TREE, flags=_RECURSIVE, first=shown, says=says)]
     named = one.controllers[0].startswith("name=")
     source = b"systemd" if named else b"cgroup"
     rows = [Row(op=protocol.OP_FS, first=b"cgroup", second=source, says=says)]

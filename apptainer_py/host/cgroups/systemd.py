@@ -355,8 +355,8 @@ class Unit(Manager):
             raise problem
 
 
-def _address(*, rootless: bool) -> str:
-    return user_bus(os.geteuid()) if rootless else SYSTEM_BUS
+def _address(bus: str, *, rootless: bool) -> str:
+    return (bus or user_bus(os.geteuid())) if rootless else SYSTEM_BUS
 
 
 def _check_running() -> None:
@@ -367,14 +367,14 @@ def _check_running() -> None:
         raise CgroupError(text=text)
 
 
-def find_unit(tree: Tree, wish: CgroupWish, *, rootless: bool) -> Unit:
+def find_unit(tree: Tree, wish: CgroupWish, *, rootless: bool, bus: str = "") -> Unit:
     """Return the driver for a new unit.
 
     Raises:
         CgroupError: this machine does not run systemd, or the slice's name is none.
     """
     _check_running()
-    address = _address(rootless=rootless)
+    address = _address(bus, rootless=rootless)
     inner = expand_slice(_parent(wish, rootless=rootless)) + f"/{unit_name(wish)}"
     above = _manager_group(address) if rootless else ""
     if tree.unified_only:
@@ -386,15 +386,22 @@ def find_unit(tree: Tree, wish: CgroupWish, *, rootless: bool) -> Unit:
                 paths[controller] = (
                     f"{one.target}{clean_path(_first_group(one.controllers) + inner)}"
                 )
-    return _unit(tree, wish, paths, rootless=rootless)
+    return _unit(tree, wish, paths, address, rootless=rootless)
 
 
-def open_unit(tree: Tree, wish: CgroupWish, directories: Sequence[str], *, rootless: bool) -> Unit:
-    """Return the driver for a unit that exists."""
-    return _unit(tree, wish, tree.known_paths(directories), rootless=rootless)
+def open_unit(
+    tree: Tree, wish: CgroupWish, directories: Sequence[str], *, rootless: bool, bus: str = ""
+) -> Unit:
+    """Return the driver for a unit that exists: its name is the last part of its directories."""
+    address = _address(bus, rootless=rootless)
+    unit = _unit(tree, wish, tree.known_paths(directories), address, rootless=rootless)
+    unit.name = directories[0].rpartition("/")[2]
+    return unit
 
 
-def _unit(tree: Tree, wish: CgroupWish, paths: dict[str, str], *, rootless: bool) -> Unit:
+def _unit(
+    tree: Tree, wish: CgroupWish, paths: dict[str, str], address: str, *, rootless: bool
+) -> Unit:
     from apptainer_py.host.cgroups.v1 import V1
     from apptainer_py.host.cgroups.v2 import V2
 
@@ -403,7 +410,7 @@ def _unit(tree: Tree, wish: CgroupWish, paths: dict[str, str], *, rootless: bool
         driver = V2(wish, paths, rootless=rootless, top=tree.unified)
     else:
         driver = V1(wish, paths, rootless=rootless)
-    return Unit(driver, is_v2=tree.unified_only, address=_address(rootless=rootless))
+    return Unit(driver, is_v2=tree.unified_only, address=address)
 
 
 def _manager_group(address: str) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from apptainer_py.base.errors import UsageError
 from apptainer_py.cli.oci.parse import HelpWanted, OciUsage, parse, parse_typed
 from apptainer_py.cli.oci.table import COMMANDS, flags_of
+from apptainer_py.model.oci_call import OciCall
 
 
 def words(line: str) -> list[str]:
@@ -70,12 +72,64 @@ def test_cgroup_managers() -> None:
         parse(words("--cgroup-manager other list"), {}, own_user=False)
 
 
+def apptainer(line: str, **environment: str) -> OciCall:
+    return parse_typed(["/bin/apptainer-py", *line.split()], environment, uid=0)
+
+
 def test_the_other_surface() -> None:
-    call = parse_typed(["/bin/apptainer-py", "oci", "kill", "-s", "INT", "c"], {}, uid=0)
-    assert (call.apptainer, call.text("signal")) == (True, "INT")
+    call = apptainer("oci kill -s INT c")
+    assert (call.apptainer, call.text("signal"), call.arguments) == (True, "INT", ("c",))
     assert not parse_typed(["apptainer-py-oci", "list"], {}, uid=0).apptainer
-    with pytest.raises(OciUsage, match="log-path is not supported yet"):
-        parse_typed(["apptainer-py", "oci", "run", "--log-path", "f", "c"], {}, uid=0)
+    made = apptainer("-d oci --root /r create c -b/b --log-format=json -l f --empty-process")
+    assert (made.root, made.debug, made.arguments) == ("/r", True, ("c",))
+    assert made.text("bundle") == "/b"
+    assert (made.text("log-format"), made.text("log-path")) == ("json", "f")
+    assert made.flag("empty-process")
+    assert apptainer("oci kill -t 3 c").number("timeout") == 3
+    assert apptainer("oci exec c ls -l").arguments == ("c", "ls", "-l")
+    assert apptainer("oci list -q").flag("quiet")
+
+
+def test_variables_of_the_other_surface() -> None:
+    made = apptainer(
+        "oci create c",
+        APPTAINER_BUNDLE="/b",
+        APPTAINER_SYNC_SOCKET="/s",
+        APPTAINER_EMPTY_PROCESS="1",
+        APPTAINER_LOG_PATH="/l",
+        APPTAINER_LOG_FORMAT="basic",
+        APPTAINER_PID_FILE="/p",
+    )
+    names = ("bundle", "sync-socket", "log-path", "log-format", "pid-file")
+    assert [made.text(name) for name in names] == ["/b", "/s", "/l", "basic", "/p"]
+    assert made.flag("empty-process")
+    assert apptainer("oci run -b /x c", APPTAINER_BUNDLE="/b").text("bundle") == "/x"
+    killed = apptainer("oci kill c", APPTAINER_SIGNAL="HUP", APPTAINER_FORCE="1")
+    assert (killed.text("signal"), killed.flag("force")) == ("HUP", True)
+    assert apptainer("oci update c", APPTAINER_FROM_FILE="/f").text("from-file") == "/f"
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("oci run c", 'Error for command "run": required flag(s) "bundle" not set'),
+        ("oci state", 'Error for command "state": accepts 1 arg(s), received 0'),
+        ("oci kill", 'Error for command "kill": requires at least 1 arg(s), only received 0'),
+        ("oci kill -s", "Error for command \"kill\": flag needs an argument: 's' in -s"),
+        ("oci create --nosuch c", 'Error for command "create": unknown flag: --nosuch'),
+    ],
+)
+def test_a_wrong_line_of_the_other_surface(line: str, text: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        apptainer(line)
+    assert str(caught.value) == text
+
+
+@pytest.mark.parametrize("line", ["", "oci", "oci nosuch", "oci create --help", "oci exec -h"])
+def test_help_of_the_other_surface(line: str) -> None:
+    with pytest.raises(HelpWanted) as caught:
+        apptainer(line)
+    assert caught.value.apptainer
 
 
 def test_every_command_has_flags_that_can_be_read() -> None:

@@ -72,6 +72,23 @@ def test_packing_names_its_compression(tmp_path, compression):
         os.close(fd)
 
 
+def test_what_every_start_reads_is_stored_as_it_is(tmp_path):
+    quick = ("lib/libc.so.6", "lib64/ld-linux-x86-64.so.2", "bin/dash", "etc/passwd")
+    packed = ("lib/libother.so.1", "bin/large", "etc/other")
+    lines = {name: f"a line of {name}\n".encode() * 20000 for name in (*quick, *packed)}
+    for name, content in lines.items():
+        path = tmp_path / "tree" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    stored = {}
+    for quick_start in (True, False):
+        how = squashfs.Packing(epoch=images.EPOCH, quick_start=quick_start)
+        squashfs.pack(str(tmp_path / "tree"), str(tmp_path / "out"), how)
+        image = (tmp_path / "out").read_bytes()
+        stored[quick_start] = {name for name, content in lines.items() if content in image}
+    assert stored == {True: set(quick), False: set()}
+
+
 def test_packing_twice_gives_the_same_bytes(tmp_path):
     tree = images.small_tree(images.shared_folder())
     for name in ("a", "b"):

@@ -25,7 +25,7 @@ def test_what_is_wrong(given: tuple[str, ...]) -> None:
 
 
 def test_no_way_out() -> None:
-    with pytest.raises(ContainerError, match="bad sub cgroup path"):
+    with pytest.raises(ContainerError, match="is not a sub cgroup path"):
         subgroup_directories(OWN, {"": "../d"})
     with pytest.raises(ContainerError, match="unknown controller foo"):
         subgroup_directories(OWN, {"foo": "a"})
