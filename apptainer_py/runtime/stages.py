@@ -15,7 +15,6 @@ from apptainer_py.base.files import read_at_most, write_all
 from apptainer_py.kernel import _starter
 from apptainer_py.model import protocol
 from apptainer_py.runtime import engine as engines
-from apptainer_py.runtime import interpreter
 from apptainer_py.runtime.contexts import (
     CleanupContext,
     CleanupHostContext,
@@ -101,7 +100,6 @@ def run(info: StageInfo, parse: Parse, load_builtin: LoadBuiltin) -> int:
     the engine of a name, which registers itself.
     """
     stage = info["stage"]
-    interpreter.begin()
     log.stage = _STAGE_NAMES[stage]
     facts = Facts(info)
     _read_config(facts, info)
@@ -353,7 +351,6 @@ def run_caller(info: StageInfo, parse: ParseCall, load_builtin: LoadBuiltin, rep
 
     `report` tells the user of a failure in the form of the command line, and returns its status.
     """
-    interpreter.begin()
     log.stage = "master"
     return Caller(info, Facts(info), Request(info["request_fd"])).run(parse, load_builtin, report)
 

@@ -13,7 +13,8 @@ from tests import images, own_install
 
 HERE = Path(__file__).parent / "initramfs.py"
 # The host's directories are not there: not by name, not from above, not through the process.
-LOOK = "echo in; for up in '' /.. /proc/self/root /proc/1/root; do ls -d $up/opt/*; done 2>/dev/null"
+ABOVE = "'' /.. /proc/self/root /proc/1/root"
+LOOK = f"echo in; for up in {ABOVE}; do ls -d $up/opt/*; done 2>/dev/null"
 
 
 @pytest.fixture(scope="module")
