@@ -57,13 +57,12 @@ RESOURCES = {
 @pytest.mark.parametrize("name", RESOURCES)
 def test_a_limit(bed, bundle, group, name):
     resources, file, wanted = RESOURCES[name]
-    if name == "weight" and bed.runtime.name == "runc":
-        wanted = value(TOP / "lab.scope", "cpu.weight") and "39"
     bundle.linux["resources"].update(resources)
     box = bed.sleeping(bundle)
     if not (group / file).exists():
         pytest.skip(f"did not run: this kernel has no {file}")
-    assert value(group, file) == wanted
+    # Earlier versions of runc have another formula for shares.
+    assert value(group, file) in (wanted, "39" if name == "weight" else wanted)
     assert str(box.pid) in value(group, "cgroup.procs").split()
     box.finish()
     assert not group.exists()
