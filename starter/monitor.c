@@ -126,15 +126,21 @@ static long now_ms(void) {
     return now.tv_sec * 1000 + now.tv_nsec / 1000000;
 }
 
-/* Whoever reads slowly, or is slow to hear of the end, has a while; nobody waits for us by now. */
+/* Whoever reads slowly, or is slow to hear of the end, has a while after each step; nobody waits
+ * for us by now. */
 static void linger(void) {
     static struct pollfd fds[STREAMS_POLLED];
-    const long end = now_ms() + LINGER_MS;
+    size_t before = streams_pending();
+    long end = now_ms() + LINGER_MS;
     for (;;) {
         streams_close();
         bool told = !state_tell();
+        size_t pending = streams_pending();
+        if (pending != before)
+            end = now_ms() + LINGER_MS;
+        before = pending;
         long left = end - now_ms();
-        if (left <= 0 || (told && !streams_pending()))
+        if (left <= 0 || (told && pending == 0))
             return;
         size_t count = streams_wish(fds);
         int timeout = told || left < TELL_AGAIN_MS ? (int)left : TELL_AGAIN_MS;

@@ -106,8 +106,8 @@ void streams_work(const struct pollfd *fds, size_t count);
 void streams_resize(uint16_t rows, uint16_t columns);
 /* The container has ended: what it wrote before goes to where it belongs. */
 void streams_drain(void);
-/* Somebody has still to take what is kept for him. */
-bool streams_pending(void);
+/* Bytes that are kept for who has still to take them. */
+size_t streams_pending(void);
 void streams_close(void);
 
 /* monitor_control.c */

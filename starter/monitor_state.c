@@ -164,9 +164,14 @@ static void signal_text(int number, char *out, size_t size) {
 
 void state_ended(int status) {
     char digits[16], name[40];
-    state_look(); /* it may have been started and have ended at once */
-    ended = true;
+    state_look();
     finished_at = now_ns();
+    /* Started, and over before `start` had removed the fifo: who waits there can only be killed. */
+    if (started_at == 0 && WIFEXITED(status)) {
+        started_at = finished_at;
+        note("running");
+    }
+    ended = true;
     if (WIFSIGNALED(status)) {
         exit_code = 128 + WTERMSIG(status);
         signal_text(WTERMSIG(status), name, sizeof(name));

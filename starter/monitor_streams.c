@@ -6,9 +6,9 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -19,6 +19,7 @@
 #define CLIENTS_MAX 16
 #define KEPT_BYTES_MAX (32u << 20)       /* for one client */
 #define PROMPT_BYTES 4096
+#define MUCH_BYTES (1u << 20)            /* worth to be given back */
 /* poll(2) promises a pipe only so much: more could wait. */
 #define OWN_WRITE_BYTES 4096
 
@@ -34,7 +35,7 @@ struct client {
     bool heard;                          /* nothing more comes from it */
     bool deaf;                           /* it takes nothing more */
     char *kept;
-    size_t start, used, space;
+    size_t start, used;
 };
 
 static struct output outputs[2];
@@ -72,7 +73,8 @@ void streams_open(const struct settings *s) {
 static void let_go(struct client *c) {
     if (c->fd >= 0)
         close(c->fd);
-    free(c->kept);
+    if (c->kept != NULL)
+        (void)munmap(c->kept, KEPT_BYTES_MAX);
     *c = (struct client){.fd = -1};
 }
 
@@ -89,25 +91,26 @@ static void send_kept(struct client *c) {
         c->start += (size_t)sent;
         c->used -= (size_t)sent;
     }
+    if (c->start > MUCH_BYTES)
+        (void)madvise(c->kept, KEPT_BYTES_MAX, MADV_DONTNEED);
     c->start = 0;
 }
 
+/* Address space for all that may ever be kept; memory comes when it is written to. */
 static bool make_space(struct client *c, size_t size) {
     if (c->used + size > KEPT_BYTES_MAX)
         return false;
-    if (c->start > 0)
+    if (c->kept == NULL) {
+        void *all = mmap(NULL, KEPT_BYTES_MAX, PROT_READ | PROT_WRITE,
+                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (all == MAP_FAILED)
+            return false;
+        c->kept = all;
+    }
+    if (c->start + c->used + size > KEPT_BYTES_MAX) {
         memmove(c->kept, c->kept + c->start, c->used);
-    c->start = 0;
-    if (c->used + size <= c->space)
-        return true;
-    size_t space = 2 * (c->used + size);
-    if (space > KEPT_BYTES_MAX)
-        space = KEPT_BYTES_MAX;
-    char *more = realloc(c->kept, space);
-    if (more == NULL)
-        return false;
-    c->kept = more;
-    c->space = space;
+        c->start = 0;
+    }
     return true;
 }
 
@@ -118,7 +121,7 @@ static void give_client(struct client *c, const char *bytes, size_t size) {
         let_go(c);
         return;
     }
-    memcpy(c->kept + c->used, bytes, size);
+    memcpy(c->kept + c->start + c->used, bytes, size);
     c->used += size;
     send_kept(c);
 }
@@ -160,7 +163,7 @@ static void take_output(struct output *o, bool is_error) {
     o->used = o->to >= 0 ? size : 0;
 }
 
-/* Not more than fits, where the kernel can tell (pipes, sockets, files); a terminal takes it all. */
+/* Not more than fits, where the kernel can tell (pipes, sockets); a terminal takes it all. */
 static void give_own(struct output *o) {
     size_t size = o->used < OWN_WRITE_BYTES ? o->used : OWN_WRITE_BYTES;
     struct iovec piece = {.iov_base = o->bytes + o->start, .iov_len = size};
@@ -338,11 +341,12 @@ void streams_drain(void) {
     listener = -1;
 }
 
-bool streams_pending(void) {
+size_t streams_pending(void) {
+    size_t sum = 0;
     for (size_t i = 0; i < CLIENTS_MAX; i++)
-        if (clients[i].fd >= 0 && clients[i].used > 0)
-            return true;
-    return false;
+        if (clients[i].fd >= 0)
+            sum += clients[i].used;
+    return sum;
 }
 
 /* Whoever has all that was for him learns that nothing more comes. */

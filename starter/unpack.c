@@ -2,9 +2,11 @@
  * made cheaper.  Whatever cannot be had, or will not unpack, goes to the library that was meant. */
 #include <dlfcn.h>
 #include <malloc.h>
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
 
 /* Of zlib.h, libdeflate.h and zstd.h, whose packages nothing else here needs. */
@@ -59,6 +61,40 @@ __attribute__((constructor)) static void keep_heap(void) {
     use_huge_page();
 }
 
+/* The image server keeps eight blocks of inodes and names, and a launch walks to and fro between some
+ * twenty: what was unpacked before is known by its packed bytes, all of them. */
+enum { METADATA_BYTES = 8192, KEPT_BLOCKS = 32 };
+static _Thread_local struct {
+    size_t packed, unpacked;
+    unsigned char *bytes;
+} kept[KEPT_BLOCKS];
+static _Thread_local unsigned next_kept;
+
+static size_t recall(void *target, const void *source, size_t packed) {
+    for (size_t i = 0; i < KEPT_BLOCKS; i++)
+        if (kept[i].bytes != NULL && kept[i].packed == packed &&
+            memcmp(kept[i].bytes, source, packed) == 0) {
+            memcpy(target, kept[i].bytes + packed, kept[i].unpacked);
+            return kept[i].unpacked;
+        }
+    return 0;
+}
+
+static void keep(const void *source, size_t packed, const void *target, size_t unpacked) {
+    if (packed == 0 || packed > METADATA_BYTES || unpacked > METADATA_BYTES)
+        return;
+    unsigned char *bytes = malloc(packed + unpacked);
+    if (bytes == NULL)
+        return;
+    memcpy(bytes, source, packed);
+    memcpy(bytes + packed, target, unpacked);
+    free(kept[next_kept].bytes);
+    kept[next_kept].packed = packed;
+    kept[next_kept].unpacked = unpacked;
+    kept[next_kept].bytes = bytes;
+    next_kept = (next_kept + 1) % KEPT_BLOCKS;
+}
+
 static void find_deflate(void) {
     deflate.tried = 1;
     void *library = dlopen(DEFLATE_LIBRARY, RTLD_NOW | RTLD_LOCAL);
@@ -82,12 +118,19 @@ static void find_zstd(void) {
  * all that is wrong with another one is for zlib to say. */
 int uncompress(unsigned char *target, unsigned long *target_bytes, const unsigned char *source,
                unsigned long source_bytes) {
-    size_t got;
+    bool metadata = *target_bytes == METADATA_BYTES;
+    size_t got = metadata ? recall(target, source, source_bytes) : 0;
+    if (got > 0) {
+        *target_bytes = got;
+        return UNPACKED;
+    }
     if (!deflate.tried)
         find_deflate();
     if (deflate.context != NULL && deflate.unpack(deflate.context, source, source_bytes, target,
                                                   *target_bytes, &got) == UNPACKED) {
         *target_bytes = got;
+        if (metadata)
+            keep(source, source_bytes, target, got);
         return UNPACKED;
     }
     zlib_function *next = (zlib_function *)dlsym(RTLD_NEXT, "uncompress");
@@ -97,10 +140,18 @@ int uncompress(unsigned char *target, unsigned long *target_bytes, const unsigne
 /* The image server calls ZSTD_isError() on the answer, so an error must be one of zstd's own. */
 size_t ZSTD_decompress(void *target, size_t target_bytes, const void *source,
                        size_t source_bytes) {
+    bool metadata = target_bytes == METADATA_BYTES;
+    size_t got = metadata ? recall(target, source, source_bytes) : 0;
+    if (got > 0)
+        return got;
     if (!zstd.tried)
         find_zstd();
-    if (zstd.context != NULL)
-        return zstd.unpack(zstd.context, target, target_bytes, source, source_bytes);
+    if (zstd.context != NULL) {
+        got = zstd.unpack(zstd.context, target, target_bytes, source, source_bytes);
+        if (metadata && got > 0)
+            keep(source, source_bytes, target, got); /* an error is larger than any block */
+        return got;
+    }
     zstd_function *next = (zstd_function *)dlsym(RTLD_NEXT, "ZSTD_decompress");
     return next == NULL ? (size_t)-1 : next(target, target_bytes, source, source_bytes);
 }

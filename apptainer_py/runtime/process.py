@@ -1,4 +1,11 @@
-"""A process of a container, as library callers start and watch it (libcontainer's Process).
+"""A process of a container, as library callers describe and watch it (libcontainer's Process).
+
+    settings = ProcessSettings(args=("sh", "-c", "exit 3"), init=True, stdout=file.fileno())
+    container = Container("/run/mine", "one", bundle="/path/to/bundle")
+    process = Process(settings)
+    container.run(process)
+    assert process.wait() == 3
+    container.destroy()
 
 The launcher does the work and stays as the process's stand-in: a child of the caller with its
 status. What is signalled is a pidfd that the launcher has sent, so no number can be another's.
@@ -8,25 +15,20 @@ from __future__ import annotations
 
 import os
 
-from apptainer_py.base import build
 from apptainer_py.base.errors import ApptainerError
-from apptainer_py.base.files import write_all
 from apptainer_py.base.record import Record
-from apptainer_py.kernel import _container, _starter
-from apptainer_py.model.json_out import dumps
-from apptainer_py.model.json_text import loads
+from apptainer_py.kernel import _container
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-_LAUNCHER = f"{build.BINDIR}/apptainer-py-oci"
-_FIRST_EXTRA = 3
+_INFO = 4
 
 
 class ProcessError(ApptainerError):
-    """What cannot be done to a process, in libcontainer's words."""
+    """What cannot be done to a process, in libcontainer's words, or why it was not started."""
 
     exit_code = 1
 
@@ -34,20 +36,23 @@ class ProcessError(ApptainerError):
 class ProcessSettings(Record):
     """What a process is to be; a field that is None is as the container's configuration says.
 
-    `stdin`, `stdout`, `stderr` and `extra_files` are descriptors, None inherits the caller's. The
-    five sets of `capabilities` are lists of names by the set's name; `rlimits`, `scheduler`,
-    `io_priority` and `exec_cpu_affinity` are as config.json has them. `console_socket` and
-    `pidfd_socket` are paths of sockets that get the terminal and a pidfd. `sub_cgroup_paths` are
-    as `exec --cgroup` takes them. `log_level` 5 and more is --debug.
+    `stdin`, `stdout`, `stderr` are descriptors of files, pipes or anything else; None inherits the
+    caller's. The process has `extra_files` as 3, 4, and so on, and no other. The five sets of
+    `capabilities` are lists of names by the set's name; `rlimits`, `scheduler`, `io_priority` and
+    `exec_cpu_affinity` are as config.json has them (config.md, Process). `console_socket` and
+    `pidfd_socket` are paths where somebody listens, who is sent the terminal, and a pidfd; a
+    console's width and height count together. `init` tells the first process of a container from
+    one more in it; `sub_cgroup_paths` are for the latter, as `exec --cgroup` takes them.
+    `log_level` 5 and more has the launcher tell more (Process.messages).
     """
 
     args: tuple[str, ...]
-    env: tuple[str, ...] = ()
-    uid: int = 0
-    gid: int = 0
-    additional_groups: tuple[int, ...] = ()
+    env: tuple[str, ...] | None = None
+    uid: int | None = None
+    gid: int | None = None
+    additional_groups: tuple[int, ...] | None = None
     umask: int | None = None
-    cwd: str = "/"
+    cwd: str | None = None
     stdin: int | None = None
     stdout: int | None = None
     stderr: int | None = None
@@ -56,53 +61,61 @@ class ProcessSettings(Record):
     console_height: int = 0
     console_socket: str = ""
     capabilities: Mapping[str, list[str]] | None = None
-    apparmor_profile: str = ""
-    label: str = ""
-    no_new_privileges: bool = False
-    rlimits: tuple[Mapping[str, Any], ...] = ()
+    apparmor_profile: str | None = None
+    label: str | None = None
+    no_new_privileges: bool | None = None
+    rlimits: tuple[Mapping[str, Any], ...] | None = None
     pidfd_socket: str = ""
     init: bool = False
-    log_level: int = 4
+    log_level: int = _INFO
     sub_cgroup_paths: tuple[str, ...] = ()
     scheduler: Mapping[str, Any] | None = None
     io_priority: Mapping[str, Any] | None = None
     exec_cpu_affinity: Mapping[str, str] | None = None
 
-    def specification(self) -> dict[str, Any]:
-        """Return the process as config.json's `process` (config.md, Process)."""
-        user: dict[str, Any] = {"uid": self.uid, "gid": self.gid}
-        if self.additional_groups:
-            user["additionalGids"] = list(self.additional_groups)
-        if self.umask is not None:
-            user["umask"] = self.umask
-        given = {
-            "apparmorProfile": self.apparmor_profile,
-            "capabilities": self.capabilities,
-            "execCPUAffinity": self.exec_cpu_affinity,
-            "ioPriority": self.io_priority,
-            "noNewPrivileges": self.no_new_privileges,
-            "rlimits": list(self.rlimits),
-            "scheduler": self.scheduler,
-            "selinuxLabel": self.label,
-        }
-        process: dict[str, Any] = {
-            "terminal": bool(self.console_socket),
-            "user": user,
-            "args": list(self.args),
-            "env": list(self.env),
-            "cwd": self.cwd,
-        }
+    def specification(self, configured: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the process as config.json's `process`; `configured` is the container's own."""
+        user = dict(configured.get("user") or {"uid": 0, "gid": 0})
+        groups = self.additional_groups
+        user |= _given(
+            uid=self.uid,
+            gid=self.gid,
+            umask=self.umask,
+            additionalGids=None if groups is None else list(groups),
+        )
+        process = {**configured, "args": list(self.args), "user": user}
+        process |= _given(
+            apparmorProfile=self.apparmor_profile,
+            capabilities=self.capabilities,
+            cwd=self.cwd,
+            env=None if self.env is None else list(self.env),
+            execCPUAffinity=self.exec_cpu_affinity,
+            ioPriority=self.io_priority,
+            noNewPrivileges=self.no_new_privileges,
+            rlimits=None if self.rlimits is None else list(self.rlimits),
+            scheduler=self.scheduler,
+            selinuxLabel=self.label,
+        )
+        process["terminal"] = bool(self.console_socket)
         if self.console_width and self.console_height:
             size = {"height": self.console_height, "width": self.console_width}
             process["consoleSize"] = size
-        return {**process, **{name: value for name, value in given.items() if value}}
+        return process
+
+
+def _given(**values: object) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 class Process:
-    """One process: made from settings, started by a Container, then signalled and waited for."""
+    """One process: made from settings, started by a Container, then signalled and waited for.
+
+    `messages` are what the launcher had to say of it: (level, text), level "warning" or "debug".
+    """
 
     def __init__(self, settings: ProcessSettings) -> None:
         self.settings = settings
+        self.messages: tuple[tuple[str, str], ...] = ()
         self._child = 0
         self._pidfd = -1
         self._pid = 0
@@ -112,9 +125,11 @@ class Process:
         """Note who stands in for the process, and its pidfd; a Container calls this, once."""
         self._child = child
         self._pidfd = pidfd
-        for line in _read(f"/proc/self/fdinfo/{pidfd}").splitlines():
-            if line.startswith(b"Pid:"):
-                self._pid = int(line.split()[1])
+        self._pid = pid_of(pidfd)
+
+    def is_started(self) -> bool:
+        """Return whether a container has started it, whatever became of it since."""
+        return self._child != 0
 
     def pid(self) -> int:
         """Return the process's number on the host, also after its end.
@@ -122,8 +137,7 @@ class Process:
         Raises:
             ProcessError: it was not started.
         """
-        if not self._child:
-            raise ProcessError(text="invalid process")
+        self._check()
         return self._pid
 
     def signal(self, number: int) -> None:
@@ -132,8 +146,7 @@ class Process:
         Raises:
             ProcessError: it was not started, or has ended.
         """
-        if not self._child:
-            raise ProcessError(text="invalid process")
+        self._check()
         try:
             if self._status is not None:
                 raise ProcessLookupError
@@ -147,122 +160,23 @@ class Process:
         Raises:
             ProcessError: it was not started.
         """
-        if not self._child:
-            raise ProcessError(text="invalid process")
+        self._check()
         if self._status is None:
-            self._status = os.waitstatus_to_exitcode(os.waitpid(self._child, 0)[1])
+            status = os.waitstatus_to_exitcode(os.waitpid(self._child, 0)[1])
+            self._status = status if status >= 0 else 128 - status
             os.close(self._pidfd)
             self._pidfd = -1
         return self._status
 
-
-class Container:
-    """A container by its name; `bundle` is for one that the first process makes."""
-
-    def __init__(self, root: str, name: str, bundle: str = "", launcher: str = _LAUNCHER) -> None:
-        self.root = root
-        self.name = name
-        self.bundle = bundle
-        self._launcher = launcher
-
-    def start(self, process: Process) -> None:
-        """Start a process: the container's first one if its settings say `init`, else one more.
-
-        Raises:
-            ProcessError: it could not be started; the launcher has said why on stderr.
-        """
-        import shutil
-        import tempfile
-
-        settings = process.settings
-        if settings.console_socket or settings.pidfd_socket:
-            # Both make somebody else the one who watches the process.
-            raise ProcessError(text="a console or pidfd socket needs `exec --detach`")
-        folder = tempfile.mkdtemp(prefix="apptainer-py-process-")
-        try:
-            listener = _listen(f"{folder}/pidfd")
-            words = self._words(settings, folder)
-            child = self._spawn(settings, words)
-            pidfd = _accept_pidfd(listener, child)
-            if pidfd < 0:
-                status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-                raise ProcessError(text=f"the process could not be started (status {status})")
-            process.begin(child, pidfd)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    def _words(self, settings: ProcessSettings, folder: str) -> list[str]:
-        words = [self._launcher, "--root", self.root]
-        if settings.log_level > 4:
-            words.append("--debug")
-        data = settings.specification()
-        if settings.init:
-            path = os.path.abspath(self.bundle)
-            config: dict[str, Any] = loads(_read(f"{path}/config.json"))
-            config["process"] = {**config.get("process", {}), **data}
-            config["root"]["path"] = os.path.join(path, config["root"]["path"])
-            _write(f"{folder}/config.json", config)
-            words += ["run", "--bundle", folder]
-        else:
-            _write(f"{folder}/process.json", data)
-            words += ["exec", "--process", f"{folder}/process.json"]
-            words += [f"--cgroup={word}" for word in settings.sub_cgroup_paths]
-        words += ["--pidfd-socket", f"{folder}/pidfd"]
-        words.append(f"--preserve-fds={len(settings.extra_files)}")
-        return [*words, self.name]
-
-    def _spawn(self, settings: ProcessSettings, words: list[str]) -> int:
-        streams = (settings.stdin, settings.stdout, settings.stderr)
-        wanted = [(to, fd) for to, fd in enumerate(streams) if fd is not None]
-        wanted += list(enumerate(settings.extra_files, _FIRST_EXTRA))
-        # First out of the way: one may stand where another belongs.
-        high = [(to, _duplicate(fd)) for to, fd in wanted]
-        actions = [(os.POSIX_SPAWN_DUP2, fd, to) for to, fd in high]
-        environment = {name: value for name, value in os.environb.items()}  # noqa: C416
-        try:
-            return os.posix_spawn(words[0], words, environment, file_actions=actions)
-        finally:
-            for _, fd in high:
-                os.close(fd)
+    def _check(self) -> None:
+        if not self._child:
+            raise ProcessError(text="invalid process")
 
 
-def _duplicate(fd: int) -> int:
-    import fcntl
-
-    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 512)
-
-
-def _read(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return file.read()
-
-
-def _write(path: str, value: object) -> None:
-    write_all(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), dumps(value).encode())
-
-
-def _listen(path: str) -> Any:
-    import socket
-
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listener.bind(path)
-    listener.listen(1)
-    return listener
-
-
-def _accept_pidfd(listener: Any, child: int) -> int:
-    """Return the pidfd that the launcher sends, or -1 if it ended without one."""
-    import select
-
-    end = os.pidfd_open(child)
-    try:
-        if listener not in select.select([listener, end], [], [])[0]:
-            return -1
-        connection, _ = listener.accept()
-        with connection:
-            if connection not in select.select([connection, end], [], [])[0]:
-                return -1
-            return _starter.receive_bytes(connection.fileno(), 64)[1]
-    finally:
-        os.close(end)
-        listener.close()
+def pid_of(pidfd: int) -> int:
+    """Return the number of the process that a pidfd stands for; -1 if it was reaped."""
+    with open(f"/proc/self/fdinfo/{pidfd}", "rb") as file:
+        for line in file:
+            if line.startswith(b"Pid:"):
+                return int(line.split()[1])
+    return -1

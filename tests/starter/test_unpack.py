@@ -110,6 +110,7 @@ def ask(name, judge, makers):
                     ours, theirs = judge(libc, trial, size), judge(library, trial, size)
                     codes = ours[0], theirs[0]
                     assert ours == theirs, (name, len(content), len(trial), size, codes)
+                    assert ours == judge(libc, trial, size), "remembered as something else"
                     asked += 1
             good = judge(libc, stream, MOST)
             assert good == (0, content), (name, len(content), good[0])

@@ -55,6 +55,7 @@ FLAGS = {
     "bundle": "directory of the bundle (default: the current directory)",
     "cap": "capability that the process has beside the others",
     "cgroup": "run the process in this cgroup below the container's, [CONTROLLER,...:]PATH",
+    "config": "file to be read instead of the bundle's config.json",
     "console-socket": "AF_UNIX socket that is sent the descriptor of the console's master end",
     "cpu-burst": "time by which the quota may be exceeded once it was saved up (microseconds)",
     "cpu-idle": "1: run only when nobody else wants to (SCHED_IDLE); 0: as usual",
@@ -109,6 +110,8 @@ FLAGS = {
     "shell-job": "allow terminals of the caller's session",
     "stats": "print one report and end",
     "status-fd": "descriptor that a byte is written to when the page server is ready",
+    "stay": "stay until the process ends, with its status; a byte on this descriptor says that it "
+    "runs or waits",
     "tcp-established": "allow open TCP connections",
     "tcp-skip-in-flight": "leave out TCP connections that are not established yet",
     "tty": "give the process a terminal",

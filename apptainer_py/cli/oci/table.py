@@ -11,7 +11,12 @@ GLOBAL = (
     "debug log= log-format= root= criu= systemd-cgroup rootless= cgroup-manager= log-level= "
     "help,h version,v"
 )
-_MAKE = "bundle,b= console-socket= pidfd-socket= pid-file= no-pivot no-new-keyring preserve-fds#"
+# The last two are not runc's: another file than the bundle's (crun), and who stays as the stand-in
+# of the process for runtime/library.py, which is told by this descriptor that it stands.
+_MAKE = (
+    "bundle,b= console-socket= pidfd-socket= pid-file= no-pivot no-new-keyring preserve-fds# "
+    "config,f= stay#"
+)
 _RESTORE = (
     "console-socket= image-path= work-path= tcp-established ext-unix-sk shell-job file-locks "
     "manage-cgroups-mode= bundle,b= detach,d pid-file= no-subreaper no-pivot empty-ns* auto-dedup "
@@ -25,7 +30,7 @@ _CHECKPOINT = (
 _EXEC = (
     "console-socket= pidfd-socket= cwd= env,e* tty,t user,u= additional-gids,g* process,p= "
     "detach,d pid-file= process-label= apparmor= no-new-privs cap,c* preserve-fds# cgroup* "
-    "ignore-paused"
+    "ignore-paused stay#"
 )
 _UPDATE = (
     "resources,r= blkio-weight= cpu-period= cpu-quota= cpu-burst= cpu-share= cpu-rt-period= "

@@ -46,23 +46,26 @@ def _new_state(root: str, name: str, sticky: bool) -> StateDir:  # noqa: FBT001 
     return StateDir.make(root, name, sticky=sticky)
 
 
-def read_bundle(bundle: str) -> tuple[str, bytes]:
+def read_bundle(bundle: str, config: str = "") -> tuple[str, bytes]:
     """Make a bundle the current directory; returns its path and its config.json.
+
+    `config` is another file to be read for it.
 
     Raises:
         ContainerError: there is none, in runc's words.
     """
+    file = os.path.abspath(config) if config else "config.json"
     if bundle:
         try:
             os.chdir(bundle)
         except OSError as error:
             raise ContainerError(text=f"chdir {bundle}: {(error.strerror or '').lower()}") from None
     try:
-        fd = os.open("config.json", os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise ContainerError(text="JSON specification file config.json not found") from None
+        raise ContainerError(text=f"JSON specification file {file} not found") from None
     except OSError as error:
-        text = f"open config.json: {(error.strerror or '').lower()}"
+        text = f"open {file}: {(error.strerror or '').lower()}"
         raise ContainerError(text=text) from None
     from apptainer_py.base.files import read_at_most
 
@@ -86,11 +89,12 @@ class Creation:
         self.monitored = _with_monitor(call, context.ready_fd) if call.apptainer else None
         self.waits = call.command == "create" or call.apptainer
         self.detached = self.waits or call.flag("detach")
-        self.stays = bool(self.monitored) or not self.detached
+        self.stand_in = call.number("stay")
+        self.stays = bool(self.monitored or self.stand_in) or not self.detached
         self.environment = context.environment
         # Paths of the command line are the caller's; the bundle is the directory from here on.
         self.pid_file = os.path.abspath(call.text("pid-file")) if call.text("pid-file") else ""
-        self.bundle, self.config_bytes = read_bundle(call.text("bundle"))
+        self.bundle, self.config_bytes = read_bundle(call.text("bundle"), call.text("config"))
         check_id(self.name)
         self.config: dict[str, Any] = loads(self.config_bytes)
         if call.flag("empty-process") and isinstance(self.config.get("process"), dict):
@@ -110,7 +114,8 @@ class Creation:
         for warning in self.plan.warnings:
             log.warning(warning)
         if self.monitored is None or call.text("console-socket"):
-            terminal.check_streams(call, terminal=self.plan.terminal, detached=self.detached)
+            detached = self.detached or bool(self.stand_in)
+            terminal.check_streams(call, terminal=self.plan.terminal, detached=detached)
         terminal.check_preserved(call.number("preserve-fds"), listen_fds)
         self.console = terminal.connect(call.text("console-socket"))
         self.pidfd_socket = terminal.connect(call.text("pidfd-socket"))
@@ -128,7 +133,7 @@ class Creation:
         self.state: StateDir | None = None
         self.fifo = -1
         self.pty = -1
-        if not self.detached:
+        if self.stays and not self.monitored:
             _starter.relay_begin()
         self.failed = True
         self.has_cgroup = False
@@ -303,6 +308,7 @@ class Creation:
                 self._send_listener(nest, listener)
         except ApptainerError as error:
             raise explained(error, self.plan.process, "error during container init: ") from None
+        log.debug(f"the first process is {self.pid}")
         self.failed = False
         return self.pid
 
@@ -338,6 +344,7 @@ class Creation:
                 self.failed = True
                 reason = (error.strerror or "").lower()
                 raise ContainerError(text=f"open {error.filename}: {reason}") from None
+        steps.tell_ready(self.stand_in)
 
     # -- monitor_container, cleanup_container
 
@@ -350,7 +357,8 @@ class Creation:
 
     def clean_up(self, status: int | None) -> None:
         """Undo a container that failed, or that has ended in the foreground."""
-        if self.state is None or (not self.failed and (status is None or self.call.flag("keep"))):
+        kept = self.waits or self.call.flag("keep")
+        if self.state is None or (not self.failed and (status is None or kept)):
             return
         from apptainer_py.engines.oci.cleanup import destroy
 

@@ -287,6 +287,18 @@ def write_pid_file(path: str, pid: int) -> None:
     os.rename(fresh, path)
 
 
+def tell_ready(fd: int) -> None:
+    """Tell a library caller that its process stands; 0 is nobody."""
+    if not fd:
+        return
+    try:
+        os.write(fd, b"r")
+        os.close(fd)
+    except OSError as error:
+        text = f"nobody waits at descriptor {fd}: {reason_of(error)}"
+        raise ContainerError(text=text) from None
+
+
 def inner_hook_failed(error: RowFailed, kind: str) -> ApptainerError:
     """Return the error for a hook that failed in the container's namespaces."""
     said = ""

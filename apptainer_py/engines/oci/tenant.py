@@ -124,7 +124,8 @@ class Tenancy:
     def __init__(self, context: PrepareContext, call: OciCall) -> None:
         self.call = call
         self.detached = call.flag("detach")
-        self.stays = not self.detached
+        self.stand_in = call.number("stay")
+        self.stays = bool(self.stand_in) or not self.detached
         self.pid_file = os.path.abspath(call.text("pid-file")) if call.text("pid-file") else ""
         state = StateDir.open(call.root, call.arguments[0])
         self.record = state.read_record()
@@ -143,7 +144,8 @@ class Tenancy:
         self.plan: OciPlan = compile_tenant(self.config, process, host, options)
         for warning in self.plan.warnings:
             log.warning(warning)
-        terminal.check_streams(call, terminal=self.plan.terminal, detached=self.detached)
+        detached = self.detached or bool(self.stand_in)
+        terminal.check_streams(call, terminal=self.plan.terminal, detached=detached)
         terminal.check_preserved(call.number("preserve-fds"), listen_fds)
         self.groups = subgroup_directories(
             known.get("cgroup_paths") or {}, parse_subgroups(call.words("cgroup"))
@@ -261,6 +263,7 @@ class Tenancy:
                 self._send_listener(nest, listener)
         except ApptainerError as error:
             raise explained(error, self.plan.process, "") from None
+        log.debug(f"the process is {self.pid}")
         self.failed = False
         return self.pid
 
@@ -282,6 +285,10 @@ class Tenancy:
 
     def started(self) -> None:
         """Write the pid file."""
+        self._write_pid()
+        steps.tell_ready(self.stand_in)
+
+    def _write_pid(self) -> None:
         if not self.pid_file:
             return
         try:

@@ -103,9 +103,9 @@ class Client:
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.settimeout(beds.DEADLINE_S)
         self.socket.connect(str(path))
-        self.got = b""
+        self.got = bytearray()
 
-    def until(self, wanted: bytes) -> bytes:
+    def until(self, wanted: bytes) -> bytearray:
         """Read until something has come."""
         while wanted not in self.got:
             more = self.socket.recv(65536)
@@ -113,7 +113,7 @@ class Client:
             self.got += more
         return self.got
 
-    def rest(self) -> bytes:
+    def rest(self) -> bytearray:
         """Read to the end."""
         while more := self.socket.recv(65536):
             self.got += more

@@ -41,7 +41,7 @@ def test_the_state_of_a_container_from_its_making_to_its_end(desk, bundle):
     assert made["bundle"] == str(bundle.path)
     desk.good("start", name)
     ended = desk.until(name, "stopped")
-    assert made["createdAt"] < ended["startedAt"] < ended["finishedAt"]
+    assert made["createdAt"] < ended["startedAt"] <= ended["finishedAt"]
     assert (ended["exitCode"], ended["exitDesc"]) == (7, "exited with code 7")
     assert "pid" not in ended
     text = desk.good("state", name).stdout
@@ -423,10 +423,10 @@ def test_attach_without_a_terminal(desk, bundle):
 def test_a_signal_to_attach_is_the_containers(desk, bundle):
     script = "trap 'echo hup; exit 6' HUP; echo ready; while :; do sleep 1; done"
     name, held = waiting(desk, bundle, script)
+    beds.eventually(lambda: "ready" in desk.out(name).read_text(), "the trap is set")
     child = subprocess.Popen(
         desk.argv("attach", name), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
     )
-    beds.eventually(lambda: "ready" in desk.out(name).read_text(), "the trap is set")
     # Whoever holds all signals back passes them on.
     status = Path(f"/proc/{child.pid}/status")
     beds.eventually(lambda: "SigBlk:\tfffffff" in status.read_text(), "signals are passed on")

@@ -57,9 +57,7 @@ def own(user: pwd.struct_passwd) -> tuple[int, int, int]:
 
 
 def test_without_subordinate_ids(rootless: Rootless, user: pwd.struct_passwd) -> None:
-    bundle = rootless.hand_over(
-        rootless.bundle(own(user)).args("sh", "-c", SCRIPT), user.pw_uid
-    )
+    bundle = rootless.hand_over(rootless.bundle(own(user)).args("sh", "-c", SCRIPT), user.pw_uid)
     done = rootless.call("run", "--bundle", bundle.path, "box")
     # CVE-2014-8989: who maps himself alone cannot drop a group that keeps him out.
     wanted = ["0", "0", "0", str(user.pw_uid), "1", "deny"]

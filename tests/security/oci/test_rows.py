@@ -92,9 +92,7 @@ class Outside:
             for path in self.path.rglob("*")
             if path.is_file() and not path.is_symlink()
         }
-        mounts = [
-            line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()
-        ]
+        mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
         own = [point for point in mounts if point.startswith(str(self.bed.place))]
         return listing(self.path), texts, own
 
@@ -193,7 +191,8 @@ def test_r03_the_program_cannot_be_written(bed, bundle) -> None:
     before = hashes(bed.runtime.program)
     (bundle.rootfs / "bin/attacker").hardlink_to(attacker())
     bundle.process["capabilities"] = dict.fromkeys(
-        ("bounding", "effective", "permitted"), ["CAP_SYS_PTRACE", "CAP_SYS_ADMIN", "CAP_SYS_CHROOT"]
+        ("bounding", "effective", "permitted"),
+        ["CAP_SYS_PTRACE", "CAP_SYS_ADMIN", "CAP_SYS_CHROOT"],
     )
     container = bed.started(bundle.args("/bin/attacker", "write", "1"))
     container.lines("ready")
@@ -801,4 +800,3 @@ def test_every_row_has_its_test() -> None:
     for path in here.glob("test_*.py"):
         found |= set(re.findall(r"^def test_([rc]\d\d)_", path.read_text(), re.MULTILINE))
     assert found == set(ROWS)
-
