@@ -27,6 +27,7 @@ TESTS = {
 }
 FUZZERS = {
     "fuzz_bearer": (),
+    "fuzz_command": (),
     "fuzz_grants": (),
     "fuzz_image": ("report.c",),
     "fuzz_keeper": ("report.c", "wire.c", "policy.c", *CONFIG),
@@ -38,6 +39,7 @@ FUZZERS = {
 # Iterations of about a second, and of a part of the minute that CI has for all of them.
 SHORT = {
     "fuzz_bearer": 10_000,
+    "fuzz_command": 300_000,
     "fuzz_grants": 500_000,
     "fuzz_image": 100_000,
     "fuzz_keeper": 10_000,
@@ -48,6 +50,7 @@ SHORT = {
 }
 LONG = {
     "fuzz_bearer": 100_000,
+    "fuzz_command": 3_000_000,
     "fuzz_grants": 5_000_000,
     "fuzz_image": 300_000,
     "fuzz_keeper": 200_000,

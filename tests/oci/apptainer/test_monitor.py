@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import select
 import signal
 import socket
 import stat
@@ -356,6 +357,15 @@ def test_the_monitor_is_small_and_closed(desk, bundle):
     assert Path(f"/proc/{pid}/environ").read_bytes() == b""
 
 
+def test_the_payload_has_three_streams_and_nothing_of_ours(desk, bundle):
+    name = desk.make(bundle.args(beds.PROBE))
+    desk.good("start", name)
+    desk.until(name, "stopped")
+    found = json.loads(desk.out(name).read_text())["fds"]
+    assert sorted(found) == ["0", "1", "2"]
+    assert all(target.startswith("pipe:") for target in found.values())
+
+
 # ---- the terminal ----
 
 
@@ -451,6 +461,23 @@ def test_run_of_what_is_killed(desk, bundle):
     bundle.shell("kill -KILL $$").write()
     bundle.without_space("pid").write()
     assert desk.call("run", "-b", bundle.path, desk.name()).returncode == 137
+
+
+def test_a_signal_to_run_is_the_containers(desk, bundle):
+    bundle.shell("trap 'exit 6' TERM; echo ready; while :; do sleep 1; done").write()
+    out = desk.place / "run.out"
+    with out.open("w") as stream:
+        child = subprocess.Popen(
+            desk.argv("run", "-b", bundle.path, desk.name()),
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+        )
+    beds.eventually(lambda: "ready" in out.read_text(), "the trap is set")
+    status = Path(f"/proc/{child.pid}/status")
+    beds.eventually(lambda: "SigBlk:\tfffffff" in status.read_text(), "signals are passed on")
+    child.terminate()
+    assert child.wait(timeout=60) == 6
+    assert os.listdir(desk.root) == []
 
 
 def test_run_of_much_output_loses_nothing(desk, bundle):
@@ -604,6 +631,29 @@ def test_a_monitor_that_is_killed_leaves_a_container_that_can_be_deleted(desk, b
     beds.reap()
     beds.eventually(lambda: (beds.reap(), desk.state(name)["status"])[1] == "stopped", "its end")
     desk.good("delete", name)
+
+
+def test_a_create_that_is_killed_ends_its_monitor_to_be(desk, bundle):
+    bundle.hook("createRuntime", f"echo $$ > {desk.place}/hook; exec sleep 600").write()
+    name = desk.name()
+    with desk.out(name).open("w") as stream:
+        child = subprocess.Popen(
+            desk.argv("create", "-b", bundle.path, name),
+            stdin=subprocess.DEVNULL, stdout=stream, stderr=stream,
+        )  # fmt: skip
+    hook = desk.place / "hook"
+    beds.eventually(lambda: hook.exists() and hook.read_text().strip(), "the hook runs")
+    others = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+    assert len(others) == 1
+    end = os.pidfd_open(int(others[0]))
+    child.kill()
+    assert child.wait() == -signal.SIGKILL
+    assert select.select([end], [], [], beds.DEADLINE_S)[0], "it goes with its launcher"
+    os.close(end)
+    beds.end(int(hook.read_text()))
+    beds.reap()
+    desk.good("delete", "--force", name)
+    assert os.listdir(desk.root) == []
 
 
 def test_runcs_commands_on_a_monitored_container(desk, bundle):
