@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 
+from apptainer_py.base import log
+from apptainer_py.base.errors import ImageGone
 from apptainer_py.kernel import _starter
 from apptainer_py.model import protocol
 
@@ -228,11 +230,17 @@ class MonitorContext:
         _starter.release_code()
         if self._keeper_fd < 0:
             return os.waitpid(self.pid, 0)[1]
+        served = True
         while True:
             event = _starter.receive_event(self._keeper_fd)
             if event is None:
                 return 255 << 8
-            if event[0] == protocol.EVENT_PAYLOAD_ENDED:
+            if event[0] == protocol.EVENT_SERVER_ENDED:
+                served = False
+            elif event[0] == protocol.EVENT_PAYLOAD_ENDED:
+                # The server ends with every container; the starter kills those that need it still.
+                if self.pid and not served and os.WIFSIGNALED(event[2]):
+                    log.fatal(str(ImageGone()))
                 return event[2]
 
 
