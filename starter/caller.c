@@ -116,12 +116,31 @@ static void start_init(struct launch *l) {
     step_end(STEP_FORK_INIT);
 }
 
+/* Before there is an interpreter to be forked with it; which image, master finds out. */
+static void start_server(struct launch *l) {
+    if (wire_pair(l->server_socket) < 0 || move_up(&l->server_socket[0]) < 0 ||
+        move_up(&l->server_socket[1]) < 0)
+        fail("cannot make a channel to the image server", errno);
+    step_begin(STEP_FORK_SERVER);
+    l->server_pid = fork();
+    if (l->server_pid < 0)
+        fail("cannot start the image server", errno);
+    if (l->server_pid == 0) {
+        close(l->init_socket[1]);
+        close(l->server_socket[1]);
+        server_wait(l, l->server_socket[0]);
+    }
+    close(l->server_socket[0]);
+    l->server_socket[0] = -1;
+    step_end(STEP_FORK_SERVER);
+}
+
 static void no_channels(struct launch *l) {
     int *const pairs[] = {l->keeper_socket,     l->rpc_socket,        l->start_socket,
                           l->methods_socket,    l->helper_sockets[0], l->helper_sockets[1],
                           l->bearer_socket,     l->seal_pipe,         l->ready_pipe,
                           l->go_socket,         l->life_pipe,         l->serve_pipe,
-                          l->probe_pipe,        l->init_socket};
+                          l->probe_pipe,        l->init_socket,       l->server_socket};
     for (size_t i = 0; i < ARRAY_SIZE(pairs); i++)
         pairs[i][0] = pairs[i][1] = -1;
     l->config_fd = -1;
@@ -152,6 +171,8 @@ NO_RETURN void caller_main(struct launch *l, int argc, char *const argv[]) {
         fail("this request is not for this starter", 0);
     step_end(STEP_KEEPER_START);
     start_init(l);
+    if (l->request.forecast & FORECAST_FUSE)
+        start_server(l);
     /* What it makes, cgroups and state, is for others to look at as far as the caller lets them. */
     (void)umask(l->inherited.umask);
     stage_run(l, STAGE_MASTER);

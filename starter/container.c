@@ -1,6 +1,8 @@
 /* clone(namespaces), and what the child does before it is shim or stage 2. */
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/capability.h>
+#include <linux/magic.h>
 #include <net/if.h>
 #include <sched.h>
 #include <string.h>
@@ -9,6 +11,7 @@
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include "starter.h"
@@ -59,6 +62,33 @@ static int make_mounts_private(const struct launch *l) {
     unsigned long propagation = l->plan.flags & PLAN_SLAVE ? MS_SLAVE : MS_PRIVATE;
     /* SAFE: changes the propagation of this process's own new namespace only. */
     return mount(NULL, "/", NULL, MS_REC | propagation, NULL);
+}
+
+/* pivot_root(2) exchanges no root that lies on nothing, as an initramfs does.  A copy that lies on
+ * it can be exchanged, and all that is forked from here on has that one for its root.  What is left
+ * beneath the container's has no way up to it: "..", from there, ends at the container's own. */
+static int make_root_a_mount(void) {
+    struct statfs fs;
+    if (statfs("/", &fs) < 0)
+        return -1;
+    if (fs.f_type != RAMFS_MAGIC && fs.f_type != TMPFS_MAGIC)
+        return 0;
+    const struct raised *raised = privs_raise(CAP_BIT(CAP_SYS_ADMIN) | CAP_BIT(CAP_SYS_CHROOT));
+    if (!raised)
+        return -1;
+    /* SAFE: in this process's own new namespace, from "/" to "/"; nothing of the caller's. */
+    int tree = (int)syscall(SYS_open_tree, AT_FDCWD, "/",
+                            OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | (unsigned)AT_RECURSIVE);
+    int result = tree < 0 ? -1
+                          : (int)syscall(SYS_move_mount, tree, "", AT_FDCWD, "/",
+                                         MOVE_MOUNT_F_EMPTY_PATH);
+    if (result == 0 && (fchdir(tree) < 0 || chroot(".") < 0))
+        result = -1;
+    int error = errno;
+    close_fd(&tree);
+    privs_lower(raised);
+    errno = error;
+    return result;
 }
 
 /* A new network namespace has its loopback down. */
@@ -159,6 +189,8 @@ NO_RETURN static void container_main(struct launch *l) {
     if (l->plan.spaces & SPACE_NET && loopback_up() < 0)
         report("WARNING: ", "the loopback interface could not be brought up");
     privs_lower(raised);
+    if (make_root_a_mount() < 0)
+        fail("cannot make a mount of the root", errno);
     pid_t rpc = fork_rpc(l);
     if (rpc < 0 || (l->plan.flags & PLAN_METHODS && fork_methods(l) < 0))
         fail("cannot start the container's processes", errno);

@@ -28,6 +28,9 @@ struct bundle {
 
 enum { BUNDLE_MASTER, BUNDLE_IMAGE, BUNDLE_START, BUNDLE_OCI };
 
+/* Memory that is never given back, all of which will be written to; NULL if there is none. */
+void *stage_memory(size_t size);
+
 extern const struct _frozen frozen_modules[];
 extern const struct bundle bundles[];
 

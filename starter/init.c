@@ -48,7 +48,7 @@ void init_close(int *fd) {
  * otherwise.  Nobody of the container can see it before. */
 void init_shield(const struct init *s) {
     (void)prctl(PR_SET_PDEATHSIG, SIGKILL);
-    if (s->phase > BORN || s->join_count > 0 || geteuid() == 0)
+    if (s->phase > BORN || s->join_count > 0 || s->root)
         (void)prctl(PR_SET_DUMPABLE, 0);
 }
 
@@ -139,6 +139,7 @@ int main(int argc, char *argv[]) {
     if (s->socket < 3 || fstat(s->socket, &st) < 0 || !S_ISSOCK(st.st_mode) ||
         fcntl(s->socket, F_SETFD, FD_CLOEXEC) < 0)
         fail("starter-init is not for direct use; run apptainer-py-oci", 0);
+    s->root = geteuid() == 0;
     init_shield(s);
 #ifdef APY_TEST_STEPS
     test_read_environment(environ);

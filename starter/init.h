@@ -28,6 +28,7 @@ enum init_phase {
 
 struct init {
     int socket;                        /* to master */
+    bool root;                         /* what it was started as: maps make it 0 at any moment */
     mode_t umask;                      /* the caller's, for a payload that asks for none */
     int phase;                         /* one bit of enum init_phase */
     bool failed;                       /* later rows are answered, not done */
@@ -95,6 +96,9 @@ MUST_USE int hooks_before_start(const struct process *p, char *const envp[]);
 /* init_mounts.c */
 init_row init_propagation, init_root_bundle, init_fs, init_fsopt, init_tree, init_attr, init_copyup,
     init_place, init_remount, init_enter, init_root_readonly;
+
+/* init_image.c */
+init_row init_image, init_overlay;
 
 /* init_dev.c */
 init_row init_mknod, init_link;

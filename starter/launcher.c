@@ -7,6 +7,7 @@
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
@@ -83,14 +84,29 @@ static char *number_text(char *end, int number) {
 __attribute__((noreturn)) static void run_starter(const struct choice *c, const char *image,
                                                   int request_fd) {
     const char *starter = c->flow == FLOW_SETUID ? APY_STARTER_SUID : APY_STARTER;
-    char title[TITLE_BYTES] = "Apptainer runtime parent: ", number[16];
+    char title[TITLE_BYTES] = "Apptainer runtime parent: ", number[16], word[] = "caller";
     strncat(title, image, sizeof(title) - strlen(title) - 1);
-    char *arguments[] = {title, number_text(number + sizeof(number), request_fd), NULL};
+    char *arguments[] = {title, number_text(number + sizeof(number), request_fd),
+                         c->flow == FLOW_CALLER ? word : NULL, NULL};
     char *environment[] = {NULL};
     execve(starter, arguments, environment);
     if (errno == ENOENT)
         fatal(starter, "not found, please check your installation");
     fatal(starter, strerror(errno));
+}
+
+/* `run --oci`: the other engine, with the caller's own rights.  Its parser tells by the name that
+ * this is no command line of runc's. */
+static void choose_oci(struct choice *c, struct scan *s, char *argv[]) {
+    static char name[] = "apptainer-py";
+    struct stat st;
+    argv[0] = name;
+    c->engine = "oci";
+    c->flow = FLOW_CALLER;
+    if (s->image == NULL)
+        s->image = s->layout;
+    else if (stat(s->image, &st) == 0 && S_ISREG(st.st_mode))
+        c->forecast.what = FORECAST_FUSE;
 }
 
 int main(int argc, char *argv[], char *envp[]) {
@@ -101,13 +117,18 @@ int main(int argc, char *argv[], char *envp[]) {
     scan_arguments(&s, argc, argv);
     if (s.is_oci)
         run_oci(argv, envp);
-    if (s.image == NULL)
+    bool oci = scan_asks_oci(&s, envp);
+    if (s.image == NULL && (!oci || s.layout == NULL))
         run_interpreter(argc, argv, envp);
-    flow_choose(&c, scan_asks_userns(&s, envp));
+    if (oci) {
+        choose_oci(&c, &s, argv);
+    } else {
+        flow_choose(&c, scan_asks_userns(&s, envp));
+        c.forecast = scan_forecast(&s);
+    }
     if (s.trace != NULL && *s.trace != '\0')
         c.trace_fd = open_trace(s.trace);
     c.image_arg = s.image_arg;
-    c.forecast = scan_forecast(&s);
     int fd = request_make(&c, argc, argv, envp, &why);
     if (fd < 0)
         fatal("the request to the starter", why);

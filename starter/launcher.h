@@ -13,6 +13,7 @@
 /* What the command line says, as far as the launcher needs it. */
 struct scan {
     const char *image;   /* NULL: not a launch, or not of a local image */
+    const char *layout;  /* an image that only the oci engine can start, or NULL */
     const char *trace;   /* file name or NULL */
     unsigned given;      /* enum option_flag: was on the command line */
     unsigned on;         /* ... and its last value was true, or not empty */
@@ -40,6 +41,7 @@ struct choice {
 void scan_arguments(struct scan *s, int argc, char *const argv[]);
 struct forecast scan_forecast(const struct scan *s);
 bool scan_asks_userns(const struct scan *s, char *const envp[]);
+bool scan_asks_oci(const struct scan *s, char *const envp[]);
 
 /* launcher_flow.c */
 void flow_choose(struct choice *c, bool userns_asked);

@@ -113,6 +113,17 @@ static bool read_options(struct scan *s, struct words *w, unsigned mask) {
     return true;
 }
 
+/* "oci:" and the like: an image of the other format, and none that would have to be fetched. */
+static bool is_layout(const char *image) {
+    size_t length = strcspn(image, ":");
+    if (image[length] == '\0' || strncmp(image + length + 1, "//", 2) == 0)
+        return false;
+    for (size_t i = 0; i < COUNT(layouts); i++)
+        if (strncmp(layouts[i], image, length) == 0 && layouts[i][length] == '\0')
+            return true;
+    return false;
+}
+
 static bool is_path(const char *image) {
     size_t length = strcspn(image, ":");
     if (image[length] == '\0' || length == 0)
@@ -144,8 +155,10 @@ void scan_arguments(struct scan *s, int argc, char *const argv[]) {
     if (!read_options(s, &w, 0) || w.left == 0 || (s->on & (OPT_HELP | OPT_VERSION)) != 0)
         return;
     s->is_oci = strcmp(*w.at, "oci") == 0;
-    if (read_command(s, &w) && (s->on & OPT_HELP) == 0 && is_path(*w.at))
-        s->image = *w.at;
+    if (read_command(s, &w) && (s->on & OPT_HELP) == 0) {
+        s->image = is_path(*w.at) ? *w.at : NULL;
+        s->layout = is_layout(*w.at) ? *w.at : NULL;
+    }
     s->image_arg = (unsigned)(w.at - argv);
 }
 
@@ -217,4 +230,11 @@ bool scan_asks_userns(const struct scan *s, char *const envp[]) {
         return true;
     return (s->given & OPT_FAKEROOT) == 0 &&
            variable_on(envp, fakeroot_keys, COUNT(fakeroot_keys));
+}
+
+bool scan_asks_oci(const struct scan *s, char *const envp[]) {
+    if ((s->given & OPT_OCI) != 0)
+        return (s->on & OPT_OCI) != 0;
+    return (s->image != NULL || s->layout != NULL) &&
+           variable_on(envp, oci_keys, COUNT(oci_keys));
 }

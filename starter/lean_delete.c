@@ -100,17 +100,14 @@ static int delete_locked(const struct container *c) {
     return destroy(c);
 }
 
-/* A directory without a record: one that a `create` has just made, or the remains of one that was
- * ended before it had done anything. */
+/* A directory without a record: one that a `create` has just made, one that a `delete` has all but
+ * removed, or the remains of one that was ended before it had done anything. */
 static int delete_remains(struct container *c) {
     enum found found = container_lock(c, c->lean->force);
     if (found == FOUND)
         return delete_locked(c);
-    if (found == FOUND_LOCKED) {
-        lean_error(c->lean, "cannot delete container %s that is not stopped: creating",
-                   c->lean->id);
-        return LEAN_FAILED;
-    }
+    if (found == FOUND_LOCKED)
+        return container_tell(c->lean, FOUND_NOTHING);
     if (found == FOUND_NO_RECORD && !container_remove_files(c))
         return LEAN_FAILED;
     return c->lean->force ? LEAN_DONE : container_tell(c->lean, FOUND_NOTHING);

@@ -75,7 +75,7 @@ static bool whole_grant(const struct container_plan *plan) {
 int policy_plan(const struct launch *l, const struct container_plan *plan) {
     const uint32_t spaces = SPACE_PID | SPACE_IPC | SPACE_UTS | SPACE_NET | SPACE_CGROUP;
     const uint32_t flags = PLAN_SHIM | PLAN_WRITABLE_LAYER | PLAN_KERNEL_IMAGE | PLAN_SLAVE |
-                           PLAN_NO_NEW_PRIVS | PLAN_METHODS | PLAN_KEEP_CAPS | PLAN_SETUID;
+                           PLAN_NO_NEW_PRIVS | PLAN_METHODS | PLAN_SETUID;
     const struct config *c = &l->config;
     if ((plan->spaces & ~spaces) || (plan->flags & ~flags) ||
         plan->fuse_count > LIMIT_FUSE_DEVICES || plan->group_count > LIMIT_GROUPS)

@@ -180,6 +180,8 @@ struct stage_info {
     int32_t helper_fds[2];/* master: post_start_host, cleanup_host, or -1 */
     int32_t init_fd;      /* master ↔ starter-init (flow CALLER), or -1 */
     int32_t init_pid;     /* starter-init's first process, or 0 */
+    int32_t server_fd;    /* master ↔ image server that waits (flow CALLER), or -1 */
+    int32_t server_pid;   /* ... or 0 */
     int32_t ready_fd;     /* whoever has called waits at its other end, or -1 */
     int32_t trace_fd;     /* tracer's socket, or -1 */
     uint32_t forecast;    /* enum forecast_kind of the request */

@@ -143,6 +143,17 @@ int server_look(const struct launch *l, int image_fd, struct image_facts *found)
     return result;
 }
 
+void server_wait(const struct launch *l, int socket) {
+    uint64_t offset = 0;
+    char byte;
+    int image = -1, fuse = -1;
+    /* Without both it is not wanted: the launch has failed, or ended. */
+    if (wire_receive(socket, &offset, sizeof(offset), &image) != (ssize_t)sizeof(offset) ||
+        wire_receive(socket, &byte, 1, &fuse) != 1 || image < 0 || fuse < 0)
+        _exit(0);
+    server_main(l, image, fuse, offset);
+}
+
 pid_t server_start_early(struct launch *l) {
     step_begin(STEP_FORK_SERVER);
     pid_t pid = fork();

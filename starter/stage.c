@@ -72,8 +72,11 @@ void stage_target(const struct launch *l, enum role role, struct target_identity
         t->keep_bounding = true; /* a child of rpc, which cannot trim; no_new_privs makes it void */
         t->caps[CAP_SET_BOUNDING] = CAP_BIT(21);
         break;
-    case ROLE_KEEPER:
     case ROLE_IMAGE_SERVER:
+        /* A caller without that right cannot trim it; no_new_privs makes it void. */
+        t->keep_bounding = l->flow == FLOW_CALLER && !(l->permitted & CAP_BIT(8) /* SETPCAP */);
+        break;
+    case ROLE_KEEPER:
     case ROLE_CONTAINER:
     case ROLE_INIT:
     case ROLE_LAUNCHER:
@@ -272,6 +275,8 @@ static struct stage_info describe(const struct launch *l, enum stage stage) {
         .helper_fds = {master ? l->helper_sockets[0][1] : -1,
                        master ? l->helper_sockets[1][1] : -1},
         .init_fd = l->flow == FLOW_CALLER ? l->init_socket[1] : -1, .init_pid = l->init_pid,
+        .server_fd = l->flow == FLOW_CALLER ? l->server_socket[1] : -1,
+        .server_pid = l->server_pid,
         .ready_fd = l->flow == FLOW_CALLER ? l->ready_fd : -1,
         .forecast = l->request.forecast,
         .trace_fd = trace_fd, .permitted = l->permitted, .enter_hook = enter_hook,

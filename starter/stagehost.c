@@ -26,18 +26,27 @@ const struct stage_info *stagehost_get(void) {
 /* The interpreter's objects, which come to nearly this much in a stage, in one page: one fault,
  * where small pages take hundreds, each as long as it takes to run some dozen lines of Python.  A
  * system that has no huge pages gives small ones. */
-enum { HUGE_BYTES = 2 << 20 };
+enum { HUGE_BYTES = 2 << 20, PART_BYTES = 4096 };
 static char *huge, *huge_end;
+
+static void *new_part(size_t size, int flags) {
+    if (size <= (size_t)(huge_end - huge)) {
+        char *part = huge;
+        huge += (size + PART_BYTES - 1) & ~(size_t)(PART_BYTES - 1);
+        return part;
+    }
+    flags |= MAP_PRIVATE | MAP_ANONYMOUS;
+    void *place = mmap(NULL, size, PROT_READ | PROT_WRITE, flags, -1, 0);
+    return place == MAP_FAILED ? NULL : place;
+}
+
+void *stage_memory(size_t size) {
+    return new_part(size, MAP_POPULATE);
+}
 
 static void *arena_new(void *unused, size_t size) {
     (void)unused;
-    if (size <= (size_t)(huge_end - huge)) {
-        char *part = huge;
-        huge += size;
-        return part;
-    }
-    void *place = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    return place == MAP_FAILED ? NULL : place;
+    return new_part(size, 0);
 }
 
 static void arena_free(void *unused, void *arena, size_t size) {

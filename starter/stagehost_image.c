@@ -4,7 +4,6 @@
 
 #include <stddef.h>
 #include <string.h>
-#include <sys/mman.h>
 
 #include "frozen.h"
 
@@ -67,10 +66,8 @@ static int make_sets(char *base, const struct image *image) {
 }
 
 PyObject *image_load(const struct image *image) {
-    /* All pages at once: they will all be written to. */
-    char *base = mmap(NULL, image->size, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
-    if (base == MAP_FAILED)
+    char *base = stage_memory(image->size);
+    if (!base)
         return PyErr_NoMemory();
     memcpy(base, image->data, image->size);
     PyObject **names = intern_names(base, image);

@@ -54,6 +54,8 @@ struct launch {
     int bearer_socket[2];              /* [0] stage 2, [1] bearer; -1 without */
     int init_socket[2];                /* flow CALLER: [0] starter-init, [1] master; -1 without */
     pid_t init_pid;
+    int server_socket[2];              /* flow CALLER: [0] image server, [1] master; -1 without */
+    pid_t server_pid;
     int ready_fd;                      /* flow CALLER: who called waits for it; -1 without */
     int seal_pipe[2];                  /* stage 2 → rpc: nothing more will be loaded */
     int ready_pipe[2];                 /* container → keeper: rpc is gone */
@@ -208,6 +210,8 @@ struct image_facts {
 /* As the caller in every id, where keeper may not look itself; 0 or -1. */
 MUST_USE int server_look(const struct launch *l, int image_fd, struct image_facts *found);
 MUST_USE pid_t server_start_early(struct launch *l);
+/* Waits for its image and its device, from the other end of a socket. */
+NO_RETURN void server_wait(const struct launch *l, int socket);
 MUST_USE pid_t server_start(const struct launch *l, int image_fd, int fuse_fd, uint64_t offset);
 
 /* stage.c: after the drop, load CPython and hand over */

@@ -38,19 +38,19 @@ static _Thread_local struct {
 
 /* All that the image server allocates, in one page: one fault, where small pages take hundreds.
  * The heap up to there is given away untouched.  A system without huge pages gives small ones. */
+static void *given_away[2];
+
 static void use_huge_page(void) {
-    char *first = malloc(1);
-    if (first == NULL)
-        return;
+    char *first = given_away[0] = malloc(1);
     size_t gap = -(uintptr_t)first & (HUGE_BYTES - 1);
-    char *whole = malloc(gap + HUGE_BYTES);
+    char *whole = first == NULL ? NULL : malloc(gap + HUGE_BYTES);
     if (whole == NULL)
         return;
-    /* Before anything in it is written. */
+    /* While nothing in it has been written. */
     if (whole > first && whole < first + gap)
         (void)madvise(first + gap, HUGE_BYTES, MADV_HUGEPAGE);
     free(whole);
-    whole = malloc(gap); /* and never freed */
+    given_away[1] = malloc(gap);
 }
 
 /* A read's buffers are as large as a block and freed at its end: left in the heap, they are not
@@ -61,8 +61,8 @@ __attribute__((constructor)) static void keep_heap(void) {
     use_huge_page();
 }
 
-/* The image server keeps eight blocks of inodes and names, and a launch walks to and fro between some
- * twenty: what was unpacked before is known by its packed bytes, all of them. */
+/* The image server keeps eight blocks of inodes and names, and a launch walks to and fro between
+ * some twenty: what was unpacked before is known by its packed bytes, all of them. */
 enum { METADATA_BYTES = 8192, KEPT_BLOCKS = 32 };
 static _Thread_local struct {
     size_t packed, unpacked;

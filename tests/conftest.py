@@ -6,6 +6,7 @@ import os
 import pwd
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,13 @@ ORDINARY_USER = "apytest"
 SYSTEM_PATH = "/usr/local/bin:/usr/bin:/bin"
 # ./check installs there; somebody who works beside others names a prefix of their own.
 PREFIX = os.environ.get("APY_TEST_PREFIX", "/usr/local")
+
+
+def pytest_configure() -> None:
+    """A payload that a signal is to end must not ignore it because nohup(1) started the tests."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
 
 
 class AsUser(Protocol):

@@ -215,8 +215,8 @@ def own_sif(folder: Path, target: Path) -> None:
 
 @_made_once("bare.squashfs")
 def bare_squashfs(folder: Path, target: Path) -> None:
-    """A gzip squashfs file of the described tree, with nothing around it."""
-    how = squashfs.Packing(compression="gzip", level=None, epoch=EPOCH)
+    """A gzip squashfs file of the described tree, packed as others do, with nothing around it."""
+    how = squashfs.Packing(compression="gzip", level=None, quick_start=False, epoch=EPOCH)
     squashfs.pack(str(described_tree(folder)), str(target), how)
 
 

@@ -93,8 +93,11 @@ class _Lean(ast.NodeTransformer):
             self.generic_visit(node)
             return node
         table = self.numbers if node.value.id == "protocol" else vars(errno)
-        if isinstance(table[node.attr], int):
-            return ast.copy_location(ast.Constant(table[node.attr]), node)
+        value = table[node.attr]
+        if isinstance(value, int):
+            return ast.copy_location(ast.Constant(value), node)
+        if node.attr == "CAPABILITIES":
+            return ast.copy_location(ast.parse(repr(value), mode="eval").body, node)
         late = ast.parse(f"__import__({_PROTOCOL!r}, fromlist=['*']).{node.attr}", mode="eval").body
         return ast.copy_location(late, node)
 

@@ -15,6 +15,7 @@ if __name__ == "__main__":
 from apptainer_py.cli.table import (
     ACTIONS,
     BOOL,
+    LAYOUTS,
     OPTIONS,
     PREFIXES,
     SUPPORTED,
@@ -41,6 +42,7 @@ MEANINGS = {
     "no-init": "OPT_NO_INIT",
     "no-pid": "OPT_NO_PID",
     "no-privs": "OPT_UNFORESEEN",
+    "oci": "OPT_OCI",
     "pid": "OPT_PID",
     "trace": "OPT_TRACE",
     "userns": "OPT_USERNS",
@@ -69,7 +71,8 @@ enum option_flag {
     OPT_COMPAT = 2048,
     OPT_NO_INIT = 4096,
     OPT_WRITABLE_TMPFS = 8192,
-    OPT_UNFORESEEN = 16384 /* changes the plan in ways that the launcher does not know */
+    OPT_UNFORESEEN = 16384, /* changes the plan in ways that the launcher does not know */
+    OPT_OCI = 32768     /* the other engine */
 };
 
 struct option_row {
@@ -95,7 +98,9 @@ def header() -> str:
         _strings("prefixes", PREFIXES),
         _strings("userns_keys", _keys("userns")),
         _strings("fakeroot_keys", _keys("fakeroot")),
+        _strings("oci_keys", _keys("oci")),
         _strings("transports", TRANSPORTS),
+        _strings("layouts", LAYOUTS),
         "#endif\n",
     ]
     return "\n".join(parts)

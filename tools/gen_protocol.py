@@ -142,6 +142,10 @@ def _lines(
             yield f"{word}_{suffix}: dict[int, str] = {{"
             yield from (f"    {value}: {_quoted(said)}," for value, said in table.items())
             yield "}"
+    if "CAPABILITY" in names:
+        yield "CAPABILITIES: dict[str, int] = {"
+        yield from (f'    "CAP_{name}": {value},' for value, name in names["CAPABILITY"].items())
+        yield "}"
     for word, kept in plain.items():
         yield f"{word}_ROWS: tuple[tuple[str, ...], ...] = ("
         for row in kept:

@@ -6,11 +6,14 @@ ApptainerError                 255: a failure that we understand
 ├── ConfigError                the administrator's file
 ├── BindError                  a bind specification or its source
 ├── LaunchError                the container could not be made
+│   ├── ImageGone              its file system's server has ended
 │   └── StarterRefused         the starter said no, with its number
 └── NotSupported               known, but not built
 """
 
 from __future__ import annotations
+
+import errno
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -55,6 +58,17 @@ class BindError(ApptainerError):
 
 class LaunchError(ApptainerError):
     message = "{text}"
+
+
+class ImageGone(LaunchError):
+    """Whoever served the container's file system has ended, and everything in it with that."""
+
+    message = "the image server has ended, and with it the container's file system"
+
+
+def is_gone(number: object) -> bool:
+    """Return whether an errno is that of a file system whose server has ended."""
+    return number in (errno.ENOTCONN, errno.ECONNABORTED)
 
 
 class NotSupported(ApptainerError):

@@ -10,6 +10,7 @@ from apptainer_py.cli.table import (
     HIDDEN_COMMANDS,
     INT,
     MAP,
+    OCI_ONLY,
     PROGRAM,
     REFUSED,
     STRING,
@@ -205,8 +206,8 @@ def _right(row: Option, path: str) -> str:
         default = f' (default "{row[3]}")'
     elif row[2] == INT and row[3]:
         default = f" (default {row[3]})"
-    note = " (not supported yet)" if row[6] == REFUSED else ""
-    return text + default + note
+    notes = {REFUSED: " (not supported yet)", OCI_ONLY: f" ({OCI_ONLY})"}
+    return text + default + notes.get(row[6], "")
 
 
 def _columns(left: str, right: str, width: int) -> str:

@@ -10,6 +10,7 @@ from apptainer_py.cli.table import (
     DEPRECATED,
     INTERSPERSED,
     LIST,
+    OCI_ONLY,
     PREFIXES,
     PROGRAM,
     REFUSED,
@@ -198,13 +199,18 @@ class Options:
             ) from None
         self.asked_by[name] = variable
 
+    def _lacks(self, row: Option) -> bool:
+        return row[6] == REFUSED or (row[6] == OCI_ONLY and not self.values.get("oci"))
+
     def refuse(self) -> None:
         """Raise NotSupported if an option that we lack was switched on."""
         for row in self.rows:
             name = row[0]
-            if row[6] == REFUSED and self.values.get(name, row[3]) not in (row[3], ""):
+            if self._lacks(row) and self.values.get(name, row[3]) not in (row[3], ""):
                 variable = self.asked_by.get(name)
                 remedy = f"unset {variable}" if variable else f"leave `--{name}` out"
+                if row[6] == OCI_ONLY:
+                    remedy += ", or add `--oci`"
                 raise OptionRefused(what=variable or f"`--{name}`", remedy=remedy)
 
 

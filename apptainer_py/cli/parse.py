@@ -14,6 +14,7 @@ from apptainer_py.cli.table import (
     FETCHING,
     GROUPS,
     IMPLIED,
+    LAYOUTS,
     PREFIXES,
     PROGRAM,
     REFUSED,
@@ -52,6 +53,13 @@ class NotFetched(NotSupported):
 
     message = "an image from `{name}:` is not supported yet"
     hint = "fetch it first, for example with `apptainer pull image.sif {image}`"
+
+
+class NeedsOci(NotSupported):
+    """The image is a layout, which is only started as it is."""
+
+    message = "an image from `{name}:` is not supported yet without --oci"
+    hint = "start it with `--oci`, or make a SIF image of it first"
 
 
 class UnknownTransport(ApptainerError):
@@ -162,7 +170,10 @@ def _action(
     if kind:
         if kind not in TRANSPORTS:
             raise UnknownTransport(name=plain(kind))
-        raise NotFetched(name=kind, image=plain(image))
+        if kind not in LAYOUTS or image.startswith(f"{kind}://"):
+            raise NotFetched(name=kind, image=plain(image))
+        if not values["oci"]:
+            raise NeedsOci(name=kind)
     wanted = dict(values)
     for name, others in IMPLIED:
         if wanted[name]:

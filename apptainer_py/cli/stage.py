@@ -6,7 +6,7 @@ from apptainer_py.base import log
 from apptainer_py.base.errors import UsageError
 from apptainer_py.kernel import _starter
 from apptainer_py.model import protocol
-from apptainer_py.runtime import stages
+from apptainer_py.runtime import interpreter, stages
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def _parse(arguments: list[str], environment: Mapping[str, str]) -> ActionReques
 def main() -> int:
     """Run this process's stage; returns its exit status."""
     info = _starter.stage()
+    interpreter.begin()
     try:
         if info["flow"] == protocol.FLOW_CALLER:
             from apptainer_py.cli.oci import stage

@@ -34,6 +34,8 @@ MAP: Final = "stringToString"
 
 SUPPORTED: Final = "supported"
 REFUSED: Final = "not supported yet"
+# Supported where the `oci` engine starts the image; the other has nothing of the kind.
+OCI_ONLY: Final = "with --oci"
 # Matters only while an image is fetched; a local image has nothing that it could change.
 FETCHING: Final = "fetching"
 
@@ -114,7 +116,7 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "checkpoint to start under"),
     ("dmtcp-restart", "", STRING, "", ("DMTCP_RESTART",), _INSTANCES, REFUSED,
      "checkpoint to start from"),
-    ("dns", "", STRING, "", ("DNS",), _ALL, REFUSED,
+    ("dns", "", STRING, "", ("DNS",), _ALL, OCI_ONLY,
      "name servers for resolv.conf, separated by commas"),
     ("docker-host", "", STRING, "", ("DOCKER_HOST",), _ALL, FETCHING,
      "address of the Docker daemon"),
@@ -183,12 +185,12 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "limit of memory and swap, -1 for none"),
     ("mount", "", REPEAT, (), ("MOUNT",), _ALL, SUPPORTED,
      "a mount as key=value pairs, such as type=bind,source=/data,destination=/mnt"),
-    ("net", "n", BOOL, False, ("NET", "UNSHARE_NET"), _ALL, REFUSED,
+    ("net", "n", BOOL, False, ("NET", "UNSHARE_NET"), _ALL, OCI_ONLY,
      "a new network namespace"),
     ("netns-path", "", STRING, "", ("NETNS_PATH",), _ALL, REFUSED,
      "join the network namespace at this path"),
-    ("network", "", STRING, "", ("NETWORK",), _ALL, REFUSED,
-     "kinds of network, separated by commas"),
+    ("network", "", STRING, "", ("NETWORK",), _ALL, OCI_ONLY,
+     "kinds of network, separated by commas; supported: none, with --net"),
     ("network-args", "", LIST, (), ("NETWORK_ARGS",), _ALL, REFUSED,
      "arguments for the CNI plug-ins"),
     ("no-descriptions", "", BOOL, False, (),
@@ -227,6 +229,9 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "NVIDIA support"),
     ("nvccli", "", BOOL, False, ("NVCCLI",), _ALL, REFUSED,
      "set NVIDIA devices up with nvidia-container-cli"),
+    ("oci", "", BOOL, False, ("OCI",), ACTIONS, SUPPORTED,
+     "behave as OCI runtimes do, by the image's OCI configuration: its user, entry point and "
+     "directory, nothing of the host but what is asked for, all that is written lost in the end"),
     ("oom-kill-disable", "", BOOL, False, ("OOM_KILL_DISABLE",), _ALL, REFUSED,
      "do not let the kernel kill processes when memory is short"),
     ("overlay", "o", LIST, (), ("OVERLAY", "OVERLAYIMAGE"), _ALL, REFUSED,
@@ -366,6 +371,8 @@ COMMANDS: Final[tuple[Command, ...]] = (
     ("oci exec", "<container_ID> <command> <args>", 1, -1, SUPPORTED,
      "Execute a command within container"),
     ("oci kill", "[kill options...] <container_ID>", 1, 2, SUPPORTED, "Kill a container"),
+    ("oci mount", "<sif_image> <bundle_path>", 2, 2, SUPPORTED,
+     "Mount create an OCI bundle from SIF image (root user only)"),
     ("oci pause", "<container_ID>", 1, 1, SUPPORTED,
      "Suspends all processes inside the container"),
     ("oci resume", "<container_ID>", 1, 1, SUPPORTED,
@@ -374,6 +381,7 @@ COMMANDS: Final[tuple[Command, ...]] = (
      "Create/start/attach/delete a container from a bundle directory"),
     ("oci start", "<container_ID>", 1, 1, SUPPORTED, "Start container process"),
     ("oci state", "<container_ID>", 1, 1, SUPPORTED, "Query state of a container"),
+    ("oci umount", "<bundle_path>", 1, 1, SUPPORTED, "Umount delete bundle (root user only)"),
     ("oci update", "[update options...] <container_ID>", 1, 1, SUPPORTED,
      "Update container cgroups resources"),
     ("overlay", "", 0, -1, REFUSED, "Manage writable overlay images"),
@@ -408,7 +416,8 @@ HIDDEN_COMMANDS: Final = ("buildcfg", "confgen")
 # Elsewhere the first argument ends the options.
 INTERSPERSED: Final = (
     *_SIF, "sif", "completion", "help", "oci attach", "oci create", "oci delete", "oci kill",
-    "oci pause", "oci resume", "oci run", "oci start", "oci state", "oci update",
+    "oci mount", "oci pause", "oci resume", "oci run", "oci start", "oci state", "oci umount",
+    "oci update",
 )  # fmt: skip
 # Groups that explain themselves when the command after them is missing or unknown.
 GROUPS: Final = ("sif", "config", "completion", "oci")
@@ -418,6 +427,9 @@ TRANSPORTS: Final = (
     "docker", "docker-archive", "docker-daemon", "http", "https", "library", "oci", "oci-archive",
     "oras", "shub",
 )  # fmt: skip
+
+# Images that lie on this machine, for --oci.
+LAYOUTS: Final = ("oci", "oci-archive")
 
 
 def transport(image: str) -> str:

@@ -28,6 +28,8 @@ class StageInfo(TypedDict):
     permitted: int
     init_fd: int
     init_pid: int
+    server_fd: int
+    server_pid: int
     ready_fd: int
 
 def is_complete() -> bool: ...

@@ -70,6 +70,8 @@ cdef extern from "protocol.h":
         int32_t helper_fds[2]
         int32_t init_fd
         int32_t init_pid
+        int32_t server_fd
+        int32_t server_pid
         int32_t ready_fd
         int32_t trace_fd
         uint64_t permitted
@@ -151,6 +153,7 @@ def stage():
         "start_fd": info.start_fd, "methods_fd": info.methods_fd, "trigger_fd": info.trigger_fd,
         "helper_fds": (info.helper_fds[0], info.helper_fds[1]), "permitted": info.permitted,
         "init_fd": info.init_fd, "init_pid": info.init_pid,
+        "server_fd": info.server_fd, "server_pid": info.server_pid,
         "ready_fd": info.ready_fd,
     }
 

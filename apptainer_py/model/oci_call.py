@@ -8,12 +8,15 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from apptainer_py.model.request import ActionRequest
+
 
 class OciCall(Record):
     """One call: `options` has every flag of `command` by its long name.
 
     `program` is the program's name as typed, which messages begin with. `apptainer` tells the
     surface: runc's command line and messages, or those of Apptainer's own `oci` commands.
+    `action` is an image that is to be started (`apptainer-py run --oci`), in place of a bundle.
     `rootless` is "true", "false" or "auto"; `cgroup_manager` "cgroupfs", "systemd" or "disabled".
     """
 
@@ -29,6 +32,7 @@ class OciCall(Record):
     rootless: str = "auto"
     criu: str = "criu"
     apptainer: bool = False
+    action: ActionRequest | None = None
 
     def text(self, name: str) -> str:
         """Return the value of a flag that takes text; "" if it was not given."""

@@ -75,7 +75,10 @@ class ProcessSpec(Record):
 
 
 class CgroupWish(Record):
-    """Where a container's processes belong; `resources` is config.json's own object."""
+    """Where a container's processes belong; `resources` is config.json's own object.
+
+    `properties` are a systemd unit's: (name, (D-Bus signature, value)).
+    """
 
     path: str
     resources: dict[str, Any]
@@ -83,6 +86,7 @@ class CgroupWish(Record):
     slice_parent: str = ""
     private_namespace: bool = False
     owner: tuple[int, int] | None = None
+    properties: tuple[tuple[str, tuple[str, Any]], ...] = ()
 
 
 class HostFacts(Record):

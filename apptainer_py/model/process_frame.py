@@ -6,7 +6,7 @@ import struct
 
 from apptainer_py.base.build import BUILD_ID
 from apptainer_py.base.errors import ApptainerError
-from apptainer_py.model.protocol import GOSTEP_GID, GOSTEP_TEXTS, GOSTEP_UID
+from apptainer_py.model import protocol
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ _LISTENER = 1024
 _EMPTY = 2048
 # What EINVAL means there.
 _UNMAPPED = {
-    GOSTEP_UID: "unable to setup user: cannot setuid to unmapped uid {uid} in user namespace",
-    GOSTEP_GID: "unable to setup user: cannot setgid to unmapped gid {gid} in user namespace",
+    protocol.GOSTEP_UID: "cannot setuid to unmapped uid {uid} in user namespace",
+    protocol.GOSTEP_GID: "cannot setgid to unmapped gid {gid} in user namespace",
 }
 
 
@@ -140,9 +140,9 @@ def _header(spec: ProcessSpec, program_flags: int, counts: list[int], ends: list
 
 def failure_text(spec: ProcessSpec, step: int, reason: str) -> str:
     """Return runc's text for a PROCESS or GO that failed; `step` is the value of the reply."""
-    template = GOSTEP_TEXTS.get(step, "{error}")
-    if reason == "invalid argument":
-        template = _UNMAPPED.get(step, template)
+    template = protocol.GOSTEP_TEXTS.get(step, "{error}")
+    if reason == "invalid argument" and step in _UNMAPPED:
+        template = f"unable to setup user: {_UNMAPPED[step]}"
     program = spec.arguments[0].decode(errors="backslashreplace")
     return template.format(
         error=reason,

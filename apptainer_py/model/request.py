@@ -57,6 +57,7 @@ class ActionRequest(Invocation):
     contain: bool = False
     containall: bool = False
     cwd: str = ""
+    dns: str = ""
     drop_caps: str = ""
     env: tuple[tuple[str, str], ...] = ()
     env_file: tuple[str, ...] = ()
@@ -65,6 +66,8 @@ class ActionRequest(Invocation):
     ipc: bool = False
     keep_privs: bool = False
     mount: tuple[str, ...] = ()
+    net: bool = False
+    network: str = ""
     no_eval: bool = False
     no_home: bool = False
     no_init: bool = False
@@ -74,6 +77,7 @@ class ActionRequest(Invocation):
     no_privs: bool = False
     no_rocm: bool = False
     no_umask: bool = False
+    oci: bool = False
     pid: bool = False
     scratch: tuple[str, ...] = ()
     shell: str = ""

@@ -14,7 +14,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import time
 
 from apptainer_py.base.errors import ApptainerError
 from apptainer_py.base.files import read_at_most, write_all
@@ -75,6 +74,8 @@ def start_time(pid: int) -> int:
 
 def created_text(nanoseconds: int) -> str:
     """Return a moment as Go's RFC3339Nano shows it, in UTC."""
+    import time
+
     seconds, rest = divmod(nanoseconds, 10**9)
     fraction = f".{rest:09}".rstrip("0").rstrip(".")
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + fraction + "Z"

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 
+from apptainer_py.base import log
+from apptainer_py.base.errors import ImageGone
 from apptainer_py.kernel import _starter
 from apptainer_py.model import protocol
 
@@ -108,6 +110,10 @@ class PrepareContext:
         self.message = b""
         # Of a launcher that waits for the word that all stands, or -1.
         self.ready_fd = info["ready_fd"]
+
+    def image_server(self) -> tuple[int, int]:
+        """Return the socket of the image server that waits for an image, and its pid."""
+        return self._info["server_fd"], self._info["server_pid"]
 
     def plan(self, plan: ContainerPlan) -> None:
         """Set the container that the starter will be asked for."""
@@ -228,11 +234,17 @@ class MonitorContext:
         _starter.release_code()
         if self._keeper_fd < 0:
             return os.waitpid(self.pid, 0)[1]
+        served = True
         while True:
             event = _starter.receive_event(self._keeper_fd)
             if event is None:
                 return 255 << 8
-            if event[0] == protocol.EVENT_PAYLOAD_ENDED:
+            if event[0] == protocol.EVENT_SERVER_ENDED:
+                served = False
+            elif event[0] == protocol.EVENT_PAYLOAD_ENDED:
+                # The server ends with every container; the starter kills those that need it still.
+                if self.pid and not served and os.WIFSIGNALED(event[2]):
+                    log.fatal(str(ImageGone()))
                 return event[2]
 
 

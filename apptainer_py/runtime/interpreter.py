@@ -8,14 +8,22 @@ interpreter (PEP 587, multi-phase initialisation).
 
 from __future__ import annotations
 
+import _imp
 import os
 import sys
+from _frozen_importlib import ModuleSpec
 
+from apptainer_py.base import build
 from apptainer_py.kernel import _starter
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from types import ModuleType
     from typing import Any
+
+# As stagehost.c sets it: the core of the interpreter knows no paths.
+_VERSION = f"{build.PYTHON_HEX >> 24}.{build.PYTHON_HEX >> 16 & 255}"
+_EXTENSIONS = f"/usr/lib/python{_VERSION}/lib-dynload"
 
 
 def complete() -> None:
@@ -25,11 +33,27 @@ def complete() -> None:
         _starter.complete_interpreter()
 
 
+class _Extension:
+    """Loads a module of Python's own that is a shared object, which the core can do alone."""
+
+    @staticmethod
+    def create_module(spec: ModuleSpec) -> ModuleType:
+        return _imp.create_dynamic(spec)
+
+    @staticmethod
+    def exec_module(module: ModuleType) -> None:
+        _imp.exec_dynamic(module)
+
+
 class _Rest:
     """Stands for the finder of modules in files."""
 
     @staticmethod
     def find_spec(name: str, path: Any = None, target: Any = None) -> Any:
+        file = f"{_EXTENSIONS}/{name}.{build.SOABI}.so"
+        if path is None and os.access(file, os.R_OK):
+            loader: Any = _Extension
+            return ModuleSpec(name, loader, origin=file)
         complete()
         for finder in sys.meta_path[2:]:
             spec = finder.find_spec(name, path, target)
@@ -67,8 +91,8 @@ def _open(*arguments: Any, **options: Any) -> Any:
 
 
 def begin() -> None:
-    """Put the stand-ins in place, in an interpreter that has its core only."""
-    if _starter.is_complete():
+    """Put the stand-ins in place, in an interpreter that has its core only, once."""
+    if _Rest in sys.meta_path or _starter.is_complete():
         return
     sys.meta_path.append(_Rest)
     sys.stdout = _Stream("stdout", 1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from apptainer_py.base.errors import LaunchError
+from apptainer_py.base.errors import ImageGone, LaunchError
 from apptainer_py.kernel import _starter
 from apptainer_py.model import protocol
 
@@ -126,6 +126,8 @@ class Mounting:
             op, code, error, _ = _starter.receive_reply(self._keeper_fd)
         except (EOFError, OSError):
             raise StarterGone(what=what) from None
+        if op == protocol.EVENT_SERVER_ENDED:
+            raise ImageGone
         if op != protocol.OP_SERVE_IMAGE:
             raise StarterGone(what=what)
         if code != protocol.ERR_OK:

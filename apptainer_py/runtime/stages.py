@@ -10,12 +10,11 @@ import os
 import sys
 
 from apptainer_py.base import log
-from apptainer_py.base.errors import ApptainerError, LaunchError
+from apptainer_py.base.errors import ApptainerError, ImageGone, LaunchError, is_gone
 from apptainer_py.base.files import read_at_most, write_all
 from apptainer_py.kernel import _starter
 from apptainer_py.model import protocol
 from apptainer_py.runtime import engine as engines
-from apptainer_py.runtime import interpreter
 from apptainer_py.runtime.contexts import (
     CleanupContext,
     CleanupHostContext,
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
     ParseCall = Callable[[list[str], Mapping[str, str]], OciCall]
     Report = Callable[[ApptainerError], int]
 
+_SERVER_ENDS_MS = 2000
 _STAGE_NAMES = {
     protocol.STAGE_MASTER: "master",
     protocol.STAGE_START: "stage2",
@@ -100,7 +100,6 @@ def run(info: StageInfo, parse: Parse, load_builtin: LoadBuiltin) -> int:
     the engine of a name, which registers itself.
     """
     stage = info["stage"]
-    interpreter.begin()
     log.stage = _STAGE_NAMES[stage]
     facts = Facts(info)
     _read_config(facts, info)
@@ -234,8 +233,10 @@ class Master:
             _starter.run_hook(
                 protocol.HOOK_CREATE_CONTAINER, self.operations.create_container, create
             )
-        except ApptainerError:
-            if self._stage2_said():
+        except (ApptainerError, OSError) as error:
+            if self._server_ended(error):
+                raise ImageGone from None
+            if isinstance(error, ApptainerError) and self._stage2_said():
                 raise StageFailed from None
             raise
         os.close(self.info["rpc_fd"])
@@ -254,6 +255,20 @@ class Master:
             )
         self.clean_up()
         return 0
+
+    def _server_ended(self, error: ApptainerError | OSError) -> bool:
+        """Return whether the image's server has ended: then that is why something went wrong."""
+        import select
+
+        number = error.errno if isinstance(error, OSError) else error.facts.get("errno")
+        events = select.poll()
+        events.register(self.keeper_fd, select.POLLIN)
+        # A file system shows its server's end before the server's parent does.
+        while events.poll(_SERVER_ENDS_MS if is_gone(number) else 0):
+            event = _starter.receive_event(self.keeper_fd)
+            if event is None or event[0] == protocol.EVENT_SERVER_ENDED:
+                return event is not None
+        return False
 
     def _stage2_said(self) -> bool:
         """Return whether stage 2 has already told the user why it ended."""
@@ -282,6 +297,8 @@ class Master:
         if event is not None and event[0] == protocol.EVENT_GO:
             self.container_pid = event[1]
             return True
+        if event is not None and event[0] == protocol.EVENT_SERVER_ENDED:
+            raise ImageGone
         if event is not None and event[0] == protocol.EVENT_PAYLOAD_ENDED:
             self.status = event[2]
         raise StarterGone(what="cannot start the payload")
@@ -334,7 +351,6 @@ def run_caller(info: StageInfo, parse: ParseCall, load_builtin: LoadBuiltin, rep
 
     `report` tells the user of a failure in the form of the command line, and returns its status.
     """
-    interpreter.begin()
     log.stage = "master"
     return Caller(info, Facts(info), Request(info["request_fd"])).run(parse, load_builtin, report)
 

@@ -9,6 +9,7 @@ from apptainer_py.base.files import read_at_most
 from apptainer_py.engines.oci.groups import groups_of
 from apptainer_py.model.json_out import dumps
 from apptainer_py.model.json_text import loads
+from apptainer_py.model.record_frame import FLAG_SYSTEMD
 from apptainer_py.runtime.containers import STATE, ContainerError, StateDir
 
 TYPE_CHECKING = False
@@ -118,13 +119,16 @@ def update(call: OciCall, environment: Mapping[str, str]) -> str:
         raise ContainerError(text="the container has no control groups")
     # What a file does not name, or names as 0, is meant to stay.
     wanted = {name: value for name, value in resources.items() if name != "devices" and value}
-    manager = groups_of(record, environment, groups.get("path", ""), wanted)
-    manager.apply(wanted, devices=False)
     merged = dict(groups.get("Resources") or {})
     for name, value in wanted.items():
         before = merged.get(name)
         both = isinstance(before, dict) and isinstance(value, dict)
         merged[name] = {**(before or {}), **value} if both else value
+    if record.flags & FLAG_SYSTEMD:
+        # A property of systemd's may stand for two values: a quota is one in relation to a period.
+        wanted = {name: merged[name] for name in wanted}
+    manager = groups_of(record, environment, groups.get("path", ""), wanted)
+    manager.apply(wanted, devices=False)
     groups["Resources"] = merged
     known.setdefault("config", {})["cgroups"] = groups
     state.write(STATE, dumps(known).encode())

@@ -159,6 +159,25 @@ def test_refused_images_are_recorded(own, sif, sink):
 
 
 @pytest.mark.parametrize(
+    ("directive", "words"),
+    [
+        ("user bind control = no", ("-H", "/tmp")),
+        ("enable overlay = no", ("--writable-tmpfs",)),
+        ("enable underlay = no", ("--underlay",)),
+        ("allow container sif = no", ()),
+    ],
+)
+def test_what_the_administrator_forbids_is_recorded_as_refused(own, sif, sink, directive, words):
+    own.configure(f"audit log = {sink}\n{directive}")
+    done = own.run("exec", *words, sif, "true")
+    assert done.returncode == 255
+    found = records(sink)
+    decisions = [record["decision"] for record in found]
+    assert decisions in (["begun", "refused"], ["refused"]), done.stderr
+    assert {record["image"] for record in found} == {str(sif)}
+
+
+@pytest.mark.parametrize(
     "words",
     [
         ("-B", "/nonexistent:/given", "{sif}", "true"),

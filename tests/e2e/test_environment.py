@@ -180,6 +180,44 @@ def test_names_that_no_shell_can_hold_arrive(launch: Run, trees: dict[str, Path]
     assert launch("exec", trees["bash"], "bash", "-c", "g", env=ODD).stdout == "said\n"
 
 
+@pytest.mark.parametrize("text", ["export B=$(echo b)\n", "x=(a b); export B=${x[1]}\n"])
+def test_names_that_no_shell_can_hold_arrive_through_the_shells(
+    launch: Run, tree: Path, text: str
+) -> None:
+    """By the image's env(1), which is not there in each."""
+    put(tree, "20-needs.sh", text)
+    found = show(launch, tree, env=ODD)
+    assert {name: found.get(name) for name in ODD} == ODD
+    done = launch("exec", tree, "sh", "-c", "exit 7", env=ODD)
+    assert done.returncode == 7
+    for name in ("usr/bin/env", "bin/env"):
+        (tree / name).unlink(missing_ok=True)
+    done = launch("exec", tree, "sh", "-c", "exit 7", env=ODD)
+    assert (done.returncode, "no shell can forward" in done.stderr) == (7, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "status"),
+    [
+        ("set -u\nexport X=a$nosuch\n", 1),
+        ("set -u\nX=$nosuch\n", 1),
+        ("declare -x A=1\nset -u\nexport X=$nosuch\n", 1),
+        ("declare -x A=1\nexit 127\n", 127),
+        ("trap 'exit 9' EXIT\ndeclare -x A=1\n", 3),
+    ],
+)
+def test_bash_ends_with_the_status_of_other_shells(
+    launch: Run, trees: dict[str, Path], readable_tmp: Path, text: str, status: int
+) -> None:
+    for name in ("both", "bash"):
+        target = readable_tmp / "unbound"
+        shutil.copytree(trees[name], target, symlinks=True)
+        put(target, "30-bash.sh", text)
+        done = launch("exec", target, "sh", "-c", "exit 3")
+        shutil.rmtree(target)
+        assert done.returncode == status, (name, done.stderr)
+
+
 def test_an_image_with_bash_and_no_sh(launch: Run, trees: dict[str, Path], tree: Path) -> None:
     """Its environment is read all the same: without a shell, or by bash."""
     (tree / "bin/sh").unlink()

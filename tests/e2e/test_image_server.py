@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from apptainer_py.base.errors import ImageGone
 from tests import images, own_install
 from tests.own_install import Household, descendants, household, read_until
 
@@ -40,6 +44,21 @@ def loaded(pid: int) -> set[str]:
     lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
     paths = [line.split(maxsplit=5)[5] for line in lines if len(line.split(maxsplit=5)) == 6]
     return {Path(path).name for path in paths}
+
+
+def test_its_end_is_told(own, home, flow):
+    """The payload needs its image still, and is killed; that is no mystery to the user."""
+    words = ["exec", *flow, images.own_sif(images.shared_folder()), "sh", "-c", "echo on; sleep 99"]
+    process = home.adopt(own.start(*words, stderr=subprocess.PIPE))
+    assert process.stdout is not None
+    assert process.stderr is not None
+    read_until(process.stdout.fileno(), b"on\n")
+    for pid in descendants(process.pid):
+        if Path(f"/proc/{pid}/comm").read_text().strip() == "squashfuse_ll":
+            os.kill(pid, signal.SIGKILL)
+    assert process.wait(20) == -signal.SIGKILL
+    said = process.stderr.read().decode()
+    assert said.splitlines() == [f"FATAL:   {ImageGone()}"]
 
 
 @pytest.mark.parametrize("kind", list(KINDS))

@@ -40,6 +40,8 @@ SAMPLE = [
     ("engine", "FORK_METHODS", 1),
 ]
 ALL = [row for row in [*HERE, *rows(COVERED_IN_LONG)] if row not in SAMPLE]
+# What an image without its server looks like from inside.
+NO_REASONS = (b"executable file not found", b"internal error", b"doesn't exist in container")
 _seen: set[str] = set()
 _rows: set[tuple[str, str, int]] = set()
 
@@ -77,6 +79,9 @@ def kill_one(world, flow: str, place: str, done: set[str]) -> str:
     assert (status == 0) <= (out == b"ran\n"), seen
     assert out in (b"", b"ran\n"), seen
     assert told(status, err), seen
+    if victim == "IMAGE_SERVER":
+        assert not any(text in err for text in NO_REASONS), seen
+        assert err.count(b"FATAL") <= 1, seen
     return victim
 
 

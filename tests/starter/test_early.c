@@ -44,7 +44,7 @@ static void test_a_forecast_is_cut_down(void) {
     launch.request.forecast_flags = UINT32_MAX;
     CHECK(early_plan(&launch, &plan));
     CHECK(plan.spaces == (SPACE_PID | SPACE_IPC | SPACE_UTS) && plan.fuse_count == 0);
-    CHECK((plan.flags & (PLAN_KERNEL_IMAGE | PLAN_METHODS | PLAN_KEEP_CAPS)) == 0);
+    CHECK((plan.flags & (PLAN_KERNEL_IMAGE | PLAN_METHODS)) == 0);
     CHECK(plan.flags & PLAN_NO_NEW_PRIVS);
     launch.request.forecast_spaces = 0;
     CHECK(early_plan(&launch, &plan) && !(plan.flags & PLAN_SHIM) && plan.spaces == 0);

@@ -77,6 +77,10 @@ def _verb(call: OciCall) -> Verb:
         from apptainer_py.verbs.oci_spec import spec
 
         return spec
+    if name in ("mount", "umount"):
+        from apptainer_py.verbs import oci_bundle
+
+        return {"mount": oci_bundle.mount, "umount": oci_bundle.umount}[name]
     if name in ("checkpoint", "restore"):
         from apptainer_py.verbs import oci_checkpoint
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 
 from apptainer_py.base import log
 from apptainer_py.base.errors import ApptainerError
@@ -81,6 +80,8 @@ class Log:
 
 
 def _now() -> str:
+    import time
+
     now = time.time()
     parts = time.localtime(now)
     away = parts.tm_gmtoff // 60

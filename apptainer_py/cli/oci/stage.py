@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import _imp
-import sys
-
-from apptainer_py.base import build
 from apptainer_py.base.errors import ApptainerError, UsageError
 from apptainer_py.cli.oci import report
 from apptainer_py.cli.oci.parse import is_apptainer, parse_typed
-from apptainer_py.kernel import _starter
-from apptainer_py.runtime import stages
+from apptainer_py.runtime import interpreter, stages
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,43 +16,26 @@ if TYPE_CHECKING:
     from apptainer_py.runtime.stages import LoadBuiltin
 
 
-class _Place:
-    """Stands for the spec of an extension module, as far as the interpreter's core reads it."""
-
-    def __init__(self, name: str) -> None:
-        # As stagehost.c sets it: the core of the interpreter knows no paths.
-        version = f"{build.PYTHON_HEX >> 24}.{build.PYTHON_HEX >> 16 & 255}"
-        folder = f"/usr/lib/python{version}/lib-dynload"
-        self.name = name
-        self.origin = f"{folder}/{name}.{build.SOABI}.so"
-
-
-def place_json() -> None:
-    """Load the one module of a file that a launch needs: finding it would complete the interpreter.
-
-    Where Python has it built in, or keeps it elsewhere, the import that follows finds it.
-    """
-    if "_json" in sys.builtin_module_names or "_json" in sys.modules:
-        return
-    try:
-        module = _imp.create_dynamic(_Place("_json"))  # type: ignore[arg-type]
-        _imp.exec_dynamic(module)
-    except ImportError:
-        _starter.complete_interpreter()
-        return
-    sys.modules["_json"] = module
-
-
-# Before the modules that come after this one, which import it.
-place_json()
+# Before the modules that come after this one in a stage: one needs json, and that an extension.
+interpreter.begin()
+# As the launcher of images names itself where it asks for this engine (starter/launcher.c); what
+# runc's commands are sent as begins with `oci` then.
+_LAUNCHER = "apptainer-py"
 
 
 def run(info: StageInfo, load_builtin: LoadBuiltin) -> int:
     """Run the launch; returns the exit status."""
     calls: list[OciCall] = []
+    images: list[bool] = []
     surfaces: list[bool] = []
 
     def parse(words: list[str], environment: Mapping[str, str]) -> OciCall:
+        if words[0] == _LAUNCHER and words[1:2] != ["oci"]:
+            from apptainer_py.cli.oci import action
+
+            if action.is_action(words):
+                images.append(True)
+                return action.parse_action(words, environment, uid=info["uid"])
         surfaces.append(is_apptainer(words))
         call = parse_typed(words, environment, uid=info["uid"])
         calls.append(call)
@@ -65,6 +43,10 @@ def run(info: StageInfo, load_builtin: LoadBuiltin) -> int:
         return call
 
     def tell(error: ApptainerError) -> int:
+        if images:
+            from apptainer_py.cli.oci import action
+
+            return action.show(error)
         if isinstance(error, UsageError):
             from apptainer_py.cli.oci import help as texts
 

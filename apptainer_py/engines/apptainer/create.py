@@ -12,7 +12,7 @@ import os
 import stat
 
 from apptainer_py.base import log
-from apptainer_py.base.errors import LaunchError
+from apptainer_py.base.errors import LaunchError, is_gone
 from apptainer_py.base.files import read_at_most, write_all
 from apptainer_py.engines.apptainer import accounts
 from apptainer_py.kernel import _starter
@@ -90,6 +90,12 @@ class Creation:
             self.root = self.mounting.root_squashfs(image.realpath, facts, prepared.what)
         self.root_path = os.readlink(b"/proc/self/fd/%d" % self.root)
 
+    @staticmethod
+    def check_served(error: OSError) -> None:
+        """Raise an error that says nothing about the image but that nobody serves it any more."""
+        if is_gone(error.errno):
+            raise error
+
     # ---- the session directory ----
 
     def stage_files(self) -> None:
@@ -127,7 +133,8 @@ class Creation:
             fd = _starter.openat2(
                 self.root, os.fsencode(path), os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY, _RESOLVE
             )
-        except OSError:
+        except OSError as error:
+            self.check_served(error)
             return None
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
@@ -210,7 +217,8 @@ class Creation:
         while True:
             try:
                 fd = _starter.openat2(self.root, here, os.O_PATH, _RESOLVE)
-            except OSError:
+            except OSError as error:
+                self.check_served(error)
                 here, _, name = here.rpartition(b"/")
                 rest.insert(0, name)
                 if not here:
@@ -373,6 +381,7 @@ class Creation:
 
         def warn(code: int, error: int) -> None:
             reason = os.strerror(error).lower() if error else protocol.ERR_TEXTS[code]
+            self.check_served(OSError(error, reason))
             if code == protocol.ERR_TARGET:
                 text = (
                     f"Skipping mount {mount.source} [{mount.tag}]: {mount.target} doesn't exist in "

@@ -206,7 +206,8 @@ def own_variables(action: ActionRequest, image: str, home: str, binds: str) -> d
     return found
 
 
-def _quoted(value: str) -> str:
+def quoted(value: str) -> str:
+    """Return a value as one word of the shell's language."""
     return "'" + value.replace("'", "'\\''") + "'"
 
 
@@ -222,7 +223,7 @@ def _evaluated(value: str) -> str:
 
 def _assignment(name: str, value: str, *, evaluate: bool) -> str:
     # Quoted twice: a value that is no shell language must not take the whole script with it.
-    return f"__set {name} {_quoted(_evaluated(value) if evaluate else _quoted(value))}"
+    return f"__set {name} {quoted(_evaluated(value) if evaluate else quoted(value))}"
 
 
 def injection(environment: Environment, *, evaluate: bool) -> str:

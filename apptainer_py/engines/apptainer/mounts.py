@@ -7,6 +7,7 @@ import pwd
 
 from apptainer_py.base import log
 from apptainer_py.base.errors import BindError, LaunchError
+from apptainer_py.engines.apptainer.policy import NotPermitted
 from apptainer_py.model import protocol
 from apptainer_py.model.plan import Mount
 
@@ -52,6 +53,7 @@ def find_user(facts: Facts, action: ActionRequest, environment: Mapping[str, str
     """Return the caller's account as the host knows it, with --home applied.
 
     Raises:
+        NotPermitted: the administrator lets no user choose what is bound.
         LaunchError: the account has no entry, or --home is not usable.
     """
     try:
@@ -63,7 +65,7 @@ def find_user(facts: Facts, action: ActionRequest, environment: Mapping[str, str
     target = source
     if action.home:
         if not facts.configuration["user bind control"]:
-            raise LaunchError(
+            raise NotPermitted(
                 text="container creation failed: not mounting user requested home: user bind "
                 "control is disallowed"
             )

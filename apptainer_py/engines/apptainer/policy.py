@@ -16,13 +16,17 @@ if TYPE_CHECKING:
     from apptainer_py.runtime.contexts import Facts
 
 
-class Disallowed(LaunchError):
+class NotPermitted(LaunchError):
+    """The administrator's file forbids what was asked for; the audit record calls it refused."""
+
+
+class Disallowed(NotPermitted):
     """The configuration forbids images of this kind."""
 
     message = "configuration disallows users from running {kind}"
 
 
-class ImageNotPermitted(LaunchError):
+class ImageNotPermitted(NotPermitted):
     """A `limit container` directive leaves this image out."""
 
     message = "{reason}"

@@ -97,7 +97,18 @@ def prepare(context: PrepareContext) -> Prepared:
     check_flow(facts)
     policy.check_directives(facts.configuration, action)
     check_options(action, facts)
-    prepared = Prepared(open_checked(action, context))
+    image = open_file(action)
+    try:
+        policy.check_image(facts, image)
+        return judge(Prepared(image), action, context)
+    except policy.NotPermitted:
+        context.record_refusal(image.realpath)
+        raise
+
+
+def judge(prepared: Prepared, action: ActionRequest, context: PrepareContext) -> Prepared:
+    """Choose root, layer, namespaces, mounts and process of an image that may be run."""
+    facts = context.facts
     choose_root(prepared, action, facts)
     choose_layer(prepared, action, facts)
     spaces, flags = choose_spaces(prepared, action, facts)
@@ -151,18 +162,12 @@ def check_options(action: ActionRequest, facts: Facts) -> None:
             raise capabilities.RootOnly(option="--" + option.replace("_", "-"))
 
 
-def open_checked(action: ActionRequest, context: PrepareContext) -> OpenImage:
+def open_file(action: ActionRequest) -> OpenImage:
     """Open the image once; everything later goes through that descriptor."""
     try:
-        image = open_image(action.image)
+        return open_image(action.image)
     except CannotOpen as error:
         raise ImageUnusable(reason=f"While checking container encryption: {error}") from None
-    try:
-        policy.check_image(context.facts, image)
-    except (policy.Disallowed, policy.ImageNotPermitted):
-        context.record_refusal(image.realpath)
-        raise
-    return image
 
 
 def choose_root(prepared: Prepared, action: ActionRequest, facts: Facts) -> None:
@@ -212,7 +217,7 @@ def choose_layer(prepared: Prepared, action: ActionRequest, facts: Facts) -> Non
     prepared.underlay_allowed = underlay != "no"
     if action.writable_tmpfs:
         if overlay == "no":
-            raise LaunchError(
+            raise policy.NotPermitted(
                 text="--writable-tmpfs requires 'enable overlay', but set to 'no' by administrator"
             )
         prepared.layer = protocol.LAYERKIND_OVERLAY_TMPFS
@@ -222,7 +227,7 @@ def choose_layer(prepared: Prepared, action: ActionRequest, facts: Facts) -> Non
         prepared.layer = protocol.LAYERKIND_NONE
     elif action.underlay or underlay == "preferred":
         if underlay == "no":
-            raise LaunchError(
+            raise policy.NotPermitted(
                 text="--underlay requires 'enable underlay', but set to 'no' by administrator"
             )
         prepared.layer = protocol.LAYERKIND_UNDERLAY

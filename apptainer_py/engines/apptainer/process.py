@@ -59,6 +59,14 @@ __source() {
     if command eval '. "$__file"; __done=1'; then :; fi
     set +aefu
 }
+# Bash ends at a variable that is not set with 127, where other shells have a status below that.
+# An `exit 127` of the file's own looks the same, and is taken for one where `set -u` is not on.
+__status() {
+    __done=$?
+    case $__done$- in 127*u*) __done=1 ;; esac
+    exit "$__done"
+}
+[ -z "${BASH_VERSION-}" ] || trap __status EXIT
 __set() {
     command eval "$1=$2; export $1" ||
         @WARN@__say "WARNING: Skipping environment variable $1: $2 is no shell word"
@@ -100,6 +108,7 @@ elif [ -f /environment ]; then
     __fix_path
 fi
 unalias -a
+trap - EXIT
 unset __again __done
 [ -n "${__injected-}" ] || __inject
 @PATH@
@@ -204,10 +213,20 @@ fi
 __become() {
     __found=$1
     trap '__say "FATAL:   exec $__found failed: @FAILED@"; exit 255' EXIT
+@ODD@
     exec "$@"
     exit 255
 }
 """
+# Names that no shell can hold, as those of bash's exported functions, come back by env(1).
+_ODD = """\
+    for __part in /usr/bin/env /bin/env -; do
+        case $__part:$1 in
+        -:*) @INFO@__say "INFO:    Without env(1) in the image no shell can forward @NAMES@" ;;
+        *=*) ;;
+        *) [ ! -x "$__part" ] || exec "$__part" -- @PAIRS@ "$@" ;;
+        esac
+    done"""
 _ACTIONS = {"exec": _EXEC, "shell": _SHELL, "run": _RUN, "test": _TEST}
 _NOTHING = ": || "
 
@@ -225,10 +244,31 @@ def script(action: ActionRequest, environment: Environment) -> str:
     )
     # The caller's own text comes last: nothing in it is a mark of ours any more.
     before, _, rest = text.partition("@INJECT@")
-    between, _, after = rest.partition("@PATH@")
+    between, _, rest = rest.partition("@PATH@")
+    main, _, after = rest.partition("@ODD@")
     values = environ.injection(environment, evaluate=not action.no_eval)
     paths = environ.path_lines(environment, evaluate=not action.no_eval)
-    return "".join((before, values, between, paths, after))
+    odd = _forward_odd(odd_names(environment), told=level >= log.INFO)
+    return "".join((before, values, between, paths, main, odd, after))
+
+
+def odd_names(environment: Environment) -> dict[str, str]:
+    """Return what is forwarded under a name that no shell can hold."""
+    return {
+        name: value
+        for name, value in environment.forwarded.items()
+        if not environ.is_name(name) and not environ.is_of_the_shell(name)
+    }
+
+
+def _forward_odd(odd: dict[str, str], *, told: bool) -> str:
+    if not odd:
+        return ""
+    pairs = " ".join([environ.quoted(f"{name}={value}") for name, value in odd.items()])
+    names = environ.quoted(", ".join(odd)).replace('"', "_").replace("`", "_").replace("$", "_")
+    before, _, rest = _ODD.replace("@INFO@", "" if told else _NOTHING).partition("@NAMES@")
+    between, _, after = rest.partition("@PAIRS@")
+    return "".join((before, names, between, pairs, after))
 
 
 def _command(action: ActionRequest) -> tuple[str, ...]:
@@ -266,11 +306,6 @@ def spec(
     own = environ.own_variables(action, prepared.image.path, prepared.user.home, binds)
     early = {name: own.pop(name) for name in environ.EARLY if name in own}
     late = {name: value for name, value in environment.forwarded.items() if environ.is_name(name)}
-    odd = {
-        name: value
-        for name, value in environment.forwarded.items()
-        if not environ.is_name(name) and not environ.is_of_the_shell(name)
-    }
     late.update(own)
     early.update(
         (name, value) for name, value in environment.forwarded.items() if name in environ.OF_BASH
@@ -290,7 +325,7 @@ def spec(
             b"environment": _entries(early),
             b"forwarded": _entries(late),
             b"plain": _entries(plain),
-            b"odd": _entries(odd),
+            b"odd": _entries(odd_names(environment)),
             b"cwd": [os.fsencode(path) for path in _directories(action, context, prepared)],
             b"cwd_required": [b"yes"] if action.cwd else [],
             b"umask": [b"%d" % (0o022 if action.no_umask else context.facts.umask)],

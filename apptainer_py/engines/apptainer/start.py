@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 
 from apptainer_py.base import log
-from apptainer_py.base.errors import LaunchError
+from apptainer_py.base.errors import ImageGone, LaunchError, is_gone
 from apptainer_py.engines.apptainer.message import LIBRARY_MISSING, unpack
 from apptainer_py.engines.apptainer.shellenv import NotSimple, environment
 
@@ -19,6 +20,7 @@ _SHELL, _BASH = b"/bin/sh", b"/bin/bash"
 _RUNSCRIPT = b"/.singularity.d/runscript"
 _FOLDER = "/.singularity.d/env"
 _FILE_BYTES = 1 << 16
+_STARTER_ENDS_S = 5
 # The actions whose program stage 2 finds as the script does; the others are the script's.
 _DIRECT = (b"exec", b"run")
 
@@ -85,7 +87,10 @@ def _evaluate(message: dict[bytes, list[bytes]], directory: bytes) -> list[bytes
             _pairs(message[b"forwarded"]),
             _file_test,
         )
-    except (NotSimple, OSError):
+    except NotSimple:
+        return None
+    except OSError as error:
+        _check_served(error)
         return None
     # Last what no shell could hold, as bash's exported functions: no file of the image sees it.
     return [os.fsencode(f"{name}={value}") for name, value in variables.items()] + message[b"odd"]
@@ -184,10 +189,22 @@ def _reason(error: OSError) -> str:
     return (error.strerror or "").lower()
 
 
+def _check_served(error: OSError) -> None:
+    """Wait to be killed where the image has gone: who ends this says why, once."""
+    if not is_gone(error.errno):
+        return
+    try:
+        os.listdir("/")  # a mount of the user's may be what is gone
+    except OSError:
+        time.sleep(_STARTER_ENDS_S)
+        raise ImageGone from None
+
+
 def _is_program(path: bytes) -> bool:
     try:
         facts = os.stat(path)
-    except OSError:
+    except OSError as error:
+        _check_served(error)
         return False
     return stat.S_ISREG(facts.st_mode) and os.access(path, os.X_OK)
 
@@ -198,6 +215,7 @@ def _find(name: bytes, path: bytes) -> bytes:
         try:
             mode = os.stat(program).st_mode
         except OSError as error:
+            _check_served(error)
             raise NotStarted(text=f"stat {os.fsdecode(program)}: {_reason(error)}") from None
         if stat.S_ISDIR(mode):
             raise NotStarted(text="is a directory")
@@ -228,6 +246,7 @@ def _start_without_shell(
 
 
 def _explain(program: bytes, problem: OSError) -> str:
+    _check_served(problem)
     name = os.fsdecode(program)
     if problem.errno == errno.ENOENT and os.path.exists(program):
         return f"exec {name} failed: {LIBRARY_MISSING}"

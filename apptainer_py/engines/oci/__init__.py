@@ -42,7 +42,11 @@ class Oci(Operations):
     def prepare_config(self, context: PrepareContext) -> None:
         """Read the bundle or the container's record, and compile it to rows."""
         assert context.call is not None
-        if context.call.command == "exec":
+        if context.call.action is not None:
+            from apptainer_py.engines.oci.image import ImageRun
+
+            self.work = ImageRun(context, context.call)
+        elif context.call.command == "exec":
             from apptainer_py.engines.oci.tenant import Tenancy
 
             self.work = Tenancy(context, context.call)

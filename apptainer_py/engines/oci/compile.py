@@ -218,6 +218,9 @@ def _cgroup_wish(config: dict[str, Any], spaces: Spaces, options: CreateOptions)
             resources=resources,
             private_namespace=private,
         )
+    from apptainer_py.engines.oci.units import unit_properties
+
+    properties = unit_properties(config.get("annotations", {}))
     if not path:
         # runc's own prefix: pods of Kubernetes and tools around it look for such scopes.
         return CgroupWish(
@@ -225,6 +228,7 @@ def _cgroup_wish(config: dict[str, Any], spaces: Spaces, options: CreateOptions)
             resources=resources,
             scope_prefix="runc",
             private_namespace=private,
+            properties=properties,
         )
     parts = path.split(":")
     if len(parts) != 3:
@@ -239,6 +243,7 @@ def _cgroup_wish(config: dict[str, Any], spaces: Spaces, options: CreateOptions)
         scope_prefix=parts[1],
         slice_parent=parts[0],
         private_namespace=private,
+        properties=properties,
     )
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from apptainer_py.engines.oci.monitored import Monitored
     from apptainer_py.model.oci_call import OciCall
-    from apptainer_py.model.oci_plan import OciPlan
+    from apptainer_py.model.oci_plan import OciPlan, ProcessSpec
     from apptainer_py.runtime.contexts import MonitorContext, PrepareContext
     from apptainer_py.runtime.nest import Nest
 
@@ -94,7 +94,7 @@ class Creation:
         self.environment = context.environment
         # Paths of the command line are the caller's; the bundle is the directory from here on.
         self.pid_file = os.path.abspath(call.text("pid-file")) if call.text("pid-file") else ""
-        self.bundle, self.config_bytes = read_bundle(call.text("bundle"), call.text("config"))
+        self.bundle, self.config_bytes = self.read_bundle()
         check_id(self.name)
         self.config: dict[str, Any] = loads(self.config_bytes)
         if call.flag("empty-process") and isinstance(self.config.get("process"), dict):
@@ -110,7 +110,8 @@ class Creation:
             systemd_cgroup=call.cgroup_manager == "systemd",
             rootless=self.host.rootless,
         )
-        self.plan: OciPlan = compile_bundle(self.config, self.bundle, self.host, self.options)
+        plan = compile_bundle(self.config, self.bundle, self.host, self.options)
+        self.plan: OciPlan = self.shape(plan)
         for warning in self.plan.warnings:
             log.warning(warning)
         if self.monitored is None or call.text("console-socket"):
@@ -144,14 +145,22 @@ class Creation:
             bus=context.environment.get(facts.USER_BUS, ""),
         )
 
+    def read_bundle(self) -> tuple[str, bytes]:
+        """Return the bundle's directory and its configuration."""
+        return read_bundle(self.call.text("bundle"), self.call.text("config"))
+
+    def shape(self, plan: OciPlan) -> OciPlan:
+        """Return the plan with what no config.json can say."""
+        return plan
+
     # -- create_container
 
     def build(self, nest: Nest) -> None:
         """Make everything, up to the moment where the process can only become the payload."""
         try:
-            self._make_state()
+            self.make_state()
             self._make_spaces(nest)
-            self._assemble(nest)
+            self.assemble(nest)
             self._run_outer_hooks()
             self._enter(nest)
             self._send_process(nest)
@@ -159,7 +168,8 @@ class Creation:
         except ApptainerError as error:
             raise explained(error, self.plan.process, "error during container init: ") from None
 
-    def _make_state(self) -> None:
+    def make_state(self) -> None:
+        """Write down what will be made, then make the control groups."""
         sticky = self.host.rootless and "XDG_RUNTIME_DIR" in self.environment
         self.state = _starter.run_step(
             protocol.STEP_STATE_MADE, _new_state, self.call.root, self.name, sticky
@@ -223,7 +233,11 @@ class Creation:
             from apptainer_py.host import netlink
 
             netlink.move_devices(plan.netdevs, self.pid)
+        self.mapped()
         nest.row(plan.mapped)
+
+    def mapped(self) -> None:
+        """Do what needs the container's ids: they are there, and nothing else of it is."""
 
     def _write_maps(self) -> None:
         from apptainer_py.host.subid import write_maps
@@ -231,12 +245,21 @@ class Creation:
         plan = self.plan
         write_maps(self.pid, plan.uid_maps, plan.gid_maps, rootless=self.host.rootless)
 
-    def _assemble(self, nest: Nest) -> None:
+    def assemble(self, nest: Nest) -> None:
+        """Put the root together: mounts, devices and links."""
         reaches_more = not self.host.rootless and bool(self.host.permitted >> _CAP_SYS_ADMIN & 1)
         self.passed = steps.Passed(self.plan, self.pid, reaches_more=reaches_more)
         for row in (*self.plan.setup, *self.plan.assemble):
-            self.passed.send(nest, row)
+            self.send(nest, row)
         nest.settle()
+
+    def send(self, nest: Nest, row: Row) -> None:
+        """Send a row with the descriptor that it names."""
+        self.passed.send(nest, row)
+
+    def process(self, root: int) -> ProcessSpec:
+        """Return the process, with what only the container's root can tell."""
+        return steps.with_home(self.plan.process, root)
 
     def _run_outer_hooks(self) -> None:
         try:
@@ -283,7 +306,7 @@ class Creation:
     def _send_process(self, nest: Nest) -> None:
         if self.pidfd_socket >= 0:
             steps.send_pidfd(self.pidfd_socket, self.pid, b"standard")
-        spec = steps.with_home(self.plan.process, nest.root_fd)
+        spec = self.process(nest.root_fd)
         if self.call.flag("empty-process"):
             spec = spec.replace(empty=True)
         frames = self.hook_state.frames(self.plan.hooks, "startContainer", "created")

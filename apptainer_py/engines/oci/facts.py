@@ -37,6 +37,11 @@ def is_rootless(call: OciCall, uid: int) -> bool:
     return uid != 0 or read_file("/proc/self/uid_map").split() != _WHOLE_MAP
 
 
+def has_cgroup2() -> bool:
+    """Return whether control groups are of version 2 alone."""
+    return os.path.exists(_CGROUP2_MAGIC_PLACE)
+
+
 def _inode_of(path: str) -> int:
     return os.stat(path).st_ino
 
@@ -97,7 +102,7 @@ def host_facts(call: OciCall, environment: Mapping[str, str]) -> HostFacts:
         uid=uid,
         gid=os.getegid(),
         rootless=rootless,
-        cgroup2=os.path.exists(_CGROUP2_MAGIC_PLACE),
+        cgroup2=has_cgroup2(),
         own_spaces=spaces,
         permitted=int(permitted, 16),
         last_capability=int(read_file("/proc/sys/kernel/cap_last_cap")),

@@ -14,11 +14,7 @@ if TYPE_CHECKING:
 
     from apptainer_py.model.oci_plan import HostFacts, IdMap
 
-CAPABILITIES = {
-    f"CAP_{name[11:]}": number
-    for name, number in vars(protocol).items()
-    if name[:11] == "CAPABILITY_"
-}
+CAPABILITIES = protocol.CAPABILITIES
 _SETS = ("effective", "permitted", "inheritable", "bounding", "ambient")
 
 # getrlimit(2), as asm-generic numbers them

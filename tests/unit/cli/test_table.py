@@ -47,7 +47,7 @@ def test_a_row_has_its_form(row: table.Option) -> None:
     assert type(default) is defaults.get(kind, tuple)
     assert all(re.fullmatch("[A-Z][A-Z_]+", key) for key in keys)
     assert commands
-    assert status in (table.SUPPORTED, table.REFUSED, table.FETCHING)
+    assert status in (table.SUPPORTED, table.REFUSED, table.FETCHING, table.OCI_ONLY)
     assert text
     assert not text.endswith(".")
 
@@ -55,7 +55,7 @@ def test_a_row_has_its_form(row: table.Option) -> None:
 def test_each_supported_action_option_is_a_field_of_the_request() -> None:
     fields = set(ActionRequest._fields)
     for row in table.OPTIONS:
-        if row[6] == table.SUPPORTED and set(row[5]) & set(table.ACTIONS):
+        if row[6] in (table.SUPPORTED, table.OCI_ONLY) and set(row[5]) & set(table.ACTIONS):
             name = table.SYNONYMS.get(row[0], row[0])
             assert name.replace("-", "_") in fields
 

@@ -910,7 +910,7 @@ def forwarded(action: ActionRequest) -> Outcome:
 def answered(action: ActionRequest, files: Mapping[str, str], folder: Path) -> Outcome:
     collected = environ.collect(action, HOST)
     prefix = "/" if "environment" in files else "/.singularity.d/env/"
-    return environment(
+    found = environment(
         [(prefix + name, text) for name, text in files.items() if not name.endswith(".txt")],
         environ.injection(collected, evaluate=not action.no_eval),
         environ.path_lines(collected, evaluate=not action.no_eval),
@@ -918,6 +918,8 @@ def answered(action: ActionRequest, files: Mapping[str, str], folder: Path) -> O
         {**forwarded(action), **LATE},
         finder(folder),
     )
+    # Those that no shell can hold are beside the point of both, and come last.
+    return {**found, **process.odd_names(collected)}
 
 
 def request_with(facts: Mapping[str, object]) -> ActionRequest:

@@ -173,6 +173,38 @@ def test_a_unit_from_start_to_stop(unit, tmp_path):
     assert [member for member, _ in made][-2:] == ["StopUnit", "ResetFailedUnit"]
 
 
+def test_properties_of_annotations(bus, tmp_path):
+    (tmp_path / "cg").mkdir()
+    (tmp_path / "cg/cgroup.controllers").write_text("")
+    (tmp_path / "cg/cgroup.subtree_control").write_text("")
+    own = wish(properties=(("TimeoutStopUSec", ("t", 5)),))
+    inner = V2(
+        own,
+        {"": f"{tmp_path}/cg/system.slice/runc-box.scope"},
+        rootless=False,
+        top=f"{tmp_path}/cg",
+    )
+    systemd.Unit(inner, is_v2=True, address=bus).create(os.getpid())
+    (start,) = [body for member, body in calls(tmp_path) if member == "StartTransientUnit"]
+    assert start[2][-1] == ["TimeoutStopUSec", ["t", 5]]
+
+
+def test_an_update_leaves_devices_alone(unit, tmp_path):
+    unit.create(os.getpid())
+    (tmp_path / "cg/system.slice/runc-box.scope/pids.max").write_text("")
+    unit.apply({"pids": {"limit": 6}}, devices=False)
+    (change,) = [body for member, body in calls(tmp_path) if member == "SetUnitProperties"]
+    assert [name for name, _ in change[2]] == ["TasksMax"]
+
+
+def test_a_unit_that_exists_is_known_by_its_group():
+    one = Hierarchy(controllers=("",), target="/sys/fs/cgroup", root="/", own="/me")
+    tree = Tree(hierarchies=(one,), unified="/sys/fs/cgroup", unified_only=True)
+    path = "/sys/fs/cgroup/a.slice/a-b.slice/x-box.scope"
+    found = systemd.open_unit(tree, wish(""), [path], rootless=False)
+    assert (found.unit(), found.directories()) == ("x-box.scope", [path])
+
+
 def test_a_failed_unit_of_that_name_is_put_aside(bus, tmp_path):
     manager = Systemd(bus)
     manager.start_unit("twice.scope", [])

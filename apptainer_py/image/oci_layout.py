@@ -1,0 +1,303 @@
+"""Image layouts of the OCI image specification: a directory, or one as a tar file."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from apptainer_py.base.errors import ImageError
+from apptainer_py.base.record import Record
+from apptainer_py.image import arch, tar_stream
+from apptainer_py.image.blobs import Blob, Digest, Unpacked
+from apptainer_py.image.tar_stream import TarStream, TarWrong
+from apptainer_py.kernel import _starter
+from apptainer_py.model.json_text import JsonWrong, loads
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+_JSON_BYTES = 4 << 20
+_FILES_MOST = 65536
+_LAYERS_MOST = 512
+_NESTED_MOST = 8
+_RESOLVE_BENEATH_NO_LINKS = 0x08 | 0x04
+_TAG = "org.opencontainers.image.ref.name"
+_INDEXES = (
+    "application/vnd.oci.image.index.v1+json",
+    "application/vnd.docker.distribution.manifest.list.v2+json",
+)
+_LAYER_STARTS = (
+    "application/vnd.oci.image.layer.v1.tar",
+    "application/vnd.oci.image.layer.nondistributable.v1.tar",
+    "application/vnd.docker.image.rootfs.diff.tar",
+    "application/vnd.docker.image.rootfs.foreign.diff.tar",
+)
+
+
+class LayoutWrong(ImageError):
+    """No layout, or not one that can be used."""
+
+    message = "could not open image {image}: {reason}"
+
+
+class Object(Record):
+    """A descriptor of the specification."""
+
+    digest: str
+    size_bytes: int
+    media_type: str = ""
+
+
+class Image(Record):
+    """What a manifest names."""
+
+    config: bytes
+    layers: tuple[Object, ...]
+
+
+def split_name(text: str) -> tuple[str, str, str]:
+    """Return transport, path and reference ("", a tag or @digest) of `oci:PATH[:TAG|@DIGEST]`."""
+    transport, _, rest = text.partition(":")
+    if os.path.exists(rest):
+        return transport, rest, ""
+    path, at, digest = rest.rpartition("@")
+    if at and ":" in digest:
+        return transport, path, f"@{digest}"
+    path, colon, tag = rest.rpartition(":")
+    return (transport, path, tag) if colon else (transport, rest, "")
+
+
+class Layout:
+    """An open layout."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        transport, path, self._reference = split_name(name)
+        self.path = os.path.abspath(path)
+        self._members: dict[str, tuple[int, int]] | None = None
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+        try:
+            self._fd = os.open(path, flags)
+        except OSError as error:
+            raise self._wrong((error.strerror or "").lower()) from None
+        mode = os.fstat(self._fd).st_mode
+        if transport == "oci-archive":
+            if not stat.S_ISREG(mode):
+                raise self._wrong("it is no file")
+            self._members = self._list()
+        elif not stat.S_ISDIR(mode):
+            raise self._wrong("it is no directory")
+
+    def close(self) -> None:
+        """Give the files up."""
+        os.close(self._fd)
+
+    def _wrong(self, reason: str) -> LayoutWrong:
+        return LayoutWrong(image=self._name, reason=reason)
+
+    # -- files
+
+    def _list(self) -> dict[str, tuple[int, int]]:
+        """Return where each file of the archive lies: offset and size."""
+        place = 0
+
+        def read(size: int) -> bytes:
+            nonlocal place
+            data = os.pread(self._fd, size, place)
+            place += len(data)
+            return data
+
+        found: dict[str, tuple[int, int]] = {}
+        stream = TarStream(read)
+        try:
+            for entry in stream.entries():
+                if len(found) == _FILES_MOST:
+                    raise self._wrong(f"the archive has more than {_FILES_MOST} files")
+                if entry.kind != tar_stream.FILE:
+                    continue
+                name = os.fsdecode(entry.name).removeprefix("./")
+                found[name] = (place, entry.size_bytes)
+                place = stream.pass_over(place)
+        except TarWrong as error:
+            raise self._wrong(str(error)) from None
+        return found
+
+    def _open(self, name: str) -> tuple[int, int, int]:
+        """Return descriptor, offset and size of a file; the caller closes the descriptor."""
+        if self._members is not None:
+            if name not in self._members:
+                raise self._wrong(f"it has no {name}")
+            return os.dup(self._fd), *self._members[name]
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+        try:
+            fd = _starter.openat2(self._fd, name.encode(), flags, _RESOLVE_BENEATH_NO_LINKS)
+        except OSError as error:
+            raise self._wrong(f"{name}: {os.strerror(error.errno or 0).lower()}") from None
+        facts = os.fstat(fd)
+        if not stat.S_ISREG(facts.st_mode):
+            os.close(fd)
+            raise self._wrong(f"{name} is no file")
+        return fd, 0, facts.st_size
+
+    def _small(self, name: str) -> bytes:
+        fd, offset, size = self._open(name)
+        try:
+            if size > _JSON_BYTES:
+                raise self._wrong(f"{name} is larger than {_JSON_BYTES} bytes")
+            return os.pread(fd, size, offset)
+        finally:
+            os.close(fd)
+
+    def _blob(self, wanted: Object) -> tuple[Blob, int]:
+        digest = Digest(wanted.digest)
+        fd, offset, size = self._open(f"blobs/{digest.algorithm}/{digest.digits}")
+        if size != wanted.size_bytes:
+            os.close(fd)
+            reason = f"{wanted.digest} has {size} bytes, {wanted.size_bytes} are named"
+            raise self._wrong(reason)
+        return Blob(fd, offset, size, digest), fd
+
+    def _document(self, wanted: Object) -> bytes:
+        if wanted.size_bytes > _JSON_BYTES:
+            raise self._wrong(f"{wanted.digest} is larger than {_JSON_BYTES} bytes")
+        blob, fd = self._blob(wanted)
+        try:
+            parts = []
+            while data := blob.read(_JSON_BYTES):
+                parts.append(data)
+            blob.check()
+        except ImageError as error:
+            raise self._wrong(str(error.facts["reason"])) from None
+        finally:
+            os.close(fd)
+        return b"".join(parts)
+
+    # -- documents
+
+    def _json(self, data: bytes, what: str) -> dict[str, Any]:
+        try:
+            value = loads(data)
+        except JsonWrong as error:
+            raise self._wrong(f"{what}: {error}") from None
+        if not isinstance(value, dict):
+            raise self._wrong(f"{what} is no JSON object")
+        return value
+
+    def _object(self, value: object, what: str) -> Object:
+        if isinstance(value, dict):
+            digest, size = value.get("digest"), value.get("size")
+            kind = value.get("mediaType", "")
+            if (
+                isinstance(digest, str)
+                and isinstance(size, int)
+                and size >= 0
+                and isinstance(kind, str)
+            ):
+                try:
+                    Digest(digest)
+                except ImageError as error:
+                    raise self._wrong(str(error.facts["reason"])) from None
+                return Object(digest=digest, size_bytes=size, media_type=kind)
+        raise self._wrong(f"{what} is no descriptor")
+
+    def image(self) -> Image:
+        """Return the image that the name means, for this machine where there are several.
+
+        Raises:
+            LayoutWrong: there is none, or it is not one that can be used.
+        """
+        version = self._json(self._small("oci-layout"), "oci-layout").get("imageLayoutVersion")
+        if not isinstance(version, str) or not version.startswith("1."):
+            raise self._wrong(f"the layout's version is {version!r}, not 1")
+        index = self._json(self._small("index.json"), "index.json")
+        wanted = self._choose(index)
+        for _ in range(_NESTED_MOST):
+            document = self._json(self._document(wanted), wanted.digest)
+            if wanted.media_type not in _INDEXES and "manifests" not in document:
+                return self._manifest(document)
+            wanted = self._for_this_machine(document)
+        raise self._wrong("its index names an index, and so on")
+
+    def _rows(self, index: dict[str, Any]) -> list[dict[str, Any]]:
+        rows = index.get("manifests")
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise self._wrong("its index lists no manifests")
+        return rows
+
+    def _choose(self, index: dict[str, Any]) -> Object:
+        rows = self._rows(index)
+        if self._reference.startswith("@"):
+            rows = [row for row in rows if row.get("digest") == self._reference[1:]]
+        elif self._reference:
+            rows = [row for row in rows if _tag_of(row) == self._reference]
+        if not rows:
+            raise self._wrong(
+                f"it has no image {self._reference}" if self._reference else "it has no image"
+            )
+        if len(rows) > 1:
+            fitting = [row for row in rows if _fits(row)]
+            if len(fitting) != 1:
+                tags = ", ".join(sorted(filter(None, map(_tag_of, rows))))
+                raise self._wrong(f"it has several images ({tags}); name one, as in oci:PATH:TAG")
+            rows = fitting
+        return self._object(rows[0], "an entry of index.json")
+
+    def _for_this_machine(self, index: dict[str, Any]) -> Object:
+        rows = [row for row in self._rows(index) if _fits(row)]
+        if not rows:
+            raise self._wrong(f"it has no image for {arch.host_arch()}")
+        return self._object(rows[0], "an entry of an index")
+
+    def _manifest(self, manifest: dict[str, Any]) -> Image:
+        layers = manifest.get("layers")
+        if not isinstance(layers, list) or len(layers) > _LAYERS_MOST:
+            raise self._wrong(f"its manifest has no layers, or more than {_LAYERS_MOST}")
+        found = tuple(self._object(layer, "a layer of the manifest") for layer in layers)
+        for layer in found:
+            kind = layer.media_type
+            if not kind.startswith(_LAYER_STARTS) or "encrypted" in kind:
+                raise self._wrong(f"a layer of the kind {kind!r} is not supported")
+        config = self._document(self._object(manifest.get("config"), "the manifest's config"))
+        machine = self._json(config, "the image's configuration").get("architecture", "")
+        if isinstance(machine, str) and machine and not _can_run(machine):
+            raise self._wrong(
+                f"the image's architecture ({machine}) could not run on the host's "
+                f"({arch.host_arch()})"
+            )
+        return Image(config=config, layers=found)
+
+    def unpack(self, image: Image, target: Any) -> None:
+        """Give each layer, the lowest first, to an Unpacker.
+
+        Raises:
+            ImageError: a layer is damaged, or leads out of the image.
+        """
+        for layer in image.layers:
+            blob, fd = self._blob(layer)
+            try:
+                target.apply(Unpacked(blob).read)
+                blob.check()
+            except ImageError as error:
+                raise self._wrong(f"{error.facts['reason']} ({layer.digest[:19]})") from None
+            finally:
+                os.close(fd)
+
+
+def _tag_of(row: dict[str, Any]) -> str:
+    notes = row.get("annotations")
+    tag = notes.get(_TAG, "") if isinstance(notes, dict) else ""
+    return tag if isinstance(tag, str) else ""
+
+
+def _fits(row: dict[str, Any]) -> bool:
+    platform = row.get("platform")
+    if not isinstance(platform, dict):
+        return True
+    machine, system = platform.get("architecture", ""), platform.get("os", "linux")
+    return system in ("", "linux") and isinstance(machine, str) and _can_run(machine)
+
+
+def _can_run(machine: str) -> bool:
+    host = arch.host_arch()
+    return machine in ("", host) or arch.can_run(machine, host)

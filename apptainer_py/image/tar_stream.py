@@ -1,0 +1,241 @@
+"""Reader of tar archives from a stream that may be hostile (POSIX ustar and pax, GNU long names).
+
+The standard library's reader takes headers of any size into memory and follows what they say; this
+one knows few kinds of entry, bounds each, and opens nothing.
+"""
+
+from __future__ import annotations
+
+from apptainer_py.base.errors import ApptainerError
+from apptainer_py.base.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    Read = Callable[[int], bytes]
+
+BLOCK = 512
+PATH_BYTES = 4095
+_EXTENDED_BYTES = 1 << 20
+_CHUNK = 1 << 16
+_LARGEST = 1 << 62
+
+FILE, HARD_LINK, SYMLINK, CHARACTER, BLOCK_DEVICE, DIRECTORY, FIFO = (
+    b"0", b"1", b"2", b"3", b"4", b"5", b"6",
+)  # fmt: skip
+_FILES = (b"0", b"\0", b"7")
+_KNOWN = (FILE, HARD_LINK, SYMLINK, CHARACTER, BLOCK_DEVICE, DIRECTORY, FIFO)
+_XATTR = b"SCHILY.xattr."
+
+
+class TarWrong(ApptainerError):
+    """Bytes that are no archive, or one beyond the limits."""
+
+    message = "{reason}"
+
+
+class Entry(Record):
+    """One member; `name` and `link` as they stand there, times in nanoseconds."""
+
+    kind: bytes
+    name: bytes
+    link: bytes
+    mode: int
+    uid: int
+    gid: int
+    size_bytes: int
+    modified_ns: int
+    xattrs: tuple[tuple[bytes, bytes], ...] = ()
+
+
+class TarStream:
+    """The members of an archive, in order; the content of one is read before the next is asked for.
+
+    `read` returns at most as many bytes as it is asked for, nothing at the end.
+    """
+
+    def __init__(self, read: Read) -> None:
+        self._read = read
+        self._left = 0
+        self._padding = 0
+        self._global: dict[bytes, bytes] = {}
+
+    def entries(self) -> Iterator[Entry]:
+        """Yield each member.
+
+        Raises:
+            TarWrong: a header is damaged, too large, or of an unknown kind.
+        """
+        while True:
+            extended, long_name, long_link = dict(self._global), b"", b""
+            while True:
+                block = self._header()
+                if block is None:
+                    return
+                kind = block[156:157]
+                if kind not in (b"x", b"g", b"L", b"K"):
+                    break
+                data = self._small(_number(block[124:136]))
+                if kind == b"L":
+                    long_name = data.rstrip(b"\0")
+                elif kind == b"K":
+                    long_link = data.rstrip(b"\0")
+                else:
+                    found = _records(data)
+                    (self._global if kind == b"g" else extended).update(found)
+                    if kind == b"g":
+                        extended.update(found)
+            yield self._entry(block, extended, long_name, long_link)
+            self._skip()
+
+    def content(self) -> Iterator[bytes]:
+        """Yield the content of the member at hand, or what is left of it."""
+        while self._left:
+            data = self._read(min(self._left, _CHUNK))
+            if not data:
+                raise TarWrong(reason="the archive ends in the middle of a file")
+            self._left -= len(data)
+            yield data
+
+    def pass_over(self, place: int) -> int:
+        """Return where the header after this member lies, for a caller that can go there."""
+        place += self._left + self._padding
+        self._left = self._padding = 0
+        return place
+
+    def _exactly(self, size: int) -> bytes:
+        parts = []
+        while size:
+            data = self._read(min(size, _CHUNK))
+            if not data:
+                break
+            parts.append(data)
+            size -= len(data)
+        return b"".join(parts)
+
+    def _header(self) -> bytes | None:
+        block = self._exactly(BLOCK)
+        # Two empty blocks end an archive; some writers leave one out, or both.
+        if not block or block == bytes(BLOCK):
+            return None
+        if len(block) < BLOCK:
+            raise TarWrong(reason="the archive ends in the middle of a header")
+        if _number(block[148:156]) != sum(block[:148]) + 256 + sum(block[156:]):
+            raise TarWrong(reason="a header of the archive is damaged")
+        return block
+
+    def _small(self, size: int) -> bytes:
+        if size > _EXTENDED_BYTES:
+            raise TarWrong(reason=f"a header of the archive is larger than {_EXTENDED_BYTES} bytes")
+        data = self._exactly(size)
+        rest = self._exactly(-size % BLOCK)
+        if len(data) < size or len(rest) < -size % BLOCK:
+            raise TarWrong(reason="the archive ends in the middle of a header")
+        return data
+
+    def _entry(
+        self, block: bytes, extended: dict[bytes, bytes], long_name: bytes, long_link: bytes
+    ) -> Entry:
+        kind = FILE if block[156:157] in _FILES else block[156:157]
+        if kind not in _KNOWN:
+            raise TarWrong(reason=f"the archive has an entry of the unknown kind {kind!r}")
+        if any(key.startswith(b"GNU.sparse") for key in extended):
+            raise TarWrong(reason="the archive has a sparse file, which is not supported")
+        name, link = _text(block[:100]), _text(block[157:257])
+        prefix = _text(block[345:500]) if block[257:263] == b"ustar\0" else b""
+        name = extended.get(b"path") or long_name or (prefix + b"/" + name if prefix else name)
+        link = extended.get(b"linkpath") or long_link or link
+        if max(len(name), len(link)) > PATH_BYTES or b"\0" in name + link:
+            raise TarWrong(reason="the archive has a name that is too long, or no name at all")
+        if kind == FILE and name.endswith(b"/"):
+            kind = DIRECTORY  # as before POSIX
+        size = _decimal(extended, b"size", _number(block[124:136]))
+        self._left = size if kind == FILE else 0
+        self._padding = -size % BLOCK
+        if kind not in (FILE, HARD_LINK) and size:
+            raise TarWrong(reason="the archive has content where none belongs")
+        if kind == HARD_LINK and size:
+            self._left = size  # pax allows it to repeat the file's
+        return Entry(
+            kind=kind,
+            name=name,
+            link=link,
+            mode=_number(block[100:108]) & 0o7777,
+            uid=_decimal(extended, b"uid", _number(block[108:116])),
+            gid=_decimal(extended, b"gid", _number(block[116:124])),
+            size_bytes=size,
+            modified_ns=_time(extended.get(b"mtime"), _number(block[136:148], signed=True)),
+            xattrs=tuple(
+                (key[len(_XATTR) :], value)
+                for key, value in extended.items()
+                if key.startswith(_XATTR)
+            ),
+        )
+
+    def _skip(self) -> None:
+        for _ in self.content():
+            pass
+        if len(self._exactly(self._padding)) < self._padding:
+            raise TarWrong(reason="the archive ends in the middle of a file")
+        self._padding = 0
+
+
+def _text(field: bytes) -> bytes:
+    return field.partition(b"\0")[0]
+
+
+def _number(field: bytes, *, signed: bool = False) -> int:
+    """Return an octal number, or one in base 256 (GNU)."""
+    if field[0] & 0x80:
+        value = int.from_bytes(bytes((field[0] & 0x7F,)) + field[1:], "big")
+        if signed and field[0] & 0x40:
+            value -= 1 << (8 * len(field) - 1)
+    else:
+        digits = field.strip(b" \0")
+        if digits.translate(None, b"01234567"):
+            raise TarWrong(reason="a header of the archive has a number that is none")
+        value = int(digits or b"0", 8)
+    if abs(value) > _LARGEST:
+        raise TarWrong(reason="a header of the archive has a number that is too large")
+    return value
+
+
+def _decimal(extended: dict[bytes, bytes], key: bytes, otherwise: int) -> int:
+    text = extended.get(key)
+    if text is None:
+        return otherwise
+    if not text.isdigit() or len(text) > 19 or int(text) > _LARGEST:
+        raise TarWrong(reason="a header of the archive has a number that is none")
+    return int(text)
+
+
+def _time(text: bytes | None, seconds: int) -> int:
+    if text is None:
+        return seconds * 10**9
+    whole, _, fraction = text.partition(b".")
+    negative = whole.startswith(b"-")
+    digits = whole.removeprefix(b"-")
+    if not digits.isdigit() or len(digits) > 12 or (fraction and not fraction.isdigit()):
+        raise TarWrong(reason="a header of the archive has a time that is none")
+    value = int(digits) * 10**9 + int(fraction[:9].ljust(9, b"0") if fraction else b"0")
+    return -value if negative else value
+
+
+def _records(data: bytes) -> dict[bytes, bytes]:
+    """Return the records of a pax header: `length key=value\\n` (POSIX, pax Extended Header)."""
+    found: dict[bytes, bytes] = {}
+    place = 0
+    while place < len(data) and data[place] != 0:
+        space = data.find(b" ", place, place + 20)
+        digits = data[place:space] if space > 0 else b""
+        length = int(digits) if digits.isdigit() else 0
+        record = data[space + 1 : place + length]
+        key, equals, value = record.partition(b"=")
+        if length < len(digits) + 4 or place + length > len(data) or not record.endswith(b"\n"):
+            raise TarWrong(reason="an extended header of the archive is damaged")
+        if not equals or not key:
+            raise TarWrong(reason="an extended header of the archive is damaged")
+        found[key] = value[:-1]
+        place += length
+    return found

@@ -1,0 +1,328 @@
+"""Layers over each other, and layers that want out."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from apptainer_py.image.oci_layers import LayerWrong, Limits, Unpacker, remove_tree
+
+LINKS = {"symlink": tarfile.SYMTYPE, "hard": tarfile.LNKTYPE}
+
+
+def member(
+    name: str,
+    content: bytes = b"",
+    *,
+    kind: bytes = tarfile.REGTYPE,
+    link: str = "",
+    mode: int = 0o644,
+    size: int | None = None,
+    pax: dict[str, str] | None = None,
+) -> tuple[tarfile.TarInfo, bytes]:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.mode = kind, link, mode
+    info.uid, info.gid = os.getuid(), os.getgid()
+    info.size = len(content) if size is None else size
+    info.pax_headers = pax or {}
+    return info, content
+
+
+def folder(name: str, mode: int = 0o755) -> tuple[tarfile.TarInfo, bytes]:
+    return member(name, kind=tarfile.DIRTYPE, mode=mode)
+
+
+def layer(*members: tuple[tarfile.TarInfo, bytes]) -> bytes:
+    done = b""
+    for info, content in members:
+        done += info.tobuf(tarfile.PAX_FORMAT) + content + bytes(-len(content) % 512)
+    return done + bytes(1024)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    inner = tmp_path / "image"
+    inner.mkdir()
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside/secret").write_text("secret")
+    return inner
+
+
+def unpack(root: Path, *layers: bytes, limits: Limits | None = None) -> None:
+    unpacker = Unpacker(str(root), limits)
+    try:
+        for data in layers:
+            unpacker.apply(io.BytesIO(data).read)
+    finally:
+        unpacker.close()
+
+
+def untouched(root: Path) -> bool:
+    outside = root.parent / "outside"
+    return (
+        os.listdir(outside) == ["secret"]
+        and (outside / "secret").read_text() == "secret"
+        and (outside / "secret").stat().st_nlink == 1
+        and sorted(os.listdir(root.parent)) == ["image", "outside"]
+    )
+
+
+def test_files_directories_and_links(root: Path) -> None:
+    unpack(
+        root,
+        layer(
+            folder("a", 0o555),
+            member("a/file", b"text", mode=0o640),
+            member("a/again", kind=tarfile.LNKTYPE, link="a/file"),
+            member("link", kind=tarfile.SYMTYPE, link="/a/file"),
+            member("pipe", kind=tarfile.FIFOTYPE, mode=0o600),
+            member("deep/without/entries", b"x"),
+            member("./with/./dots//", kind=tarfile.DIRTYPE),
+            member("/absolute", b"inside"),
+        ),
+    )
+    assert (root / "a/file").read_text() == "text"
+    assert stat.S_IMODE((root / "a/file").stat().st_mode) == 0o640
+    assert stat.S_IMODE((root / "a").stat().st_mode) == 0o555
+    assert (root / "a/again").samefile(root / "a/file")
+    assert os.readlink(root / "link") == "/a/file"
+    assert stat.S_ISFIFO((root / "pipe").stat().st_mode)
+    assert (root / "deep/without/entries").exists()
+    assert (root / "with/dots").is_dir()
+    assert (root / "absolute").read_text() == "inside"
+
+
+@pytest.mark.parametrize("name", ["../out", "a/../../out", "/../out", "..", "a/.."])
+def test_a_name_that_leads_out_is_refused(root: Path, name: str) -> None:
+    with pytest.raises(LayerWrong, match="leads out of the image"):
+        unpack(root, layer(member(name, b"x")))
+    assert untouched(root)
+
+
+@pytest.mark.parametrize("link", ["/", "..", "../outside", "{outside}", "/proc/self/cwd"])
+def test_a_link_on_the_way_stays_inside(root: Path, link: str) -> None:
+    target = link.replace("{outside}", str(root.parent / "outside"))
+    try:
+        unpack(
+            root,
+            layer(member("way", kind=tarfile.SYMTYPE, link=target)),
+            layer(member("way/secret", b"changed"), member("way/new", b"x")),
+        )
+    except LayerWrong as error:
+        # What the link names is not there, so nothing can be made behind it.
+        assert "way" in str(error)
+    assert untouched(root)
+
+
+@pytest.mark.parametrize("target", ["{outside}/secret", "../outside/secret", "way/secret"])
+def test_a_hard_link_finds_nothing_outside(root: Path, target: str) -> None:
+    outside = str(root.parent / "outside")
+    with pytest.raises(LayerWrong):
+        unpack(
+            root,
+            layer(
+                member("way", kind=tarfile.SYMTYPE, link=outside),
+                member("stolen", kind=tarfile.LNKTYPE, link=target.replace("{outside}", outside)),
+            ),
+        )
+    assert untouched(root)
+    assert not (root / "stolen").exists()
+
+
+def test_a_hard_link_to_a_directory_is_refused(root: Path) -> None:
+    hard = member("b", kind=tarfile.LNKTYPE, link="a")
+    with pytest.raises(LayerWrong, match="leads to a directory"):
+        unpack(root, layer(folder("a"), hard))
+
+
+def test_a_link_is_replaced_and_not_written_through(root: Path) -> None:
+    secret = str(root.parent / "outside/secret")
+    unpack(
+        root,
+        layer(member("file", kind=tarfile.SYMTYPE, link=secret), member("file", b"own")),
+    )
+    assert untouched(root)
+    assert (root / "file").read_text() == "own"
+    assert not (root / "file").is_symlink()
+
+
+def test_a_directory_takes_the_place_of_a_link(root: Path) -> None:
+    outside = str(root.parent / "outside")
+    unpack(
+        root,
+        layer(member("d", kind=tarfile.SYMTYPE, link=outside)),
+        layer(folder("d"), member("d/secret", b"own")),
+    )
+    assert untouched(root)
+    assert (root / "d/secret").read_text() == "own"
+
+
+@pytest.mark.parametrize("kind", [tarfile.CHRTYPE, tarfile.BLKTYPE])
+def test_devices_are_left_out(root: Path, kind: bytes) -> None:
+    unpack(root, layer(member("device", kind=kind), member("after", b"x")))
+    assert os.listdir(root) == ["after"]
+
+
+def test_the_last_of_equal_names_counts(root: Path) -> None:
+    unpack(
+        root,
+        layer(
+            member("name", b"one"),
+            member("name", b"two"),
+            folder("other"),
+            member("other/in", b"x"),
+            member("other", b"file"),
+        ),
+    )
+    assert (root / "name").read_text() == "two"
+    assert (root / "other").read_text() == "file"
+
+
+def test_nothing_takes_the_place_of_the_root(root: Path) -> None:
+    with pytest.raises(LayerWrong, match="in place of the image's root"):
+        unpack(root, layer(member("./", kind=tarfile.SYMTYPE, link="/etc")))
+    assert untouched(root)
+
+
+# -- whiteouts
+
+
+def test_a_whiteout_removes_what_is_below(root: Path) -> None:
+    unpack(
+        root,
+        layer(member("file", b"x"), folder("d"), member("d/in", b"x"), member("stays", b"x")),
+        layer(member(".wh.file"), member(".wh.d"), member(".wh.nothing")),
+    )
+    assert os.listdir(root) == ["stays"]
+
+
+def test_a_whiteout_leaves_what_its_own_layer_brings(root: Path) -> None:
+    unpack(
+        root,
+        layer(folder("d"), member("d/old", b"x")),
+        layer(folder("d"), member("d/new", b"x"), member(".wh.d")),
+    )
+    assert os.listdir(root / "d") == ["new"]
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
+def test_an_opaque_directory(root: Path, first: bool) -> None:
+    opaque = member("d/.wh..wh..opq")
+    new = member("d/sub/new", b"x")
+    unpack(
+        root,
+        layer(folder("d"), folder("d/sub"), member("d/sub/old", b"x"), member("d/old", b"x")),
+        layer(folder("d"), *([opaque, new] if first else [new, opaque])),
+    )
+    assert os.listdir(root / "d") == ["sub"]
+    assert os.listdir(root / "d/sub") == ["new"]
+
+
+@pytest.mark.parametrize("name", [".wh.secret", ".wh..wh..opq"])
+@pytest.mark.parametrize("link", ["{outside}", "../outside"])
+def test_a_whiteout_through_a_link_removes_nothing_outside(
+    root: Path, name: str, link: str
+) -> None:
+    target = link.replace("{outside}", str(root.parent / "outside"))
+    unpack(
+        root,
+        layer(member("way", kind=tarfile.SYMTYPE, link=target)),
+        layer(member(f"way/{name}")),
+    )
+    assert untouched(root)
+
+
+@pytest.mark.parametrize("name", [".wh.", ".wh..", ".wh..."])
+def test_a_whiteout_of_no_name_is_refused(root: Path, name: str) -> None:
+    with pytest.raises(LayerWrong, match="names nothing"):
+        unpack(root, layer(member(name)))
+    assert untouched(root)
+
+
+# -- limits
+
+
+def test_too_many_entries(root: Path) -> None:
+    data = layer(*[member(f"f{number}") for number in range(6)])
+    with pytest.raises(LayerWrong, match="more than 5 entries"):
+        unpack(root, data, limits=Limits(entries=5))
+
+
+def test_a_size_that_cannot_be_is_refused_before_it_is_read(root: Path) -> None:
+    with pytest.raises(LayerWrong, match="larger than"):
+        unpack(root, layer(member("huge", size=1 << 50)), limits=Limits(total_bytes=1 << 20))
+
+
+def test_all_layers_count_together(root: Path) -> None:
+    data = layer(member("file", bytes(4096)))
+    with pytest.raises(LayerWrong, match="larger than"):
+        unpack(root, data, data, data, limits=Limits(total_bytes=3 * 4096))
+
+
+def test_a_file_that_ends_too_early(root: Path) -> None:
+    data = layer(member("file", b"x" * 2000))[:1024]
+    with pytest.raises(LayerWrong, match="ends in the middle"):
+        unpack(root, data)
+
+
+def test_a_damaged_header(root: Path) -> None:
+    data = bytearray(layer(member("file", b"x")))
+    data[0] ^= 1
+    with pytest.raises(LayerWrong, match="damaged"):
+        unpack(root, bytes(data))
+
+
+def test_an_extended_header_without_end(root: Path) -> None:
+    info, _ = member("x", kind=tarfile.XHDTYPE, size=1 << 40)
+    data = info.tobuf(tarfile.USTAR_FORMAT if info.size < 8**11 else tarfile.GNU_FORMAT)
+    with pytest.raises(LayerWrong, match="larger than"):
+        unpack(root, data + bytes(4096))
+
+
+def test_a_component_that_is_too_long(root: Path) -> None:
+    with pytest.raises(LayerWrong, match="too long"):
+        unpack(root, layer(member("n" * 300, b"x")))
+
+
+def test_a_name_of_odd_bytes_is_kept(root: Path) -> None:
+    info, content = member("odd", b"x")
+    block = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
+    block[:3] = b"\xff\n\xfe"
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    unpack(root, bytes(block) + content + bytes(511) + bytes(1024))
+    assert os.listdir(os.fsencode(root)) == [b"\xff\n\xfe"]
+
+
+# -- attributes and removal
+
+
+def test_attributes_of_overlay_are_not_set(root: Path) -> None:
+    attributes = {
+        "SCHILY.xattr.user.overlay.opaque": "y",
+        "SCHILY.xattr.trusted.overlay.redirect": "/",
+        "SCHILY.xattr.user.kept": "v",
+    }
+    unpack(root, layer(member("file", b"x", pax=attributes)))
+    assert not [name for name in os.listxattr(root / "file") if "overlay" in name]
+
+
+def test_removal_goes_deep_and_follows_no_link(root: Path) -> None:
+    (root / "way").symlink_to(root.parent / "outside")
+    deepest = root
+    for _ in range(300):
+        deepest /= "d"
+        deepest.mkdir()
+    (deepest / "file").write_text("x")
+    (root / "d/closed").mkdir()
+    (root / "d/closed").chmod(0)
+    parent = os.open(root.parent, os.O_RDONLY)
+    remove_tree(parent, b"image")
+    os.close(parent)
+    assert os.listdir(root.parent) == ["outside"]
+    assert (root.parent / "outside/secret").exists()
