@@ -124,6 +124,20 @@ static int check_fifo(const struct init *s, enum go_step *step) {
     return errno == EACCES || errno == EROFS ? -1 : 0;
 }
 
+static void end_by_signal(int number) {
+    _exit(128 + number);
+}
+
+/* The first process of a pid namespace does not have signals' default actions, but a container that
+ * was not started ends by them all the same.  execve takes the handlers away. */
+static void end_by_signals(void) {
+    static const int numbers[] = {SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+    struct sigaction end = {.sa_handler = end_by_signal}, before;
+    for (size_t i = 0; i < sizeof(numbers) / sizeof(numbers[0]); i++)
+        if (sigaction(numbers[i], NULL, &before) == 0 && before.sa_handler == SIG_DFL)
+            (void)sigaction(numbers[i], &end, NULL);
+}
+
 /* With a fifo the channel is closed first: `create` ends, and whatever fails now has nobody to tell
  * but stderr. */
 static void wait_if_asked(struct init *s) {
@@ -202,6 +216,8 @@ static void become(struct init *s, enum go_step *step) {
         return;
     (void)umask(p->header.flags & PROCESS_SET_UMASK ? p->header.umask : s->umask);
     (void)sigaction(SIGPIPE, &ignore, &before);
+    if (s->passed >= 0 && !empty)
+        end_by_signals();
     (void)prctl(PR_SET_PDEATHSIG, 0);
     if (!early && install_filter(s, step) < 0)
         return;

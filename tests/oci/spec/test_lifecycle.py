@@ -252,6 +252,14 @@ def test_kill_of_a_created_container(bed, bundle):
     assert container.status() == "stopped"
 
 
+@pytest.mark.parametrize("name", ["TERM", "INT", "HUP"])
+def test_a_created_container_ends_by_a_signal_that_its_init_does_not_catch(bed, bundle, name):
+    container = bed.create(bundle)
+    container.kill(name)
+    assert container.wait() != 0
+    assert container.status() == "stopped"
+
+
 def test_kill_of_a_stopped_container(bed, bundle):
     container = bed.started(bundle.args("true"))
     container.wait()
