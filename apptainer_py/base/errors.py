@@ -13,8 +13,6 @@ ApptainerError                 255: a failure that we understand
 
 from __future__ import annotations
 
-import errno
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import ClassVar
@@ -68,6 +66,8 @@ class ImageGone(LaunchError):
 
 def is_gone(number: object) -> bool:
     """Return whether an errno is that of a file system whose server has ended."""
+    import errno
+
     return number in (errno.ENOTCONN, errno.ECONNABORTED)
 
 

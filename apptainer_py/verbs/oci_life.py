@@ -151,8 +151,7 @@ def delete(call: OciCall, environment: Mapping[str, str]) -> str:
         NoContainer: there is none.
         ContainerError: it runs.
     """
-    for name in call.arguments[:1]:
-        _delete(call, name, environment)
+    _delete(call, call.arguments[0], environment)
     return ""
 
 

@@ -1,8 +1,9 @@
-"""podman, buildah and containerd with storage of their own, and a runtime given by path."""
+"""podman, buildah, containerd and docker with storage of their own, and a runtime given by path."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import subprocess
@@ -188,12 +189,12 @@ def client_place(runtime: beds.Runtime) -> Iterator[Path]:
     shutil.rmtree(made, ignore_errors=True)
 
 
-CLIENTS_GROUPS = ("libpod_parent", "default")
+CLIENTS_GROUPS = ("libpod_parent", "default", "docker")
 
 
 @pytest.fixture(scope="module")
 def client_groups() -> Iterator[None]:
-    """podman and containerd make cgroups for all their containers, and leave them when they end.
+    """The clients make cgroups for all their containers, and leave them when they end.
 
     Those that were there before, and those in use, stay.
     """
@@ -277,6 +278,51 @@ def containerd(runtime: beds.Runtime, client_groups: None) -> Iterator[Client]:
         for name in made.good("containers", "list", "--quiet").split():
             made.call("tasks", "delete", "--force", name)
             made.call("containers", "delete", name)
+    finally:
+        household.end()
+        process.wait(timeout=30)
+        shutil.rmtree(place, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def docker(runtime: beds.Runtime, client_groups: None) -> Iterator[Client]:
+    """docker with a daemon of its own, an image named busybox, and no network but the host's."""
+    daemon, client = program("dockerd"), program("docker")
+    household = Household()
+    # Paths of sockets are short.
+    place = Path(tempfile.mkdtemp(prefix="apyd-", dir="/run"))
+    settings = {
+        "data-root": str(place / "data"),
+        "exec-root": str(place / "exec"),
+        "pidfile": str(place / "pid"),
+        "hosts": [f"unix://{place}/s"],
+        "runtimes": {"rut": {"path": runtime.program}},
+        "default-runtime": "rut",
+        "exec-opts": ["native.cgroupdriver=cgroupfs"],
+        "storage-driver": "overlay2",
+        "bridge": "none",
+        "iptables": False,
+        "ip6tables": False,
+        "ip-masq": False,
+        # A hard limit cannot be raised without CAP_SYS_RESOURCE.
+        "default-ulimits": {"nofile": {"Name": "nofile", "Hard": 1024, "Soft": 1024}},
+    }
+    (place / "daemon.json").write_text(json.dumps(settings))
+    # The tree of images lies on a file system that overlay takes as an upper directory.
+    environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": str(place)}
+    with open(place / "log", "w") as log:
+        argv = [*household.enter(), daemon, "--config-file", str(place / "daemon.json")]
+        process = subprocess.Popen(argv, env=environment, stdout=log, stderr=log)
+    made = Client(household, place, client, environment)
+    made.argv += ["--host", f"unix://{place}/s"]
+    try:
+        beds.eventually(
+            lambda: made.call("version").returncode == 0, (place / "log").read_text()[-500:]
+        )
+        made.good("import", "--change", 'CMD ["sh"]', images.layer_file(), images.NAME)
+        yield made
+        for name in made.good("ps", "--all", "--quiet").split():
+            made.call("rm", "--force", name)
     finally:
         household.end()
         process.wait(timeout=30)

@@ -74,6 +74,14 @@ def layout() -> Path:
 
 
 @functools.cache
+def layer_file() -> Path:
+    """Return the same tree as a plain tar file."""
+    made = bed.shared_folder() / "layer.tar"
+    made.write_bytes(_layer())
+    return made
+
+
+@functools.cache
 def archive() -> Path:
     """Return the same as one tar file."""
     made = bed.shared_folder() / "layout.tar"

@@ -26,7 +26,7 @@ _ABOUT = {
     "checkpoint": ("checkpoint a running container", f"[command options] {_ID}"),
     "create": ("create a container", f"[command options] {_ID}"),
     "delete": (
-        "delete containers and whatever they hold",
+        "delete a container and whatever it holds",
         f"[command options] {_ID}",
     ),
     "events": (

@@ -9,7 +9,7 @@ DETAILS = {
     "checkpoint": "Writes the state of a running container to files, with CRIU, and ends it.",
     "create": f"{_NAME} The bundle is a directory with config.json and the root file\n"
     "system. The container's process is made, and waits for `start`.",
-    "delete": f"{_NAME} Several can be given. A container that\nis not stopped needs --force.",
+    "delete": f"{_NAME} One that is not stopped\nneeds --force.",
     "events": "Prints one JSON object every interval, and one whenever memory runs out.",
     "exec": "Starts one more process in a running container. It is described by the\n"
     "command line, or by a file with the `process` object of config.json.",

@@ -1,8 +1,8 @@
 """The flags of runc's command line as data: one text a command, one word a flag.
 
 A word is the long name, then `,` and a letter, then what it takes: `=` text, `*` text as often as
-wanted, `#` a number, nothing for a switch. `tools/gen_oci_options.py` makes the launcher's table of
-the same words.
+wanted, `#` a number, nothing for a switch. starter/lean_scan.c has the words of the commands that
+need no interpreter (tests/unit/cli/test_oci_help.py compares them).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _UPDATE = (
 COMMANDS: dict[str, tuple[str, int, int, str]] = {
     "checkpoint": (_CHECKPOINT, 1, 1, "x"),
     "create": (_MAKE, 1, 1, "x"),
-    "delete": ("force,f", 1, -1, ""),
+    "delete": ("force,f", 1, 1, "x"),
     "events": ("interval= stats", 1, 1, "x"),
     "exec": (_EXEC, 1, -1, "s"),
     "features": ("", 0, 0, "x"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from apptainer_py.cli.oci import help as texts
 from apptainer_py.cli.oci import help_texts
-from apptainer_py.cli.oci.table import COMMANDS, GLOBAL
+from apptainer_py.cli.oci.table import COMMANDS, GLOBAL, flags_of
 
 
 def names(words: str) -> set[str]:
@@ -39,3 +41,30 @@ def test_nothing_is_described_that_is_not_there():
 
 def test_an_unknown_command_gets_the_programs_help():
     assert texts.command_help("nothing") == texts.program_help()
+
+
+@pytest.fixture
+def scanner(repository):
+    return (repository / "starter/lean_scan.c").read_text()
+
+
+def flags_in_c(scanner: str, table: str) -> set[tuple[str, bool]]:
+    rows = scanner.split(f"{table}_flags[] = {{")[1].split("};")[0]
+    return {(name, kind == "true") for name, kind in re.findall(r'{"([^"]+)", \w+, (\w+)}', rows)}
+
+
+@pytest.mark.parametrize("command", ["delete", "kill"])
+def test_the_launcher_knows_the_same_flags(scanner, command):
+    words, least, most, _ = COMMANDS[command]
+    known = {(name, bool(takes)) for name, (_, takes) in flags_of(words).items()}
+    assert flags_in_c(scanner, command) == known
+    assert re.search(rf'"{command}", LEAN_\w+, {least}, {most},', scanner)
+
+
+def test_the_launcher_knows_the_programs_flags(scanner):
+    known = {(name, bool(takes)) for name, (_, takes) in flags_of(GLOBAL).items()}
+    assert flags_in_c(scanner, "global") <= known
+    # These two are for the interpreter to answer.
+    assert known - flags_in_c(scanner, "global") <= {
+        (name, False) for name in ("help", "h", "version", "v")
+    }
