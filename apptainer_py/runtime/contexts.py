@@ -240,7 +240,8 @@ class MonitorContext:
             if event is None:
                 return 255 << 8
             if event[0] == protocol.EVENT_SERVER_ENDED:
-                served = False
+                # One that exits has been told by the kernel that the mount is gone, with the payload.
+                served = not os.WIFSIGNALED(event[2])
             elif event[0] == protocol.EVENT_PAYLOAD_ENDED:
                 # The server ends with every container; the starter kills those that need it still.
                 if self.pid and not served and os.WIFSIGNALED(event[2]):

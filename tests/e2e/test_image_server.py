@@ -46,16 +46,39 @@ def loaded(pid: int) -> set[str]:
     return {Path(path).name for path in paths}
 
 
+def name_of(pid: int) -> str:
+    """Return a process's name; nothing if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_the_payloads_own_end_is_no_fault_of_its(own, home, flow, number):
+    image = images.own_sif(images.shared_folder())
+    for _ in range(5):
+        process = home.adopt(
+            own.start(
+                "exec", *flow, image, "sh", "-c", f"kill -{number} $$", stderr=subprocess.PIPE
+            )
+        )
+        said = process.communicate(timeout=60)[1]
+        assert process.returncode == -number
+        assert said == b""
+
+
 def test_its_end_is_told(own, home, flow):
     """The payload needs its image still, and is killed; that is no mystery to the user."""
-    words = ["exec", *flow, images.own_sif(images.shared_folder()), "sh", "-c", "echo on; sleep 99"]
-    process = home.adopt(own.start(*words, stderr=subprocess.PIPE))
+    script = "echo on; read line"  # the shell itself, which has all that it needs
+    words = ["exec", *flow, images.own_sif(images.shared_folder()), "sh", "-c", script]
+    process = home.adopt(own.start(*words, stdin=subprocess.PIPE, stderr=subprocess.PIPE))
     assert process.stdout is not None
     assert process.stderr is not None
     read_until(process.stdout.fileno(), b"on\n")
-    for pid in descendants(process.pid):
-        if Path(f"/proc/{pid}/comm").read_text().strip() == "squashfuse_ll":
-            os.kill(pid, signal.SIGKILL)
+    servers = [pid for pid in descendants(process.pid) if name_of(pid) == "squashfuse_ll"]
+    assert len(servers) == 1
+    os.kill(servers[0], signal.SIGKILL)
     assert process.wait(20) == -signal.SIGKILL
     said = process.stderr.read().decode()
     assert said.splitlines() == [f"FATAL:   {ImageGone()}"]
