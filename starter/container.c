@@ -66,16 +66,19 @@ static int make_mounts_private(const struct launch *l) {
 
 /* pivot_root(2) exchanges no root that lies on nothing, as an initramfs does.  A copy that lies on
  * it can be exchanged, and all that is forked from here on has that one for its root.  What is left
- * beneath the container's has no way up to it: "..", from there, ends at the container's own. */
+ * beneath the container's has no name: "..", from there, ends at the container's own.  Only who has
+ * SYS_ADMIN over this very mount namespace can take that one away; a namespace below cannot. */
 static int make_root_a_mount(void) {
     struct statfs fs;
     if (statfs("/", &fs) < 0)
         return -1;
-    if (fs.f_type != RAMFS_MAGIC && fs.f_type != TMPFS_MAGIC)
-        return 0;
+    if ((fs.f_type != RAMFS_MAGIC && fs.f_type != TMPFS_MAGIC) || !policy_root_lies_on_nothing())
+        return 0; /* a memory file system that lies on another is exchanged, lock and all */
     const struct raised *raised = privs_raise(CAP_BIT(CAP_SYS_ADMIN) | CAP_BIT(CAP_SYS_CHROOT));
-    if (!raised)
+    if (!raised) {
+        errno = EPERM;
         return -1;
+    }
     /* SAFE: in this process's own new namespace, from "/" to "/"; nothing of the caller's. */
     int tree = (int)syscall(SYS_open_tree, AT_FDCWD, "/",
                             OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | (unsigned)AT_RECURSIVE);

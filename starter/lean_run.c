@@ -99,9 +99,7 @@ static int run_container(struct lean *l) {
     }
     a.silent = !a.terminal; /* its streams are ours already */
     int status = attach_stay(&c, &a);
-    if (status < 0)
-        discard(l);
-    else
+    if (status >= 0) /* else it goes on without us: whoever wants to attaches again */
         (void)call(l, lean_delete, "delete");
     return status < 0 ? FAILED : status;
 }

@@ -101,6 +101,8 @@ static void pass_signals(int signals, pid_t init) {
 static int watch(const struct settings *s, int signals) {
     static struct pollfd fds[2 + STREAMS_POLLED + CONTROLS_POLLED];
     int status;
+    if (reap(s->head.init_pid, &status)) /* its signal came before we looked for any */
+        return status;
     for (;;) {
         fds[0] = (struct pollfd){.fd = signals, .events = POLLIN};
         fds[1] = (struct pollfd){.fd = state_watch_fd(), .events = POLLIN};

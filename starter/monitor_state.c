@@ -7,6 +7,7 @@
 #include <fcntl.h>
 #include <signal.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/inotify.h>
 #include <sys/socket.h>
@@ -115,6 +116,7 @@ bool state_tell(void) {
         if (send_message(messages[0]) == 0)
             return true;
         /* Whoever does not listen is not told: it is no part of the container. */
+        free(messages[0]);
         memmove(messages, messages + 1, (message_count - 1) * sizeof(messages[0]));
         message_count--;
     }

@@ -134,7 +134,7 @@ static bool line_says_root(const char *line, size_t length) {
     return after < left && (options[after] == ',' || options[after] == '\n');
 }
 
-static bool mounted_by_root(uint64_t mount_id) {
+static const char *mount_line(uint64_t mount_id, size_t *length) {
     static char table[1 << 20];
     size_t used = 0;
     ssize_t got = 0;
@@ -148,12 +148,32 @@ static bool mounted_by_root(uint64_t mount_id) {
         const char *end = memchr(table + at, '\n', used - at);
         if (!end)
             break;
-        size_t length = (size_t)(end - (table + at)) + 1;
+        *length = (size_t)(end - (table + at)) + 1;
         if (strtoull(table + at, NULL, 10) == mount_id)
-            return line_says_root(table + at, length);
-        at += length;
+            return table + at;
+        at += *length;
     }
-    return false;
+    return NULL;
+}
+
+static bool mounted_by_root(uint64_t mount_id) {
+    size_t length = 0;
+    const char *line = mount_line(mount_id, &length);
+    return line && line_says_root(line, length);
+}
+
+/* "ID PARENT ...": what lies on nothing is its own parent; so is what nothing is known of. */
+bool policy_root_lies_on_nothing(void) {
+    struct statx facts;
+    size_t length = 0;
+    char *parent;
+    if (statx(AT_FDCWD, "/", 0, STATX_MNT_ID, &facts) < 0 || !(facts.stx_mask & STATX_MNT_ID))
+        return true;
+    const char *line = mount_line(facts.stx_mnt_id, &length);
+    if (!line)
+        return true;
+    (void)strtoull(line, &parent, 10);
+    return strtoull(parent, NULL, 10) == facts.stx_mnt_id;
 }
 
 /* A file that some user serves: its owner, group and bytes are whatever that user says.  What root

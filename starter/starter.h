@@ -126,6 +126,7 @@ MUST_USE int policy_plan(const struct launch *l, const struct container_plan *pl
 MUST_USE int policy_image(const struct launch *l, int image_fd);
 bool policy_limits_images(const struct launch *l);
 bool policy_on_fuse(int fd);
+MUST_USE bool policy_root_lies_on_nothing(void);
 MUST_USE int names_match(const struct launch *l, enum config_id key, bool group, const gid_t *ids,
                          size_t count);
 MUST_USE int names_home(const struct launch *l, char *out, size_t size);

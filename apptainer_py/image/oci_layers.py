@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 
 _RESOLVE_IN_ROOT = 0x10
 _NAME_BYTES = 255
+# Directories in a name: each costs the stack two frames.
+_LEVELS = 400
 _WHITEOUT, _OPAQUE, _SPECIAL = b".wh.", b".wh..wh..opq", b".wh..wh."
 _XATTR_BYTES = 65536
-_DEEPEST = 500
+_DEEPEST = _LEVELS
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -331,27 +333,29 @@ def remove_tree(parent: int, name: bytes) -> None:
         pass
     # One directory after another, by "..": how deep they lie is the image's choice, and neither the
     # stack nor the number of open files may be.
-    depth = 0
+    names: list[bytes] = []
     at = _open_to_empty(name, parent)
     try:
-        while True:
-            deeper = _remove_files(at)
-            above, at = at, -1
-            if deeper is not None:
-                depth += 1
-                at = _open_to_empty(deeper, above)
-                os.close(above)
-            elif depth:
-                depth -= 1
-                at = os.open("..", _DIRECTORY, dir_fd=above)
-                os.close(above)
-            else:
-                os.close(above)
-                break
-    finally:
-        if at >= 0:
+        # For each level the directories in it that still hold something.
+        left = [_remove_files(at)]
+        while names or left[-1]:
+            goes_down = bool(left[-1])
+            step = _open_to_empty(left[-1][-1], at) if goes_down else _above(at)
             os.close(at)
+            at = step
+            if goes_down:
+                names.append(left[-1].pop())
+                left.append(_remove_files(at))
+            else:
+                left.pop()
+                os.rmdir(names.pop(), dir_fd=at)
+    finally:
+        os.close(at)
     os.rmdir(name, dir_fd=parent)
+
+
+def _above(fd: int) -> int:
+    return os.open("..", _DIRECTORY, dir_fd=fd)
 
 
 def _open_to_empty(name: bytes, above: int) -> int:
@@ -362,8 +366,9 @@ def _open_to_empty(name: bytes, above: int) -> int:
         return os.open(name, _DIRECTORY, dir_fd=above)
 
 
-def _remove_files(fd: int) -> bytes | None:
-    """Remove files and empty directories; returns the name of a directory that holds something."""
+def _remove_files(fd: int) -> list[bytes]:
+    """Remove files and empty directories; returns the names of those that hold something."""
+    full = []
     try:
         os.fchmod(fd, 0o700)
     except PermissionError:
@@ -378,8 +383,8 @@ def _remove_files(fd: int) -> bytes | None:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-            return name
-    return None
+            full.append(name)
+    return full
 
 
 def _parts(name: bytes) -> list[bytes]:
@@ -388,6 +393,8 @@ def _parts(name: bytes) -> list[bytes]:
         raise LayerWrong(reason=f"the entry {_shown(name)} leads out of the image")
     if any(len(part) > _NAME_BYTES for part in parts):
         raise LayerWrong(reason=f"the name {_shown(name[:80])}... is too long")
+    if len(parts) > _LEVELS:
+        raise LayerWrong(reason=f"the name {_shown(name[:80])}... is too deep")
     return parts
 
 

@@ -19,6 +19,8 @@ BLOCK = 512
 PATH_BYTES = 4095
 _EXTENDED_BYTES = 1 << 20
 _CHUNK = 1 << 16
+# Extended headers of one member, and records that are for all: neither counts as a member.
+_MOST_EXTENDED, _MOST_RECORDS = 16, 1024
 _LARGEST = 1 << 62
 
 FILE, HARD_LINK, SYMLINK, CHARACTER, BLOCK_DEVICE, DIRECTORY, FIFO = (
@@ -69,6 +71,7 @@ class TarStream:
         """
         while True:
             extended, long_name, long_link = dict(self._global), b"", b""
+            headers = 0
             while True:
                 block = self._header()
                 if block is None:
@@ -76,6 +79,9 @@ class TarStream:
                 kind = block[156:157]
                 if kind not in (b"x", b"g", b"L", b"K"):
                     break
+                headers += 1
+                if headers > _MOST_EXTENDED or len(self._global) > _MOST_RECORDS:
+                    raise TarWrong(reason="the archive has too many extended headers")
                 data = self._small(_number(block[124:136]))
                 if kind == b"L":
                     long_name = data.rstrip(b"\0")

@@ -240,7 +240,7 @@ class MonitorContext:
             if event is None:
                 return 255 << 8
             if event[0] == protocol.EVENT_SERVER_ENDED:
-                # One that exits has been told by the kernel that the mount is gone, with the payload.
+                # One that exits knows from the kernel that the mount has gone with the payload.
                 served = not os.WIFSIGNALED(event[2])
             elif event[0] == protocol.EVENT_PAYLOAD_ENDED:
                 # The server ends with every container; the starter kills those that need it still.

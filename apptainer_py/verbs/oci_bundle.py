@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import posixpath
 
-from apptainer_py.base.errors import ApptainerError
 from apptainer_py.base.files import read_at_most, write_all
 from apptainer_py.engines.oci.base_spec import specification
 from apptainer_py.image import sif
@@ -58,7 +57,7 @@ def mount(call: OciCall, environment: Mapping[str, str]) -> str:
         ApptainerError: the caller is not root, the image is none, or it cannot be mounted.
     """
     _check_root("mount")
-    image, bundle = call.arguments[0], os.path.abspath(call.arguments[1])
+    image, bundle = call.arguments[0], os.path.realpath(call.arguments[1])
     opened = open_image(image)
     if opened.kind != "sif":
         raise ContainerError(text=f"{image} is no SIF image")
@@ -86,7 +85,7 @@ def mount(call: OciCall, environment: Mapping[str, str]) -> str:
         place = os.fsdecode(place) if isinstance(place, bytes) else place
         text = f"cannot mount {image} on {bundle}: {place}: {(error.strerror or '').lower()}"
         raise ContainerError(text=text) from None
-    except ApptainerError:
+    except BaseException:
         _remove(made)
         raise
     return ""
@@ -99,7 +98,7 @@ def umount(call: OciCall, environment: Mapping[str, str]) -> str:
         ContainerError: the caller is not root, or there is no such bundle.
     """
     _check_root("umount")
-    bundle = os.path.abspath(call.arguments[0])
+    bundle = os.path.realpath(call.arguments[0])
     if not _is_ours(bundle):
         raise ContainerError(text=f"{bundle} is no bundle that `oci mount` has made")
     try:
@@ -143,6 +142,11 @@ def _make_directories(bundle: str, made: list[str]) -> None:
     if not os.path.isdir(bundle):
         os.mkdir(bundle, 0o700)
         made.append(bundle)
+    # All that follows goes by path: nobody else may exchange what lies on it.
+    found = os.stat(bundle, follow_symlinks=False)
+    if found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        text = f"{bundle} is no directory of your own that nobody else can write to"
+        raise ContainerError(text=text)
     if os.path.lexists(f"{bundle}/config.json"):
         raise ContainerError(text=f"{bundle} is a bundle already: it has a config.json")
     for name in ("rootfs", "overlay", "overlay/upper", "overlay/work"):
@@ -198,14 +202,14 @@ def _mount_root(fd: int, partition: sif.Partition, bundle: str) -> None:
         _container.mount(path.encode(), rootfs, b"squashfs", _MS_RDONLY | _MS_NODEV, None)
     finally:
         os.close(device)
-    upper, work = f"{bundle}/overlay/upper", f"{bundle}/overlay/work"
-    found = os.stat(rootfs)
-    os.chown(upper, found.st_uid, found.st_gid)
-    os.chmod(upper, found.st_mode & 0o7777)
-    data = f"lowerdir={bundle}/rootfs,upperdir={upper},workdir={work}"
     try:
+        upper, work = f"{bundle}/overlay/upper", f"{bundle}/overlay/work"
+        found = os.stat(rootfs)
+        os.chown(upper, found.st_uid, found.st_gid)
+        os.chmod(upper, found.st_mode & 0o7777)
+        data = f"lowerdir={bundle}/rootfs,upperdir={upper},workdir={work}"
         _container.mount(b"overlay", rootfs, b"overlay", _MS_NODEV, os.fsencode(data))
-    except OSError:
+    except BaseException:
         _container.umount2(rootfs, _MNT_DETACH)
         raise
 

@@ -58,7 +58,7 @@ def start(call: OciCall, environment: Mapping[str, str]) -> str:
     settle_start(state, record)
     failed = run_frame(record.poststart, "poststart", record.init_pid, environment)
     if failed:
-        os.kill(record.init_pid, _SIGKILL)
+        cleanup.end_process(record.init_pid, record.init_start)
         raise ContainerError(text=failed)
     return ""
 

@@ -39,8 +39,13 @@ def tar_of(tree: Path) -> bytes:
         info.uid = info.gid = 1000 if "home/app" in info.name else 0
         return info
 
+    implied = tarfile.TarInfo("opt/parts/file")
     with tarfile.open(fileobj=file, mode="w") as archive:
-        archive.add(tree, ".", filter=owned)
+        # As builders write it: nothing for the root, nor for every directory above a file.
+        for child in sorted(tree.iterdir()):
+            archive.add(child, child.name, filter=owned, recursive=child.name != "home")
+        archive.addfile(implied)
+        archive.add(tree / "home/app", "home/app", filter=owned)
     return file.getvalue()
 
 
@@ -176,6 +181,12 @@ def test_a_whiteout_hides_a_file(run: Run, place: Path) -> None:
     test = ("test", "-e", "/etc/test-release")
     assert run("exec", "--oci", f"oci:{place}/layout", *test).returncode == 1
     assert run("exec", "--oci", place / "oci.sif", *test).returncode == 0
+
+
+def test_directories_that_no_layer_names_are_open(run: Run, place: Path) -> None:
+    script = ("stat", "-c", "%a", "/", "/opt", "/opt/parts")
+    done = run("exec", "--oci", f"oci:{place}/layout", *script)
+    assert done.stdout.split() == ["755"] * 3, done.stderr
 
 
 def test_an_archive(run: Run, place: Path, readable_tmp: Path) -> None:

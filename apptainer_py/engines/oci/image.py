@@ -117,6 +117,8 @@ class ImageRun(Creation):
         assert call.action is not None
         self.action: ActionRequest = call.action
         self.server_fd, self.server_pid = context.image_server()
+        # Now: whoever waits for the payload reaps the server too, and its number is anybody's then.
+        self.server = _container.pidfd_open(self.server_pid) if self.server_pid > 0 else -1
         self.source = Source("")
         self.unpacking: Unpacking | None = None
         super().__init__(context, call)
@@ -313,20 +315,19 @@ class ImageRun(Creation):
         if self.server_fd >= 0:
             os.close(self.server_fd)
             self.server_fd = -1
-        if self.server_pid <= 0:
-            return
-        try:
-            fd = _container.pidfd_open(self.server_pid)
-        except OSError:
+        fd, self.server = self.server, -1
+        if fd < 0:
             return
         if not _container.wait_pidfd(fd, _SERVER_END_MS):
-            _container.pidfd_signal(fd, 9)
+            try:
+                _container.pidfd_signal(fd, 9)
+            except ProcessLookupError:
+                pass
         os.close(fd)
         try:
             os.waitpid(self.server_pid, 0)
         except ChildProcessError:
             pass
-        self.server_pid = 0
 
 
 def check_own_directory(path: str) -> None:

@@ -128,6 +128,7 @@ class Monitored:
             settings = _container.memfd_seal(frame, "monitor")
         except ValueError as error:
             raise ContainerError(text=f"{error}") from None
+        _keep_inherited()
         own = (work.state.fd, self.attach_fd, self.control_fd, self.log_fd, *self.streams, pty)
         for fd in (*own, self.ready_fd, settings):
             if fd >= 0:
@@ -223,6 +224,16 @@ def monitor_facts(state: StateDir) -> dict[str, object]:
     data = state.read(MONITOR)
     found: object = loads(data) if data else {}
     return found if isinstance(found, dict) else {}
+
+
+def _keep_inherited() -> None:
+    """Have whatever the caller had open closed by the next execve(2): a lock of his, or a pipe."""
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if int(name) > 2:
+                os.set_inheritable(int(name), False)  # noqa: FBT003 the function has no names
+        except OSError:  # what the list was read by
+            continue
 
 
 def _absolute(path: str) -> str:

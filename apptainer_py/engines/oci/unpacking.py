@@ -126,7 +126,8 @@ def _run(work: Callable[[], None], userns: int, writing: int) -> None:
 
         pthread_sigmask(SIG_SETMASK, ())
         _container.enter_userns(userns) if userns >= 0 else None
-        os.umask(0o077)
+        # What no layer names has this mode; the directory around the image is 0700.
+        os.umask(0o022)
         work()
         status = 0
     except ApptainerError as error:

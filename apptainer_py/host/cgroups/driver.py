@@ -319,6 +319,8 @@ class Manager:
             stopped = False
         try:
             for pid in self.pids():
+                if pid <= 1:  # cgroup2 calls those of other namespaces so
+                    continue
                 try:
                     os.kill(pid, number)
                 except ProcessLookupError:

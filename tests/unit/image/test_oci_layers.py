@@ -326,3 +326,28 @@ def test_removal_goes_deep_and_follows_no_link(root: Path) -> None:
     os.close(parent)
     assert os.listdir(root.parent) == ["outside"]
     assert (root.parent / "outside/secret").exists()
+
+
+def test_a_name_of_too_many_directories_is_refused(root: Path) -> None:
+    unpack(root, layer(member("/".join(["d"] * 399 + ["file"]), b"x")))
+    with pytest.raises(LayerWrong, match="too deep"):
+        unpack(root, layer(member("/".join(["d"] * 2000), b"x")))
+
+
+def test_extended_headers_are_bounded(root: Path) -> None:
+    extended = member("x", b"9 a=bcde\n", kind=tarfile.XHDTYPE)
+    blocks = extended[0].tobuf(tarfile.USTAR_FORMAT) + extended[1].ljust(512, b"\0")
+    with pytest.raises(LayerWrong, match="too many extended headers"):
+        unpack(root, blocks * 100 + layer(member("file", b"x")))
+
+
+def test_a_wide_and_deep_tree_is_removed(root: Path) -> None:
+    rows = [member(f"top/{one}/{two}/file", b"x") for one in range(30) for two in range(30)]
+    rows.append(member("/".join(["top"] + ["d"] * 300 + ["file"]), b"x"))
+    unpack(root, layer(*rows))
+    fd = os.open(root, os.O_RDONLY)
+    try:
+        remove_tree(fd, b"top")
+    finally:
+        os.close(fd)
+    assert os.listdir(root) == []
