@@ -191,8 +191,7 @@ def _end_creator(state: StateDir, name: str, *, force: bool) -> None:
     if not force:
         text = f"cannot delete container {name} that is not stopped: creating"
         raise ContainerError(text=text)
-    if start_time(record.creator_pid) == record.creator_start:
-        os.kill(record.creator_pid, _SIGKILL)
+    cleanup.end_process(record.creator_pid, record.creator_start)
 
 
 def pause(call: OciCall, environment: Mapping[str, str]) -> str:
