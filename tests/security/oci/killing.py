@@ -25,11 +25,12 @@ STEPS = {
     for name, value in NAMED.items()
     if name.startswith("STEP_") and (value >= protocol.STEP_FORK_INIT or name[5:] in SHARED)
 }
+OF_APPTAINER = ("OP_STREAM", "OP_IMAGE", "OP_OVERLAY")
 OPERATIONS = {
     f"OP_{name[3:]}": 100 + value
     for name, value in NAMED.items()
-    # A stream that the monitor keeps is of the other command line: tests/oci/apptainer.
-    if name.startswith("OP_") and value >= protocol.OP_JOIN and name != "OP_STREAM"
+    # Streams that the monitor keeps, and images, are of the other command line.
+    if name.startswith("OP_") and value >= protocol.OP_JOIN and name not in OF_APPTAINER
 }
 NUMBERS = {**STEPS, **OPERATIONS}
 # Behind these the process is another program, or waits: whoever dies there is killed from outside.

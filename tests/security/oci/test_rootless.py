@@ -43,6 +43,7 @@ def rootless(runtime: beds.Runtime, user: pwd.struct_passwd) -> Iterator[Rootles
 def other(require_root: None) -> Iterator[pwd.struct_passwd]:
     """A user without subordinate ids."""
     argv = ["useradd", "--no-create-home", "--user-group", "--shell", "/bin/sh", OTHER]
+    subprocess.run(["userdel", OTHER], check=False, capture_output=True)  # of a run cut short
     subprocess.run(argv, check=True, capture_output=True)
     for name in ("subuid", "subgid"):
         path = Path(f"/etc/{name}")
