@@ -18,7 +18,10 @@ PARTS = {
     "starter-steps": ("*.c",),
 }
 # setup.py: what is not the starter's.
-OTHERS = ("launcher", "stagehost", "unpack", "lean", "init", "process", "hook", "record", "relay")
+OTHERS = (
+    *("launcher", "stagehost", "unpack", "lean", "init", "process", "hook", "record", "relay"),
+    "monitor",
+)
 
 
 def _build_facts(ground: Ground) -> str:
