@@ -609,10 +609,17 @@ def test_r17_names_that_are_none(bed, bundle, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["-x", "--", "--force"])
 def test_r17_names_that_look_like_flags(bed, bundle, name: str) -> None:
-    bundle.write()
-    assert bed.call("create", "--bundle", bundle.path, "--", name).returncode in (0, 1)
-    bed.call("delete", "--force", "--", name)
-    assert not bed.root.exists() or os.listdir(bed.root) == []
+    """They are names as good as others, and behind "--" nothing takes them for flags."""
+    bundle.args("sleep", "600").write()
+    with open(bundle.path / "out", "w+") as out:
+        words = bed.argv("create", "--bundle", bundle.path, "--", name)
+        made = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=out, stderr=out, timeout=60)
+        out.seek(0)
+        assert made.returncode == 0, out.read()
+    bed.good("start", "--", name)
+    assert json.loads(bed.good("state", "--", name).stdout)["id"] == name
+    bed.good("delete", "--force", "--", name)
+    assert os.listdir(bed.root) == []
 
 
 def test_r18_a_number_that_is_anothers(bed, bundle) -> None:
