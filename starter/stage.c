@@ -277,7 +277,7 @@ static struct stage_info describe(const struct launch *l, enum stage stage) {
         .init_fd = l->flow == FLOW_CALLER ? l->init_socket[1] : -1, .init_pid = l->init_pid,
         .server_fd = l->flow == FLOW_CALLER ? l->server_socket[1] : -1,
         .server_pid = l->server_pid,
-        .ready_fd = l->flow == FLOW_CALLER ? l->ready_fd : -1,
+        .ready_fd = l->flow == FLOW_CALLER ? l->ready_fd : master ? l->waiter_fd : -1,
         .forecast = l->request.forecast,
         .trace_fd = trace_fd, .permitted = l->permitted, .enter_hook = enter_hook,
         .leave_hook = leave_hook, .at_step = at_step, .wait_for_go = wait_for_go,

@@ -42,16 +42,19 @@ class ActionRequest(Invocation):
     Options that imply others are resolved: `compat` has set `containall`, `no_init`, `no_umask`,
     `no_eval` and `writable_tmpfs`; `containall` has set `contain`, `cleanenv`, `ipc` and `pid`;
     `hostname` has set `uts`; `no_pid` has cleared `pid`. Empty text means "not given".
-    `bind` and `mount` are as typed: commas inside one entry are not split yet.
+    `instance` is the name that an instance will have, or the one that is joined; its command is
+    `start` or `run`. `bind` and `mount` are as typed: commas inside one entry are not split yet.
     """
 
     image: str
     arguments: tuple[str, ...] = ()
+    instance: str = ""
 
     add_caps: str = ""
     allow_setuid: bool = False
     app: str = ""
     bind: tuple[str, ...] = ()
+    boot: bool = False
     cleanenv: bool = False
     compat: bool = False
     contain: bool = False
@@ -79,6 +82,7 @@ class ActionRequest(Invocation):
     no_umask: bool = False
     oci: bool = False
     pid: bool = False
+    pid_file: str = ""
     scratch: tuple[str, ...] = ()
     shell: str = ""
     underlay: bool = False

@@ -57,6 +57,8 @@ class Creation:
         """Do the steps in their order (facts §6.3)."""
         self.session = self.mounting.session(self.prepared.session_mib)
         self.mount_root()
+        if self.prepared.service is not None:
+            self.prepared.service.read_labels(self.read_image_file)
         self.stage_files()
         self.stage_accounts()
         self.stage_targets()

@@ -13,6 +13,8 @@ from apptainer_py.model.plan import ContainerPlan
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from apptainer_py.engines.apptainer.instance import Service
+    from apptainer_py.engines.apptainer.joining import Joined
     from apptainer_py.image.detect import OpenImage
     from apptainer_py.model.plan import Mount
     from apptainer_py.model.request import ActionRequest
@@ -58,6 +60,7 @@ class Prepared:
         "mounts",
         "offset",
         "read_only_root",
+        "service",
         "session_mib",
         "size_bytes",
         "staged",
@@ -78,6 +81,7 @@ class Prepared:
         self.staged: list[tuple[str, str, str | bytes, int]] = []
         self.hostname = ""
         self.session_mib = 0
+        self.service: Service | None = None
         self.writable_root = False
         self.read_only_root = True
         self.user = mounts.User("", "", "", 0, 0)
@@ -106,6 +110,22 @@ def prepare(context: PrepareContext) -> Prepared:
         raise
 
 
+def prepare_join(context: PrepareContext) -> Joined:
+    """Judge what shall be started in an instance.
+
+    Raises:
+        ApptainerError: it cannot be.
+    """
+    from apptainer_py.engines.apptainer import joining
+
+    action, facts = context.action, context.facts
+    assert action is not None
+    check_flow(facts)
+    check_options(action, facts)
+    flags, caps = choose_privileges(action, facts), choose_capabilities(action, facts)
+    return joining.prepare(context, flags, caps)
+
+
 def judge(prepared: Prepared, action: ActionRequest, context: PrepareContext) -> Prepared:
     """Choose root, layer, namespaces, mounts and process of an image that may be run."""
     facts = context.facts
@@ -113,6 +133,11 @@ def judge(prepared: Prepared, action: ActionRequest, context: PrepareContext) ->
     choose_layer(prepared, action, facts)
     spaces, flags = choose_spaces(prepared, action, facts)
     prepared.user = mounts.find_user(facts, action, context.environment)
+    if action.instance:
+        from apptainer_py.engines.apptainer.instance import Service
+
+        prepared.service = Service(action, context, prepared.image.realpath)
+        context.streams = prepared.service.streams
     binds = mounts.plan(prepared, action, context)
     environment = environ.collect(action, context.environment)
     context.tell_start(process.spec(action, context, prepared, environment, binds))
@@ -257,8 +282,10 @@ def choose_spaces(prepared: Prepared, action: ActionRequest, facts: Facts) -> tu
             continue
         spaces |= bit
     flags = 0
-    if spaces & protocol.SPACE_PID and not action.no_init:
+    if spaces & protocol.SPACE_PID and (action.instance or not action.no_init):
         flags |= protocol.PLANFLAG_SHIM
+    if action.instance:
+        flags |= protocol.PLANFLAG_INSTANCE
     if prepared.layer == protocol.LAYERKIND_OVERLAY_TMPFS:
         flags |= protocol.PLANFLAG_WRITABLE_LAYER
     if prepared.image.kind != "sandbox" and not prepared.fuse:
