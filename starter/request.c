@@ -75,7 +75,7 @@ void request_open(struct launch *l, int argc, char *const argv[]) {
     if (argc > 2 && strcmp(argv[2], "policy") == 0) {
         l->reason = REASON_POLICY;
         if (l->flow == FLOW_ROOT)
-            l->flow = FLOW_USERNS; /* what keeper was told not to use, exec has brought back */
+            l->flow = FLOW_USERNS; /* exec has brought back what keeper had given up */
     }
     l->trace_file = -1;
     if (l->request.flags & REQUEST_TRACE && l->request.trace_fd >= 3 &&

@@ -381,10 +381,10 @@ COMMANDS: Final[tuple[Command, ...]] = (
     ("instance", "<command>", 0, -1, SUPPORTED, "Manage containers that run as services"),
     ("instance list", "[list options...] [<instance name glob>]", 0, 1, SUPPORTED,
      "List all running and named instances"),
-    ("instance run", "[run options...] <container path> <instance name> [runscript args...]", 2, -1,
+    ("instance run", "[run options...] <container path> <instance name> [args...]", 2, -1,
      SUPPORTED, "Run a named instance of a container: its runscript"),
-    ("instance start", "[start options...] <container path> <instance name> "
-     "[startscript args...]", 2, -1, SUPPORTED, "Start a named instance of a container"),
+    ("instance start", "[start options...] <container path> <instance name> [args...]", 2, -1,
+     SUPPORTED, "Start a named instance of a container"),
     ("instance stats", "[stats options...] <instance name>", 1, 1, SUPPORTED,
      "Show what a named instance uses"),
     ("instance stop", "[stop options...] [instance]", 0, 1, SUPPORTED, "Stop a named instance"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
-
 from apptainer_py.base.errors import ApptainerError
 from apptainer_py.runtime import instances
 
@@ -32,6 +30,8 @@ def instance_list(
         ListForRoot: somebody else's instances are.
         NoAccount: there is no such user.
     """
+    import fnmatch
+
     if user and uid != 0:
         raise ListForRoot
     if as_json and with_logs:

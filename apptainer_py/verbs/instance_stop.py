@@ -6,10 +6,8 @@ say anything.
 
 from __future__ import annotations
 
-import fnmatch
 import os
 import select
-import signal
 import time
 
 from apptainer_py.base import log
@@ -41,6 +39,8 @@ class _Target:
         self.keeper = keeper
 
     def send(self, number: int) -> None:
+        import signal
+
         try:
             signal.pidfd_send_signal(self.process, number)
         except ProcessLookupError:
@@ -59,6 +59,9 @@ def instance_stop(  # noqa: PLR0913 an option each
     Raises:
         ApptainerError: it cannot be done, or not by this caller.
     """
+    import fnmatch
+    import signal
+
     if not pattern and not everything:
         raise UsageError(text="invalid command")
     if user and uid != 0:
@@ -85,6 +88,8 @@ def signal_number(text: str) -> int:
     Raises:
         BadSignal: there is no such signal.
     """
+    import signal
+
     if text.isascii() and text.isdigit() and 1 <= int(text) <= 64:
         return int(text)
     name = text.upper()
@@ -118,6 +123,8 @@ def _take(instance: instances.Instance, owner: instances.Owner) -> _Target | Non
 
 
 def _stop(targets: list[_Target], wanted: int, timeout_s: int) -> None:
+    import signal
+
     for target in targets:
         log.info(f"Stopping {target.describe()}")
         target.send(wanted or _own_signal(target.instance))
@@ -133,6 +140,8 @@ def _stop(targets: list[_Target], wanted: int, timeout_s: int) -> None:
 
 def _own_signal(instance: instances.Instance) -> int:
     """Return what the image's author wants for the end, or SIGINT."""
+    import signal
+
     try:
         return signal_number(instance.stop_signal) if instance.stop_signal else signal.SIGINT
     except BadSignal:
