@@ -336,7 +336,9 @@ def _kernel(p: _Plan) -> None:
         else:
             p.bind("/proc", "/proc", KERNEL, create="directory")
     if p.wanted("sys", "mount sys"):
-        if p.facts.flow == protocol.FLOW_USERNS:
+        # The kernel shows a network's devices in sysfs only to who owns the network.
+        own = p.action.net or p.action.network
+        if p.facts.flow == protocol.FLOW_USERNS and not own:
             p.bind("/sys", "/sys", KERNEL, create="directory")
         else:
             p.kernel("sysfs", "/sys")
@@ -410,7 +412,12 @@ def _scratch(p: _Plan) -> None:
 
 
 def _files(p: _Plan) -> None:
-    if p.configuration["config resolv_conf"] and os.path.exists("/etc/resolv.conf"):
+    if p.action.dns:
+        from apptainer_py.engines.apptainer import network
+
+        p.staged.append(("file", "files/resolv.conf", network.resolv_conf(p.action.dns), 0o644))
+        p.session("files/resolv.conf", "/etc/resolv.conf", FILES, create="file", required=False)
+    elif p.configuration["config resolv_conf"] and os.path.exists("/etc/resolv.conf"):
         p.bind("/etc/resolv.conf", "/etc/resolv.conf", FILES, create="file")
     if p.prepared.hostname:
         p.staged.append(("file", "files/hostname", (p.prepared.hostname + "\n").encode(), 0o644))
