@@ -15,8 +15,8 @@ from tests.own_install import Installation, eventually
 
 GROUPS = Path("/sys/fs/cgroup")
 NO_SYSTEMD = (
-    "FATAL:   container creation failed: while applying cgroups config: cannot use cgroups - cannot "
-    "use systemd cgroups manager, systemd not running as init on this host"
+    "FATAL:   container creation failed: while applying cgroups config: cannot use cgroups - "
+    "cannot use systemd cgroups manager, systemd not running as init on this host"
 )
 pytestmark = pytest.mark.skipif(
     not (GROUPS / "pids").is_dir() or Path("/run/systemd/system").is_dir(),
@@ -97,7 +97,7 @@ def payload_of(pid: int) -> int:
             words = Path(f"/proc/{one}/cmdline").read_bytes().split(b"\0")
         except FileNotFoundError:
             continue
-        if words[:2] == [b"sleep", b"60"]:
+        if words[0].endswith(b"sleep") and words[1:2] == [b"60"]:
             return one
     return 0
 
