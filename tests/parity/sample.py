@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 
 Table = dict[str, tuple[str, str, frozenset[str]]]
-_SAID = ("FATAL:", "ERROR:", "WARNING:")
+_SAID = ("FATAL:", "ERROR:", "WARNING:", "Error")
 # The real one's clean-up is noisy after a failure (facts, appendix A 4).
 _NOISE = ("Cleanup error", "Terminating squashfuse", "Timeouts can be caused")
 _FLAGS = ("ro", "nosuid", "nodev", "noexec")
@@ -20,6 +20,39 @@ def said(stderr: str) -> list[str]:
             continue
         lines.append(" ".join(line.replace("apptainer-py", "apptainer").split()))
     return sorted(set(lines))
+
+
+PARTS = ("status", "limits", "mountinfo", "environ")
+# What a process gets from whoever starts it; the rest of the file is its own affair.
+_STATUS = frozenset(
+    "Umask Uid Gid Groups NSpid SigBlk SigIgn CapInh CapPrm CapEff CapBnd CapAmb NoNewPrivs Seccomp "
+    "Seccomp_filters Cpus_allowed_list Mems_allowed_list".split()
+)
+
+
+def process(status: str) -> dict[str, str]:
+    """Return what /proc/self/status says of identity, rights and signals."""
+    found = {}
+    for line in status.splitlines():
+        name, _, value = line.partition(":")
+        if name == "NSpid":
+            found[name] = f"{len(value.split())} deep"
+        elif name in _STATUS:
+            found[name] = " ".join(value.split())
+    return found
+
+
+def payload(stdout: str) -> dict[str, object]:
+    """Return what the files of PAYLOAD say, by aspect; nothing where it did not run."""
+    parts = dict(zip(PARTS, re.split(r"^==\n", stdout, flags=re.MULTILINE)[1:], strict=False))
+    if len(parts) < len(PARTS):
+        return {"stdout": stdout}
+    return {
+        "process": process(parts["status"]),
+        "limits": parts["limits"],
+        "mounts": mounts(parts["mountinfo"].splitlines()),
+        "environ": variables(parts["environ"].replace("\0", "\n")),
+    }
 
 
 # The real one adds its own search directories to what the caller had.

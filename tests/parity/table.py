@@ -1,16 +1,25 @@
 """The command lines that both programs run, and every difference that is meant, with its reason.
 
-`{name}` in a line stands for a path of place.py.  A line runs in the setuid flow and again with
-`-u`, unless `flows` says otherwise.  `differs` names what may differ (status, stdout, said,
-mounts) and why; a test fails where such a difference is gone.
+`{name}` in a line stands for a path of place.py.  A line runs in the setuid flow, again with `-u`,
+and as root, unless `flows` says otherwise.  `form` says how stdout is read:
+
+    text     as it is (aspect stdout)
+    env      the output of env (stdout)
+    mounts   /proc/self/mountinfo (mounts)
+    payload  /proc/self/{status,limits,mountinfo,environ} (process, limits, mounts, environ)
+
+`differs` names what may differ, one of these aspects or status or said (warnings and errors), and
+why; `aspect@flow` is for one flow.  A test fails where such a difference is gone.  To add lines, add
+a group to GROUPS; groups that QUICK does not name run with ./check --all.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-SETUID, USERNS = "setuid", "userns"
+SETUID, USERNS, ROOT = "setuid", "userns", "root"
 BOTH = (SETUID, USERNS)
+ALL = (SETUID, USERNS, ROOT)
 NO_PID = "--no-pid does what its help says"
 SCRATCH = "a scratch directory without a slash lies below the root"
 BETTER = "the lines before the mistake count, and a warning names what is left out"
@@ -29,7 +38,7 @@ class Case:
     stdin: str = ""
     cwd: str = "{work}"
     umask: int = 0o022
-    flows: tuple[str, ...] = BOTH
+    flows: tuple[str, ...] = ALL
     differs: dict[str, str] = field(default_factory=dict)
 
 
@@ -217,7 +226,7 @@ FILES = [
     Case("exec {sif} sh -c 'cd; pwd; echo $HOME'"),
     *(
         Case(
-            "exec {sif} sh -c 'umask; touch $HOME/.u; stat -c %a $HOME/.u; rm $HOME/.u'",
+            "exec {sif} sh -c 'umask; touch $HOME/.u$$; stat -c %a $HOME/.u$$; rm $HOME/.u$$'",
             umask=umask,
         )
         for umask in (0o022, 0o077, 0o002)
@@ -422,8 +431,8 @@ MOUNTS = [
         "-c --no-mount devpts", "-c --no-mount dev", "-c --no-mount tmp,home",
         "-c -B /dev/full", "-B /dev/full:/mnt/full",
     )),
-    mounted("--writable-tmpfs", differs={"stdout": LAYER}),
-    mounted("--compat", differs={"stdout": LAYER}),
+    mounted("--writable-tmpfs", differs={"mounts": LAYER}),
+    mounted("--compat", differs={"mounts": LAYER}),
     mounted("-w", "{linked}"),
     mounted("--underlay -B {data}:/new/deep", differs={"said": "a warning has a prefix"}),
     mounted("", cwd="{data}/inner"),
@@ -431,12 +440,40 @@ MOUNTS = [
     mounted("", cwd="/srv"),
 ]  # fmt: skip
 
-# The environment does not depend on the flow: the images alone are asked in both.
-ENVIRONMENT = [
-    replace(case, flows=BOTH if case.line.endswith("} env") and not case.env else (SETUID,))
-    for case in ENVIRONMENT
-]
+PAYLOAD = "for f in status limits mountinfo environ; do echo ==; cat /proc/self/$f; done"
+
+
+def payload(options: str, image: str = "{sif}", **more: object) -> Case:
+    line = f"exec {options} {image} sh -c '{PAYLOAD}'"
+    return Case(line, form="payload", **more)  # type: ignore[arg-type]
+
+
+PROCESS = [
+    *(payload(options) for options in (
+        "", "-e", "-c", "-C", "-p", "-p --no-init", "-i", "--uts", "-p -i --uts",
+        "--hostname box", "--no-umask", "--no-privs", "--no-home", "--no-pid -C",
+        "--drop-caps CAP_CHOWN,sys_resource", "--drop-caps all", "-B {data}:/mnt", "-W {away} -c",
+        "-S /scr", "-H {other}:/h", "--no-eval", "--app foo", "--pwd /etc", "--cwd /tmp",
+        "--env A=1,B=2", "--env-file {env}", "--no-mount tmp,home", "--no-mount bind-paths",
+        "--no-init", "--no-nv", "--no-rocm", "--mount type=bind,src={data},dst=/mnt",
+    )),
+    *(payload("", f"{{{name}}}") for name in ("zstd", "squash", "sandbox", "plain", "dash")),
+    payload("-w", "{linked}"),
+    payload("--compat", differs={"mounts": LAYER}),
+    payload("--underlay", differs={"said": "a warning has a prefix"}),
+    payload("", umask=0o077),
+    payload("-e", env={"APPTAINERENV_X": "y", "Z": "1"}),
+]  # fmt: skip
+
 GROUPS = {
     "images": IMAGES, "status": STATUS, "environment": ENVIRONMENT, "files": FILES,
-    "directory": DIRECTORY, "binds": BINDS, "flags": FLAGS, "mounts": MOUNTS,
+    "directory": DIRECTORY, "binds": BINDS, "flags": FLAGS, "mounts": MOUNTS, "process": PROCESS,
 }  # fmt: skip
+# These groups run by default, in this flow; the others take minutes.
+QUICK = frozenset({("process", SETUID), ("process", USERNS), ("images", SETUID)})
+WITHOUT_CONTAINER = ("inspect", "sif", "config", "version", "buildcfg", "help", "completion")
+# flow ("" for each), field of /proc/self/status, reason
+EVERYWHERE: tuple[tuple[str, str, str], ...] = (
+    (ROOT, "CapInh", "a change to another user would take them along"),
+    (ROOT, "CapAmb", "a change to another user would take them along"),
+)
