@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 
 Table = dict[str, tuple[str, str, frozenset[str]]]
+Restrictions = tuple[tuple[str, tuple[str, ...], str], ...]
 _SAID = ("FATAL:", "ERROR:", "WARNING:", "Error")
 # The real one's clean-up is noisy after a failure (facts, appendix A 4).
 _NOISE = ("Cleanup error", "Terminating squashfuse", "Timeouts can be caused")
@@ -25,8 +26,8 @@ def said(stderr: str) -> list[str]:
 PARTS = ("status", "limits", "mountinfo", "environ")
 # What a process gets from whoever starts it; the rest of the file is its own affair.
 _STATUS = frozenset(
-    "Umask Uid Gid Groups NSpid SigBlk SigIgn CapInh CapPrm CapEff CapBnd CapAmb NoNewPrivs Seccomp "
-    "Seccomp_filters Cpus_allowed_list Mems_allowed_list".split()
+    "Umask Uid Gid Groups NSpid SigBlk SigIgn CapInh CapPrm CapEff CapBnd CapAmb NoNewPrivs "
+    "Seccomp Seccomp_filters Cpus_allowed_list Mems_allowed_list".split()
 )
 
 
@@ -83,9 +84,6 @@ def mounts(mountinfo: Iterable[str]) -> Table:
     return table
 
 
-_KERNELS_OWN = ("sysfs", "proc", "mqueue", "devpts")
-
-
 def _root(fs: str, root: str, point: str) -> str:
     """Return the root path of a mount, without the names of the session directory."""
     # resolv.conf is the host's own file here, so that the host's later changes are seen; the real
@@ -95,24 +93,19 @@ def _root(fs: str, root: str, point: str) -> str:
     return root
 
 
-def unexplained(ours: Table, real: Table) -> dict[str, tuple[object, object]]:
-    """Return the mounts that differ, but for restrictions that only we have.
-
-    Ours are nosuid and nodev everywhere (the real one leaves /dev, and in a user namespace all
-    binds, as they are), noexec where the kernel shows nothing but its own, and the root is
-    mounted read-only, not only a read-only overlay.
-    """
+def unexplained(
+    ours: Table, real: Table, restrictions: Restrictions
+) -> dict[str, tuple[object, object]]:
+    """Return the mounts that differ, but for restrictions that only we have."""
     found: dict[str, tuple[object, object]] = {}
     for point in sorted({*ours, *real}):
         mine, theirs = ours.get(point), real.get(point)
         if mine is None or theirs is None:
             found[point] = (mine, theirs)
             continue
-        allowed = {"nosuid", "nodev"}
-        if mine[0] in _KERNELS_OWN:
-            allowed.add("noexec")
-        if point == "/":
-            allowed.add("ro")
+        allowed = {
+            flag for flag, where, _ in restrictions if not where or {mine[0], point} & {*where}
+        }
         same_fs = mine[0] == theirs[0] or point == "/etc/resolv.conf"
         same_root = _root(mine[0], mine[1], point) == _root(theirs[0], theirs[1], point)
         if not (same_fs and same_root and theirs[2] <= mine[2] <= theirs[2] | allowed):

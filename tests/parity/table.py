@@ -1,55 +1,31 @@
 """The command lines that both programs run, and every difference that is meant, with its reason.
 
-`{name}` in a line stands for a path of place.py.  A line runs in the setuid flow, again with `-u`,
-and as root, unless `flows` says otherwise.  `form` says how stdout is read:
-
-    text     as it is (aspect stdout)
-    env      the output of env (stdout)
-    mounts   /proc/self/mountinfo (mounts)
-    payload  /proc/self/{status,limits,mountinfo,environ} (process, limits, mounts, environ)
-
-`differs` names what may differ, one of these aspects or status or said (warnings and errors), and
-why; `aspect@flow` is for one flow.  A test fails where such a difference is gone.  To add lines, add
-a group to GROUPS; groups that QUICK does not name run with ./check --all.
+What a line is: rows.py. The tables of flags and of commands without a container: table_flags.py.
+To add lines, add a group to GROUPS; groups that QUICK does not name run with ./check --all.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from tests.parity.rows import (
+    BOTH,
+    ROOT,
+    SETUID,
+    USERNS,
+    Case,
+    environment,
+    mounted,
+    payload,
+)
+from tests.parity.table_flags import BAD, OUTSIDE, SPELLINGS
 
-SETUID, USERNS, ROOT = "setuid", "userns", "root"
-BOTH = (SETUID, USERNS)
-ALL = (SETUID, USERNS, ROOT)
 NO_PID = "--no-pid does what its help says"
 SCRATCH = "a scratch directory without a slash lies below the root"
 BETTER = "the lines before the mistake count, and a warning names what is left out"
 LAYER = "the kernel's overlay, where the real one starts fuse-overlayfs"
 LEVEL = "bash counts SHLVL wherever it is the image's /bin/sh"
+GROUP = "root's group, which the image has, is not listed twice"
+INH = "a change to another user would take them along"
 HELP = "the help texts are our own"
-
-
-@dataclass(frozen=True)
-class Case:
-    """One command line; `form` says how its output is read."""
-
-    line: str
-    form: str = "text"
-    env: dict[str, str] = field(default_factory=dict)
-    stdin: str = ""
-    cwd: str = "{work}"
-    umask: int = 0o022
-    flows: tuple[str, ...] = ALL
-    differs: dict[str, str] = field(default_factory=dict)
-
-
-def environment(line: str, **options: object) -> Case:
-    return Case(line, form="env", **options)  # type: ignore[arg-type]
-
-
-def mounted(options: str, image: str = "{sif}", **more: object) -> Case:
-    line = f"exec {options} {image} cat /proc/self/mountinfo"
-    return Case(line, form="mounts", **more)  # type: ignore[arg-type]
-
 
 IMAGES = [
     *(
@@ -215,7 +191,10 @@ ENVIRONMENT = [
 
 FILES = [
     *(
-        Case(f"exec {{{image}}} cat /etc/{name}")
+        Case(
+            f"exec {{{image}}} cat /etc/{name}",
+            differs={"stdout@root": GROUP} if name == "group" else {},
+        )
         for image in ("sif", "plain")
         for name in ("passwd", "group", "hosts", "resolv.conf")
     ),
@@ -405,10 +384,16 @@ FLAGS = [
             "devpts",
         )
     ),
-    Case("exec --add-caps CAP_NET_RAW {sif} sh -c 'grep Cap /proc/self/status'"),
+    Case(
+        "exec --add-caps CAP_NET_RAW {sif} sh -c 'grep Cap /proc/self/status'",
+        differs={"stdout@root": INH},
+    ),
     Case("exec --add-caps CAP_FOO {sif} true"),
-    Case("exec --drop-caps CAP_NET_RAW {sif} sh -c 'grep Cap /proc/self/status'"),
-    Case("exec {sif} sh -c 'grep -e Cap -e NoNewPrivs -e Groups /proc/self/status'"),
+    Case("exec --drop-caps CAP_NET_RAW {sif} sh -c 'grep Cap /proc/self/status'", flows=BOTH),
+    Case(
+        "exec {sif} sh -c 'grep -e Cap -e NoNewPrivs -e Groups /proc/self/status'",
+        differs={"stdout@root": INH},
+    ),
     Case("exec --keep-privs {sif} true"),
     Case("exec --no-privs {sif} sh -c 'grep Cap /proc/self/status'"),
     Case("exec --allow-setuid {sif} true"),
@@ -440,14 +425,6 @@ MOUNTS = [
     mounted("", cwd="/srv"),
 ]  # fmt: skip
 
-PAYLOAD = "for f in status limits mountinfo environ; do echo ==; cat /proc/self/$f; done"
-
-
-def payload(options: str, image: str = "{sif}", **more: object) -> Case:
-    line = f"exec {options} {image} sh -c '{PAYLOAD}'"
-    return Case(line, form="payload", **more)  # type: ignore[arg-type]
-
-
 PROCESS = [
     *(payload(options) for options in (
         "", "-e", "-c", "-C", "-p", "-p --no-init", "-i", "--uts", "-p -i --uts",
@@ -468,12 +445,21 @@ PROCESS = [
 GROUPS = {
     "images": IMAGES, "status": STATUS, "environment": ENVIRONMENT, "files": FILES,
     "directory": DIRECTORY, "binds": BINDS, "flags": FLAGS, "mounts": MOUNTS, "process": PROCESS,
+    "spellings": SPELLINGS, "bad": BAD, "outside": OUTSIDE,
 }  # fmt: skip
 # These groups run by default, in this flow; the others take minutes.
-QUICK = frozenset({("process", SETUID), ("process", USERNS), ("images", SETUID)})
+QUICK = frozenset({("process", SETUID), ("process", USERNS), ("images", SETUID), ("bad", SETUID)})
 WITHOUT_CONTAINER = ("inspect", "sif", "config", "version", "buildcfg", "help", "completion")
-# flow ("" for each), field of /proc/self/status, reason
+# What differs in every line: flow ("" for each), field of /proc/self/status, reason.
 EVERYWHERE: tuple[tuple[str, str, str], ...] = (
-    (ROOT, "CapInh", "a change to another user would take them along"),
-    (ROOT, "CapAmb", "a change to another user would take them along"),
+    (ROOT, "CapInh", INH),
+    (ROOT, "CapAmb", INH),
+)
+KERNELS_OWN = ("sysfs", "proc", "mqueue", "devpts")
+# Restrictions that only we have: flag, file systems or a mount point ("" for any), reason.
+RESTRICTIONS: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    ("nosuid", (), "the real one leaves /dev, and in a user namespace all binds, as they are"),
+    ("nodev", (), "the real one leaves /dev, and in a user namespace all binds, as they are"),
+    ("noexec", KERNELS_OWN, "the kernel shows nothing there but its own"),
+    ("ro", ("/",), "the root is mounted read-only, not only a read-only overlay"),
 )
