@@ -76,11 +76,11 @@ def find_user(facts: Facts, action: ActionRequest, environment: Mapping[str, str
                 f"elements: {len(fields)}"
             )
         source = fields[0]
-        target = fields[1] if len(fields) == 2 else os.path.abspath(source)
+        target = fields[-1]
     if not os.path.isabs(target):
         raise LaunchError(
-            text=f"container creation failed: failed to add {source} as session directory: path "
-            f"{target} is not an absolute path"
+            text=f"container creation failed: failed to add {os.path.abspath(source)} as session "
+            f"directory: path {os.path.normpath(target)} is not an absolute path"
         )
     if any(mark in target for mark in "\n:"):
         raise LaunchError(text="home must be an absolute path, without ':' and line breaks")
@@ -369,6 +369,11 @@ def _home(p: _Plan) -> None:
         log.warning("Not mounting home directory: it is /")
         return
     if not action.contain or action.home:
+        if action.home and os.path.isfile(user.home_source):
+            raise LaunchError(
+                text=f"container creation failed: home {user.home_source} is a file, not a "
+                "directory"
+            )
         if not os.path.isdir(user.home_source):
             log.warning(f"Not mounting home directory {user.home_source}: it does not exist")
             return

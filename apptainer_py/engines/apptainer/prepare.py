@@ -256,14 +256,14 @@ def choose_layer(prepared: Prepared, action: ActionRequest, facts: Facts) -> Non
     configuration = facts.configuration
     overlay, underlay = configuration["enable overlay"], configuration["enable underlay"]
     prepared.underlay_allowed = underlay != "no"
-    if action.writable_tmpfs:
+    if action.writable_tmpfs and action.writable:
+        log.warning("Disabling --writable-tmpfs flag, mutually exclusive with --writable")
+    if action.writable_tmpfs and not action.writable:
         if overlay == "no":
             raise policy.NotPermitted(
                 text="--writable-tmpfs requires 'enable overlay', but set to 'no' by administrator"
             )
         prepared.layer = protocol.LAYERKIND_OVERLAY_TMPFS
-        if action.writable:
-            raise LaunchError(text="cannot use --writable-tmpfs in conjunction with --writable")
     elif action.writable:
         prepared.layer = protocol.LAYERKIND_NONE
     elif action.underlay or underlay == "preferred":
