@@ -233,6 +233,8 @@ MUST_USE int bearer_ask(const struct launch *l, const char *path, char *const ar
                         char *const envp[]);
 
 NO_RETURN void bearer_serve(const struct launch *l, int socket);
+/* janitor.c: undoes what outlives a launch of root's */
+MUST_USE pid_t janitor_start(struct launch *l, pid_t container, int socket, int signals);
 
 /* shim.c */
 NO_RETURN void shim_main(struct launch *l, pid_t rpc, pid_t stage2);

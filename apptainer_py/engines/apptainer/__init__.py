@@ -61,7 +61,10 @@ class Apptainer(Operations):
             self.prepared.service.stands(context.pid)
 
     def cleanup_container(self, context: CleanupContext) -> None:
-        """Remove the record of an instance; mounts die with their namespace."""
+        """Mounts die with their namespace; what else there is goes with the launch's last."""
+        janitor = self.prepared.janitor if self.prepared is not None else None
+        if janitor is not None:
+            janitor.end(wait=context.status is not None)
         if self.prepared is not None and self.prepared.service is not None:
             self.prepared.service.ended()
 
