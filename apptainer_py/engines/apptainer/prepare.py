@@ -13,6 +13,10 @@ from apptainer_py.model.plan import ContainerPlan
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from apptainer_py.engines.apptainer.drivers import Drivers
+    from apptainer_py.engines.apptainer.environ import Environment
     from apptainer_py.image.detect import OpenImage
     from apptainer_py.model.plan import Mount
     from apptainer_py.model.request import ActionRequest
@@ -51,10 +55,12 @@ class Prepared:
     """What `create_container` needs: all judgement is behind it."""
 
     __slots__ = (
+        "drivers",
         "fuse",
         "hostname",
         "image",
         "layer",
+        "links",
         "mounts",
         "offset",
         "read_only_root",
@@ -76,12 +82,15 @@ class Prepared:
         self.underlay_allowed = True
         self.mounts: list[Mount] = []
         self.staged: list[tuple[str, str, str | bytes, int]] = []
+        # Links that the layer shows where the image has nothing: what each holds, and its path.
+        self.links: list[tuple[str, str]] = []
         self.hostname = ""
         self.session_mib = 0
         self.writable_root = False
         self.read_only_root = True
         self.user = mounts.User("", "", "", 0, 0)
         self.what = ""
+        self.drivers: Drivers | None = None
 
 
 def prepare(context: PrepareContext) -> Prepared:
@@ -109,12 +118,14 @@ def prepare(context: PrepareContext) -> Prepared:
 def judge(prepared: Prepared, action: ActionRequest, context: PrepareContext) -> Prepared:
     """Choose root, layer, namespaces, mounts and process of an image that may be run."""
     facts = context.facts
+    action = choose_drivers(prepared, action, context)
     choose_root(prepared, action, facts)
     choose_layer(prepared, action, facts)
     spaces, flags = choose_spaces(prepared, action, facts)
     prepared.user = mounts.find_user(facts, action, context.environment)
     binds = mounts.plan(prepared, action, context)
     environment = environ.collect(action, context.environment)
+    add_variables(prepared, environment)
     context.tell_start(process.spec(action, context, prepared, environment, binds))
     context.plan(
         ContainerPlan(
@@ -160,6 +171,42 @@ def check_options(action: ActionRequest, facts: Facts) -> None:
             from apptainer_py.engines.apptainer import capabilities
 
             raise capabilities.RootOnly(option="--" + option.replace("_", "-"))
+
+
+def wants_drivers(action: ActionRequest, configuration: Mapping[str, object]) -> bool:
+    """Return whether files of the host's drivers are asked for, by an option or a directive."""
+    return bool(
+        action.containlibs
+        or action.device
+        or action.intel_hpu
+        or action.nv
+        or action.nvccli
+        or action.rocm
+        or (configuration["always use nv"] and not action.no_nv)
+        or (configuration["always use rocm"] and not action.no_rocm)
+    )
+
+
+def choose_drivers(
+    prepared: Prepared, action: ActionRequest, context: PrepareContext
+) -> ActionRequest:
+    """Find the drivers that are wanted; return the request with what follows from them."""
+    if not wants_drivers(action, context.facts.configuration):
+        return action
+    from apptainer_py.engines.apptainer import drivers
+
+    action, prepared.drivers = drivers.find(action, context)
+    return action
+
+
+def add_variables(prepared: Prepared, environment: Environment) -> None:
+    """Let the payload find the drivers' libraries, and give it their variables."""
+    if prepared.drivers:
+        from apptainer_py.engines.apptainer import drivers
+
+        environment.forwarded.update(prepared.drivers.environment)
+        environment.fixed.update(prepared.drivers.fixed)
+        environment.last += drivers.library_path(prepared.drivers)
 
 
 def open_file(action: ActionRequest) -> OpenImage:

@@ -34,8 +34,9 @@ _TTY_GROUP = 5
 _UMASK = 0o022
 # What has no meaning here, or is not built: field of the request → option.
 _REFUSED = (
-    "allow_setuid", "app", "home", "keep_privs", "no_mount", "no_pid", "underlay", "workdir",
-    "writable",
+    "allow_setuid", "app", "cdi_dirs", "compat32", "containlibs", "device", "home", "intel_hpu",
+    "keep_privs", "no_mount",
+    "no_pid", "nv", "nvccli", "rocm", "underlay", "workdir", "writable",
 )  # fmt: skip
 _ACTIONS = "/.singularity.d/actions"
 
