@@ -20,6 +20,7 @@ class Invocation(Record):
     message_level: int = 1
     colour: bool | None = None
     config_file: str = ""
+    build_config: bool = False
     trace_file: str = ""
     notes: tuple[tuple[int, str], ...] = ()
 

@@ -25,6 +25,15 @@ if TYPE_CHECKING:
 IMAGE_SERVER = f"{build.LIBEXECDIR}/bin/squashfuse_ll"
 
 
+# What --build-config takes away: a build brings its own, and writes none of it into an image.
+_OF_BUILDS = {
+    "bind path": (),
+    "config resolv_conf": False,
+    "mount devpts": False,
+    "mount home": False,
+}
+
+
 class ImageUnusable(LaunchError):
     """The image as the user named it cannot be used."""
 
@@ -104,6 +113,8 @@ def prepare(context: PrepareContext) -> Prepared:
     facts = context.facts
     tell_flow(facts)
     check_flow(facts)
+    if action.build_config:
+        facts.configuration = {**facts.configuration, **_OF_BUILDS}
     policy.check_directives(facts.configuration, action)
     check_options(action, facts)
     image = open_file(action)

@@ -69,7 +69,11 @@ def check_action(action: ActionRequest) -> None:
     for name in _REFUSED:
         if getattr(action, name):
             raise NotWithOci(option="--" + name.replace("_", "-"))
-    for option, value in (("--trace", action.trace_file), ("--config", action.config_file)):
+    for option, value in (
+        ("--trace", action.trace_file),
+        ("--config", action.config_file),
+        ("--build-config", action.build_config),
+    ):
         if value:
             raise NotWithOci(option=option)
     if action.network and not action.net:
