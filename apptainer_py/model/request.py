@@ -52,7 +52,10 @@ class ActionRequest(Invocation):
     add_caps: str = ""
     allow_setuid: bool = False
     app: str = ""
+    apply_cgroups: str = ""
     bind: tuple[str, ...] = ()
+    blkio_weight: int = 0
+    blkio_weight_device: tuple[str, ...] = ()
     cdi_dirs: tuple[str, ...] = ()
     cleanenv: bool = False
     compat: bool = False
@@ -60,6 +63,10 @@ class ActionRequest(Invocation):
     contain: bool = False
     containall: bool = False
     containlibs: tuple[str, ...] = ()
+    cpu_shares: int = -1
+    cpus: str = ""
+    cpuset_cpus: str = ""
+    cpuset_mems: str = ""
     cwd: str = ""
     device: tuple[str, ...] = ()
     dns: str = ""
@@ -71,6 +78,9 @@ class ActionRequest(Invocation):
     intel_hpu: bool = False
     ipc: bool = False
     keep_privs: bool = False
+    memory: str = ""
+    memory_reservation: str = ""
+    memory_swap: str = ""
     mount: tuple[str, ...] = ()
     net: bool = False
     network: str = ""
@@ -86,7 +96,9 @@ class ActionRequest(Invocation):
     nv: bool = False
     nvccli: bool = False
     oci: bool = False
+    oom_kill_disable: bool = False
     pid: bool = False
+    pids_limit: int = 0
     rocm: bool = False
     scratch: tuple[str, ...] = ()
     shell: str = ""
