@@ -78,6 +78,7 @@ class ActionRequest(Invocation):
     no_rocm: bool = False
     no_umask: bool = False
     oci: bool = False
+    overlay: tuple[str, ...] = ()
     pid: bool = False
     scratch: tuple[str, ...] = ()
     shell: str = ""
