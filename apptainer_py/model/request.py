@@ -51,11 +51,18 @@ class ActionRequest(Invocation):
     add_caps: str = ""
     allow_setuid: bool = False
     app: str = ""
+    apply_cgroups: str = ""
     bind: tuple[str, ...] = ()
+    blkio_weight: int = 0
+    blkio_weight_device: tuple[str, ...] = ()
     cleanenv: bool = False
     compat: bool = False
     contain: bool = False
     containall: bool = False
+    cpu_shares: int = -1
+    cpus: str = ""
+    cpuset_cpus: str = ""
+    cpuset_mems: str = ""
     cwd: str = ""
     dns: str = ""
     drop_caps: str = ""
@@ -65,6 +72,9 @@ class ActionRequest(Invocation):
     hostname: str = ""
     ipc: bool = False
     keep_privs: bool = False
+    memory: str = ""
+    memory_reservation: str = ""
+    memory_swap: str = ""
     mount: tuple[str, ...] = ()
     net: bool = False
     network: str = ""
@@ -78,8 +88,13 @@ class ActionRequest(Invocation):
     no_rocm: bool = False
     no_umask: bool = False
     oci: bool = False
+<<<<<<< HEAD
     overlay: tuple[str, ...] = ()
+=======
+    oom_kill_disable: bool = False
+>>>>>>> main
     pid: bool = False
+    pids_limit: int = 0
     scratch: tuple[str, ...] = ()
     shell: str = ""
     underlay: bool = False
