@@ -88,11 +88,8 @@ class ActionRequest(Invocation):
     no_rocm: bool = False
     no_umask: bool = False
     oci: bool = False
-<<<<<<< HEAD
-    overlay: tuple[str, ...] = ()
-=======
     oom_kill_disable: bool = False
->>>>>>> main
+    overlay: tuple[str, ...] = ()
     pid: bool = False
     pids_limit: int = 0
     scratch: tuple[str, ...] = ()

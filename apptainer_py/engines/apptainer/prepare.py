@@ -13,11 +13,8 @@ from apptainer_py.model.plan import ContainerPlan
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-<<<<<<< HEAD
     from apptainer_py.engines.apptainer.layers import Shown
-=======
     from apptainer_py.engines.apptainer.limits import Limits
->>>>>>> main
     from apptainer_py.image.detect import OpenImage
     from apptainer_py.model.plan import Mount
     from apptainer_py.model.request import ActionRequest
@@ -83,11 +80,8 @@ class Prepared:
         "offset",
         "read_only_root",
         "session_mib",
-<<<<<<< HEAD
-        "shown",
-=======
         "shim",
->>>>>>> main
+        "shown",
         "size_bytes",
         "staged",
         "underlay_allowed",
