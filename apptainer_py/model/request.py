@@ -97,6 +97,7 @@ class ActionRequest(Invocation):
     nvccli: bool = False
     oci: bool = False
     oom_kill_disable: bool = False
+    overlay: tuple[str, ...] = ()
     pid: bool = False
     pids_limit: int = 0
     rocm: bool = False
