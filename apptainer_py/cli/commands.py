@@ -156,6 +156,15 @@ def _instance_stop(parsed: Parsed) -> int:
     return 0
 
 
+def _run_help(parsed: Parsed) -> int:
+    from apptainer_py.verbs import inspect
+
+    app = str(parsed.options["app"])
+    text = inspect.help_text(parsed.arguments[0], app)
+    sys.stdout.write(text or "No help sections were defined for this image\n")
+    return 0
+
+
 def _sif_list(parsed: Parsed) -> int:
     from apptainer_py.verbs import sif
 
@@ -274,6 +283,7 @@ _COMMANDS: dict[str, Callable[[Parsed], int]] = {
     "instance list": _instance_list,
     "instance stats": _instance_stats,
     "instance stop": _instance_stop,
+    "run-help": _run_help,
     "sif dump": _sif_dump,
     "sif header": _sif_header,
     "sif info": _sif_info,
