@@ -84,6 +84,7 @@ class ActionRequest(Invocation):
     mount: tuple[str, ...] = ()
     net: bool = False
     network: str = ""
+    no_env: tuple[str, ...] = ()
     no_eval: bool = False
     no_home: bool = False
     no_init: bool = False
