@@ -462,7 +462,7 @@ DRIVERS = [
     ),
     environment("exec --nv {sif} env"),
     environment("exec {sif} env", env={"APPTAINER_NV": "1"}),
-    Case(f"exec {{sif}} {LIBS}", env={"SINGULARITY_ROCM": "yes"}),
+    Case(f"exec {{sif}} {LIBS}", env={"SINGULARITY_ROCM": "1"}),
     Case(f"exec {{sif}} {LIBS}", env={"SINGULARITY_ROCM": "true", "APPTAINER_ROCM": "false"}),
     Case("exec --nvccli {sif} true", flows=BOTH),
     Case("exec -c --nvccli {sif} true", flows=BOTH),
