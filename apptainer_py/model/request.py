@@ -78,6 +78,7 @@ class ActionRequest(Invocation):
     mount: tuple[str, ...] = ()
     net: bool = False
     network: str = ""
+    network_args: tuple[str, ...] = ()
     no_eval: bool = False
     no_home: bool = False
     no_init: bool = False

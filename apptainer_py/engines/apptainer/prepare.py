@@ -14,6 +14,7 @@ from apptainer_py.model.plan import ContainerPlan
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from apptainer_py.engines.apptainer.limits import Limits
+    from apptainer_py.engines.apptainer.network import Networks
     from apptainer_py.image.detect import OpenImage
     from apptainer_py.model.plan import Mount
     from apptainer_py.model.request import ActionRequest
@@ -75,6 +76,7 @@ class Prepared:
         "layer",
         "limits",
         "mounts",
+        "networks",
         "offset",
         "read_only_root",
         "session_mib",
@@ -99,6 +101,7 @@ class Prepared:
         self.hostname = ""
         self.limits: Limits | None = None
         self.janitor: Janitor | None = None
+        self.networks: Networks | None = None
         self.shim = False
         self.session_mib = 0
         self.writable_root = False
@@ -120,16 +123,18 @@ def prepare(context: PrepareContext) -> Prepared:
     check_flow(facts)
     policy.check_directives(facts.configuration, action)
     check_options(action, facts)
+    networks = None
     if wants_network(action):
         from apptainer_py.engines.apptainer import network
 
-        network.judge(action, facts)
+        networks = network.judge(action, facts)
     limits = find_limits(action, context)
     image = open_file(action)
     try:
         policy.check_image(facts, image)
         prepared = Prepared(image)
         prepared.limits = limits
+        prepared.networks = networks
         return judge(prepared, action, context)
     except policy.NotPermitted:
         context.record_refusal(image.realpath)
@@ -315,7 +320,7 @@ def choose_spaces(prepared: Prepared, action: ActionRequest, facts: Facts) -> tu
 
 def wants_network(action: ActionRequest) -> bool:
     """Return whether the container is to have a network of its own."""
-    return action.net or bool(action.network)
+    return action.net or bool(action.network) or bool(action.network_args)
 
 
 def check_hostname(name: str) -> str:

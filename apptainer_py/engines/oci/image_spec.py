@@ -36,8 +36,8 @@ _UMASK = 0o022
 _REFUSED = (
     "allow_setuid", "app", "apply_cgroups", "blkio_weight", "blkio_weight_device", "cpus",
     "cpuset_cpus", "cpuset_mems", "home", "keep_privs", "memory", "memory_reservation",
-    "memory_swap", "no_mount", "no_pid", "oom_kill_disable", "pids_limit", "underlay", "workdir",
-    "writable",
+    "memory_swap", "network_args", "no_mount", "no_pid", "oom_kill_disable", "pids_limit", "underlay",
+    "workdir", "writable",
 )  # fmt: skip
 _ACTIONS = "/.singularity.d/actions"
 
