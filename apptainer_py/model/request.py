@@ -80,6 +80,7 @@ class ActionRequest(Invocation):
     oci: bool = False
     pid: bool = False
     scratch: tuple[str, ...] = ()
+    security: tuple[str, ...] = ()
     shell: str = ""
     underlay: bool = False
     userns: bool = False

@@ -13,6 +13,7 @@ from apptainer_py.model.plan import ContainerPlan
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from apptainer_py.engines.apptainer.security import Security
     from apptainer_py.image.detect import OpenImage
     from apptainer_py.model.plan import Mount
     from apptainer_py.model.request import ActionRequest
@@ -51,6 +52,7 @@ class Prepared:
     """What `create_container` needs: all judgement is behind it."""
 
     __slots__ = (
+        "filter",
         "fuse",
         "hostname",
         "image",
@@ -72,6 +74,7 @@ class Prepared:
         self.offset = 0
         self.size_bytes = 0
         self.fuse = False
+        self.filter: list[bytes] = []
         self.layer = protocol.LAYERKIND_OVERLAY
         self.underlay_allowed = True
         self.mounts: list[Mount] = []
@@ -97,36 +100,42 @@ def prepare(context: PrepareContext) -> Prepared:
     check_flow(facts)
     policy.check_directives(facts.configuration, action)
     check_options(action, facts)
+    security = read_security(action, facts)
     image = open_file(action)
     try:
         policy.check_image(facts, image)
-        return judge(Prepared(image), action, context)
+        return judge(Prepared(image), action, context, security)
     except policy.NotPermitted:
         context.record_refusal(image.realpath)
         raise
 
 
-def judge(prepared: Prepared, action: ActionRequest, context: PrepareContext) -> Prepared:
+def judge(
+    prepared: Prepared, action: ActionRequest, context: PrepareContext, security: Security | None
+) -> Prepared:
     """Choose root, layer, namespaces, mounts and process of an image that may be run."""
     facts = context.facts
     choose_root(prepared, action, facts)
     choose_layer(prepared, action, facts)
     spaces, flags = choose_spaces(prepared, action, facts)
     prepared.user = mounts.find_user(facts, action, context.environment)
+    plan = ContainerPlan(
+        image=prepared.image.realpath,
+        uid=facts.uid,
+        gid=facts.gid,
+        spaces=spaces,
+        flags=flags,
+        fuse_count=1 if prepared.fuse else 0,
+        caps=choose_capabilities(action, facts),
+    )
+    if security is not None:
+        from apptainer_py.engines.apptainer.security import apply
+
+        plan = apply(security, plan, prepared, action, facts)
     binds = mounts.plan(prepared, action, context)
     environment = environ.collect(action, context.environment)
     context.tell_start(process.spec(action, context, prepared, environment, binds))
-    context.plan(
-        ContainerPlan(
-            image=prepared.image.realpath,
-            uid=facts.uid,
-            gid=facts.gid,
-            spaces=spaces,
-            flags=flags,
-            fuse_count=1 if prepared.fuse else 0,
-            caps=choose_capabilities(action, facts),
-        )
-    )
+    context.plan(plan)
     return prepared
 
 
@@ -160,6 +169,15 @@ def check_options(action: ActionRequest, facts: Facts) -> None:
             from apptainer_py.engines.apptainer import capabilities
 
             raise capabilities.RootOnly(option="--" + option.replace("_", "-"))
+
+
+def read_security(action: ActionRequest, facts: Facts) -> Security | None:
+    """Return what --security asks for; None, at no cost, where it is not given."""
+    if not action.security:
+        return None
+    from apptainer_py.engines.apptainer import security
+
+    return security.read(action.security, facts)
 
 
 def open_file(action: ActionRequest) -> OpenImage:

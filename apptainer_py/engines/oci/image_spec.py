@@ -34,8 +34,8 @@ _TTY_GROUP = 5
 _UMASK = 0o022
 # What has no meaning here, or is not built: field of the request → option.
 _REFUSED = (
-    "allow_setuid", "app", "home", "keep_privs", "no_mount", "no_pid", "underlay", "workdir",
-    "writable",
+    "allow_setuid", "app", "home", "keep_privs", "no_mount", "no_pid", "security", "underlay",
+    "workdir", "writable",
 )  # fmt: skip
 _ACTIONS = "/.singularity.d/actions"
 
