@@ -1,4 +1,4 @@
-/* The payload's own seccomp filter (--security seccomp:FILE), loaded last of all before execve: what
+/* The payload's own seccomp filter (--security seccomp:FILE), loaded last of all before execve: who
  * loads it is the payload but for its program, and has no right that a filter could turn against
  * anybody else. */
 #include <errno.h>

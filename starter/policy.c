@@ -95,7 +95,8 @@ int policy_plan(const struct launch *l, const struct container_plan *plan) {
     /* Root's payload in a namespace of its own may gain what that namespace has. */
     bool root_inside = l->flow == FLOW_USERNS && l->uid == 0;
     if (plan->uid != l->uid || plan->gid != l->gid || plan->group_count != 0 ||
-        plan->flags & (PLAN_SETUID | PLAN_GROUPS) || (!(plan->flags & PLAN_NO_NEW_PRIVS) && !root_inside))
+        plan->flags & (PLAN_SETUID | PLAN_GROUPS) ||
+        (!(plan->flags & PLAN_NO_NEW_PRIVS) && !root_inside))
         return ERR_REFUSED;
     if (l->flow == FLOW_USERNS)
         return ERR_OK;
