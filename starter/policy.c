@@ -75,12 +75,8 @@ static bool whole_grant(const struct container_plan *plan) {
 int policy_plan(const struct launch *l, const struct container_plan *plan) {
     const uint32_t spaces = SPACE_PID | SPACE_IPC | SPACE_UTS | SPACE_NET | SPACE_CGROUP;
     const uint32_t flags = PLAN_SHIM | PLAN_WRITABLE_LAYER | PLAN_KERNEL_IMAGE | PLAN_SLAVE |
-<<<<<<< HEAD
-                           PLAN_NO_NEW_PRIVS | PLAN_METHODS | PLAN_SETUID | PLAN_GROUPS;
-=======
                            PLAN_NO_NEW_PRIVS | PLAN_METHODS | PLAN_SETUID | PLAN_USER_LAYER |
-                           PLAN_KERNEL_EXTFS;
->>>>>>> main
+                           PLAN_KERNEL_EXTFS | PLAN_GROUPS;
     const struct config *c = &l->config;
     if ((plan->spaces & ~spaces) || (plan->flags & ~flags) ||
         plan->fuse_count > LIMIT_FUSE_DEVICES || plan->group_count > LIMIT_GROUPS)

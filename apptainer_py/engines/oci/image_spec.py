@@ -34,18 +34,11 @@ _TTY_GROUP = 5
 _UMASK = 0o022
 # What has no meaning here, or is not built: field of the request → option.
 _REFUSED = (
-<<<<<<< HEAD
-    "allow_setuid", "app", "apply_cgroups", "blkio_weight", "blkio_weight_device", "cpus",
-    "cpuset_cpus", "cpuset_mems", "home", "keep_privs", "memory", "memory_reservation",
-    "memory_swap", "no_mount", "no_pid", "oom_kill_disable", "pids_limit", "security", "underlay",
-    "workdir", "writable",
-=======
     "allow_setuid", "app", "apply_cgroups", "blkio_weight", "blkio_weight_device", "cdi_dirs",
     "compat32", "containlibs", "cpus", "cpuset_cpus", "cpuset_mems", "device", "home",
     "intel_hpu", "keep_privs", "memory", "memory_reservation", "memory_swap", "no_mount",
-    "no_pid", "nv", "nvccli", "oom_kill_disable", "pids_limit", "rocm", "underlay", "workdir",
-    "writable",
->>>>>>> main
+    "no_pid", "nv", "nvccli", "oom_kill_disable", "pids_limit", "rocm", "security", "underlay",
+    "workdir", "writable",
 )  # fmt: skip
 _ACTIONS = "/.singularity.d/actions"
 
