@@ -279,8 +279,9 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "how long the start script may take"),
     ("scratch", "S", LIST, (), ("SCRATCH", "SCRATCHDIR"), _ALL, SUPPORTED,
      "directory of the container that is writable and empty (-W says where it is kept)"),
-    ("security", "", LIST, (), ("SECURITY",), _ALL, REFUSED,
-     "settings for SELinux, AppArmor, seccomp, and uid or gid for root"),
+    ("security", "", LIST, (), ("SECURITY",), _ALL, SUPPORTED,
+     "settings for SELinux, AppArmor, seccomp, and uid or gid for root: selinux:label, "
+     "apparmor:profile, seccomp:file, uid:number, gid:number[:number...]"),
     ("set", "s", BOOL, False, (), ("config global",), SUPPORTED,
      "set a directive, or add to one that has several values"),
     ("sharens", "", BOOL, False, ("SHARENS",), _ALL, REFUSED,

@@ -103,6 +103,7 @@ class ActionRequest(Invocation):
     pids_limit: int = 0
     rocm: bool = False
     scratch: tuple[str, ...] = ()
+    security: tuple[str, ...] = ()
     shell: str = ""
     underlay: bool = False
     userns: bool = False
