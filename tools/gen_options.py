@@ -39,6 +39,8 @@ MEANINGS = {
     "help": "OPT_HELP",
     "hostname": "OPT_UTS",
     "ipc": "OPT_IPC",
+    "net": "OPT_UNFORESEEN",
+    "network": "OPT_UNFORESEEN",
     "no-init": "OPT_NO_INIT",
     "no-pid": "OPT_NO_PID",
     "no-privs": "OPT_UNFORESEEN",

@@ -41,7 +41,7 @@ root    KEEPER        user   none       all        all       no            host
 root    dropped       user   none       all        all       no            host
 root    MASTER        user   all        all        all       no            host
 root    HOST_HELPER   user   all        all        all       no            host
-root    RPC           user   admin      admin      admin     no            container
+root    RPC           user   all        all        all       no            container
 root    METHODS       user   admin      admin      admin     no            container
 root    IMAGE_SERVER  user   none       none       none      yes           host
 root    SHIM          user   all        all        all       no            container
