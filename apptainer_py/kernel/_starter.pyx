@@ -316,9 +316,19 @@ def receive_reply(int fd):
 
 
 def receive_answer(int fd):
-    """Return (code, errno, value, descriptor or -1, number): a reply to one message.
+    """Return (code, errno, value, descriptor or -1): a reply of a server that says a value.
 
-    `number` is which of its operations this is about, from 0: the last, or the first that failed.
+    Raises:
+        EOFError: the other side ended.
+        OSError: the channel failed.
+    """
+    return receive_rows_answer(fd)[:4]
+
+
+def receive_rows_answer(int fd):
+    """Return the same, and which operation of its message it is about, from 0.
+
+    That is the last one, or the first that failed.
 
     Raises:
         EOFError: the other side ended.

@@ -106,7 +106,7 @@ class Nest:
     def _fetch(self) -> tuple[int, int]:
         rows = self._flight.pop(0)
         try:
-            code, error, value, fd, number = _starter.receive_answer(self._fd)
+            code, error, value, fd, number = _starter.receive_rows_answer(self._fd)
         except (EOFError, OSError):
             self._forget()
             raise NestGone from None
@@ -155,7 +155,7 @@ class Nest:
         self.row(row, fd)
         self.flush()
         try:
-            code, error, value, passed, _ = _starter.receive_answer(self._fd)
+            code, error, value, passed = _starter.receive_answer(self._fd)
         except EOFError:
             self._flight.clear()
             return None
@@ -174,7 +174,7 @@ class Nest:
         _starter.send_bytes(self._fd, b"k")
         (row,) = self._flight.pop()
         try:
-            code, error, value, passed, _ = _starter.receive_answer(self._fd)
+            code, error, value, passed = _starter.receive_answer(self._fd)
         except EOFError:
             return
         raise RowFailed(row=row, code=code, errno=error, value=value, fd=passed)
