@@ -55,7 +55,7 @@ static int keep_join(struct init *s, int kind) {
     return ERR_OK;
 }
 
-/* Before master has read what is wanted: it takes longer than all else that the kernel does here. */
+/* Before master has read what is wanted: nothing else here takes the kernel as long. */
 void init_network_ahead(struct init *s) {
     s->own_net_fd = open("/proc/self/ns/net", O_RDONLY | O_CLOEXEC);
     if (s->own_net_fd >= 0 && unshare(CLONE_NEWNET) < 0)
