@@ -238,7 +238,7 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "directory, nothing of the host but what is asked for, all that is written lost in the end"),
     ("oom-kill-disable", "", BOOL, False, ("OOM_KILL_DISABLE",), _ALL, SUPPORTED,
      "do not let the kernel kill processes when memory is short"),
-    ("overlay", "o", LIST, (), ("OVERLAY", "OVERLAYIMAGE"), _ALL, REFUSED,
+    ("overlay", "o", LIST, (), ("OVERLAY", "OVERLAYIMAGE"), _ALL, SUPPORTED,
      "image or directory to lay over the container: path[:ro]"),
     ("passphrase", "", BOOL, False, (), _ALL, REFUSED,
      "ask for the passphrase of an encrypted image"),

@@ -89,6 +89,7 @@ class ActionRequest(Invocation):
     no_umask: bool = False
     oci: bool = False
     oom_kill_disable: bool = False
+    overlay: tuple[str, ...] = ()
     pid: bool = False
     pids_limit: int = 0
     scratch: tuple[str, ...] = ()

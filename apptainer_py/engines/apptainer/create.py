@@ -57,6 +57,10 @@ class Creation:
         """Do the steps in their order (facts §6.3)."""
         self.session = self.mounting.session(self.prepared.session_mib)
         self.mount_root()
+        if self.prepared.shown:
+            from apptainer_py.engines.apptainer import layering
+
+            layering.show(self)
         self.stage_files()
         self.stage_accounts()
         self.stage_targets()
@@ -296,6 +300,10 @@ class Creation:
             self.final = self.mounting.layer(kind, "cannot put a layer over the image")
             return
         except StarterRefused as error:
+            if self.prepared.shown:
+                from apptainer_py.engines.apptainer import layering
+
+                raise layering.failed(self, error) from None
             if kind != protocol.LAYERKIND_OVERLAY or not self.prepared.underlay_allowed:
                 raise
             log.verbose(f"no overlay here ({error}); using an underlay")

@@ -13,6 +13,7 @@ from apptainer_py.model.plan import ContainerPlan
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from apptainer_py.engines.apptainer.layers import Shown
     from apptainer_py.engines.apptainer.limits import Limits
     from apptainer_py.image.detect import OpenImage
     from apptainer_py.model.plan import Mount
@@ -69,6 +70,7 @@ class Prepared:
 
     __slots__ = (
         "fuse",
+        "fuse_count",
         "hostname",
         "image",
         "janitor",
@@ -79,6 +81,7 @@ class Prepared:
         "read_only_root",
         "session_mib",
         "shim",
+        "shown",
         "size_bytes",
         "staged",
         "underlay_allowed",
@@ -92,6 +95,8 @@ class Prepared:
         self.offset = 0
         self.size_bytes = 0
         self.fuse = False
+        self.fuse_count = 0
+        self.shown: list[Shown] = []
         self.layer = protocol.LAYERKIND_OVERLAY
         self.underlay_allowed = True
         self.mounts: list[Mount] = []
@@ -141,6 +146,10 @@ def judge(prepared: Prepared, action: ActionRequest, context: PrepareContext) ->
     facts = context.facts
     choose_root(prepared, action, facts)
     choose_layer(prepared, action, facts)
+    if action.overlay:
+        from apptainer_py.engines.apptainer import layers
+
+        layers.add_overlays(prepared, action, facts)
     spaces, flags = choose_spaces(prepared, action, facts)
     prepared.shim = bool(flags & protocol.PLANFLAG_SHIM)
     prepared.user = mounts.find_user(facts, action, context.environment)
@@ -154,7 +163,7 @@ def judge(prepared: Prepared, action: ActionRequest, context: PrepareContext) ->
             gid=facts.gid,
             spaces=spaces,
             flags=flags,
-            fuse_count=1 if prepared.fuse else 0,
+            fuse_count=prepared.fuse_count,
             caps=choose_capabilities(action, facts),
         )
     )
@@ -232,6 +241,7 @@ def choose_root(prepared: Prepared, action: ActionRequest, facts: Facts) -> None
     prepared.fuse = not policy.kernel_may_mount(facts)
     if prepared.fuse and not os.path.exists(IMAGE_SERVER):
         raise ServerMissing(path=IMAGE_SERVER)
+    prepared.fuse_count = 1 if prepared.fuse else 0
 
 
 def choose_partition(prepared: Prepared) -> None:
@@ -305,6 +315,10 @@ def choose_spaces(prepared: Prepared, action: ActionRequest, facts: Facts) -> tu
         flags |= protocol.PLANFLAG_WRITABLE_LAYER
     if prepared.image.kind != "sandbox" and not prepared.fuse:
         flags |= protocol.PLANFLAG_KERNEL_IMAGE
+    if prepared.shown:
+        from apptainer_py.engines.apptainer import layers
+
+        flags |= layers.plan_flags(prepared)
     if facts.configuration["mount slave"]:
         flags |= protocol.PLANFLAG_SLAVE
     flags |= choose_privileges(action, facts)
