@@ -249,6 +249,11 @@ MUST_USE int stage_wait_for_go(const struct launch *l);
 MUST_USE bool stage_keeper_lives(const struct launch *l);
 MUST_USE int stage_die_with_keeper(const struct launch *l);
 
+/* filter.c: the payload's seccomp filter */
+MUST_USE int filter_set(const void *code, size_t size, uint32_t flags);
+const void *filter_get(size_t *size, uint32_t *flags);
+void filter_load(void);
+
 /* bearer.c: becomes the payload where that has capabilities that Python must not have */
 bool bearer_needed(const struct launch *l);
 void bearer_split(struct launch *l);

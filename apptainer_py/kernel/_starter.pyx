@@ -81,6 +81,7 @@ cdef extern from "protocol.h":
         void (*at_step)(uint32_t step, int end)
         int (*wait_for_go)() nogil
         int (*exec_payload)(const char *path, char **argv, char **envp)
+        int (*set_filter)(const void *code, size_t size, uint32_t flags)
 
 
 cdef extern from "request.h":
@@ -217,6 +218,12 @@ def exec_payload(bytes path, list argv, list env):
     free(argument_vector)
     free(env_vector)
     return error
+
+
+def set_filter(bytes code not None, unsigned int flags):
+    """Have the payload start under this seccomp filter; ValueError: it is none."""
+    if _info().set_filter(<const void *>PyBytes_AS_STRING(code), len(code), flags) < 0:
+        raise ValueError("this is no seccomp filter")
 
 
 def _check_request_part(bytes data, uint32_t start, uint32_t end, Py_ssize_t count):

@@ -202,6 +202,10 @@ class StartContext:
     def __init__(self, message: bytes) -> None:
         self.message = message
 
+    def filter_calls(self, program: bytes, flags: int) -> None:
+        """Have the payload start under this seccomp filter, or not at all."""
+        _starter.set_filter(program, flags)
+
     def execve(self, path: bytes, arguments: list[bytes], environment: list[bytes]) -> OSError:
         """Become the payload; returns, with the reason, only if that fails."""
         error = _starter.exec_payload(path, arguments, environment)

@@ -199,6 +199,10 @@ class Creation:
             place = self.missing_place(os.fsencode(mount.target))
             if place is not None and mount.create:
                 self.make_target(place, mount.create)
+        for text, path in self.prepared.links:
+            place = self.missing_place(os.fsencode(path))
+            if place is not None:
+                self.make_target(place, "link", os.fsencode(text))
 
     def stage_above_home(self) -> None:
         """Without a layer: cover the directory above a home that the image lacks."""
@@ -257,8 +261,8 @@ class Creation:
                 return None
             return resolved[len(self.root_path) :].rstrip(b"/") + b"/" + b"/".join(rest)
 
-    def make_target(self, place: bytes, kind: str) -> None:
-        """Make a directory or an empty file in the layer, and the directories above it."""
+    def make_target(self, place: bytes, kind: str, text: bytes = b"") -> None:
+        """Make a directory, an empty file or a link in the layer, and the directories above it."""
         top = b"underlay" if self.prepared.layer == protocol.LAYERKIND_UNDERLAY else b"lower"
         parts = place.strip(b"/").split(b"/")
         try:
@@ -267,6 +271,8 @@ class Creation:
             name = top + b"/" + b"/".join(parts)
             if kind == "directory":
                 os.mkdir(name, 0o755, dir_fd=self.session)
+            elif kind == "link":
+                os.symlink(text, name, dir_fd=self.session)
             else:
                 flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
                 os.close(os.open(name, flags, 0o644, dir_fd=self.session))
