@@ -85,7 +85,7 @@ int policy_plan(const struct launch *l, const struct container_plan *plan) {
     const uint32_t spaces = SPACE_PID | SPACE_IPC | SPACE_UTS | SPACE_NET | SPACE_CGROUP;
     const uint32_t flags = PLAN_SHIM | PLAN_WRITABLE_LAYER | PLAN_KERNEL_IMAGE | PLAN_SLAVE |
                            PLAN_NO_NEW_PRIVS | PLAN_METHODS | PLAN_SETUID | PLAN_USER_LAYER |
-                           PLAN_KERNEL_EXTFS | PLAN_INSTANCE | PLAN_JOIN;
+                           PLAN_KERNEL_EXTFS | PLAN_GROUPS | PLAN_INSTANCE | PLAN_JOIN;
     const struct config *c = &l->config;
     if ((plan->spaces & ~spaces) || (plan->flags & ~flags) ||
         plan->fuse_count > LIMIT_FUSE_DEVICES || plan->group_count > LIMIT_GROUPS ||
@@ -106,7 +106,8 @@ int policy_plan(const struct launch *l, const struct container_plan *plan) {
     /* Root's payload in a namespace of its own may gain what that namespace has. */
     bool root_inside = l->flow == FLOW_USERNS && l->uid == 0;
     if (plan->uid != l->uid || plan->gid != l->gid || plan->group_count != 0 ||
-        plan->flags & PLAN_SETUID || (!(plan->flags & PLAN_NO_NEW_PRIVS) && !root_inside))
+        plan->flags & (PLAN_SETUID | PLAN_GROUPS) ||
+        (!(plan->flags & PLAN_NO_NEW_PRIVS) && !root_inside))
         return ERR_REFUSED;
     if (l->flow == FLOW_USERNS)
         return ERR_OK;

@@ -29,6 +29,13 @@ PREFIX = "instance://"
 _SHELLS = (b"/bin/sh", b"/bin/bash")
 _WHERE = "While setting image/instance: "
 _RUNSCRIPT = b"/.singularity.d/runscript"
+# What these promise would not hold; other options that shape a container are without effect here,
+# as they are with Apptainer.
+_REFUSED = (
+    "security", "apply_cgroups", "memory", "memory_reservation", "memory_swap", "cpus", "cpu_shares",
+    "cpuset_cpus", "cpuset_mems", "pids_limit", "blkio_weight", "blkio_weight_device",
+    "oom_kill_disable",
+)  # fmt: skip
 
 
 class BadDirectory(LaunchError):
@@ -39,6 +46,13 @@ class BadDirectory(LaunchError):
 
 class NotStarted(LaunchError):
     message = "{text}"
+
+
+class OfTheInstance(LaunchError):
+    """An option that would have to change what is there already."""
+
+    message = "--{option} is for the start of an instance, and cannot be given to who joins it"
+    hint = "give it to `instance start`"
 
 
 class Joined:
@@ -128,6 +142,9 @@ def prepare(context: PrepareContext, flags: int, caps: Capabilities) -> Joined:
     assert action is not None
     if action.oci:
         raise LaunchError(text="instances cannot be joined with --oci: leave it out")
+    for option in _REFUSED:
+        if getattr(action, option) != action._defaults[option]:
+            raise OfTheInstance(option=option.replace("_", "-"))
     name = instances.check_name(action.image.removeprefix(PREFIX), _WHERE)
     owner = instances.owner(facts.uid)
     found = instances.find(owner, name)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from apptainer_py.engines.apptainer.joining import Joined
     from apptainer_py.engines.apptainer.layers import Shown
     from apptainer_py.engines.apptainer.limits import Limits
+    from apptainer_py.engines.apptainer.network import Networks
+    from apptainer_py.engines.apptainer.security import Security
     from apptainer_py.image.detect import OpenImage
     from apptainer_py.model.plan import Mount
     from apptainer_py.model.request import ActionRequest
@@ -85,6 +87,7 @@ class Prepared:
 
     __slots__ = (
         "drivers",
+        "filter",
         "fuse",
         "fuse_count",
         "hostname",
@@ -94,6 +97,7 @@ class Prepared:
         "limits",
         "links",
         "mounts",
+        "networks",
         "offset",
         "read_only_root",
         "service",
@@ -113,6 +117,7 @@ class Prepared:
         self.offset = 0
         self.size_bytes = 0
         self.fuse = False
+        self.filter: list[bytes] = []
         self.fuse_count = 0
         self.shown: list[Shown] = []
         self.layer = protocol.LAYERKIND_OVERLAY
@@ -124,6 +129,7 @@ class Prepared:
         self.hostname = ""
         self.limits: Limits | None = None
         self.janitor: Janitor | None = None
+        self.networks: Networks | None = None
         self.shim = False
         self.session_mib = 0
         self.service: Service | None = None
@@ -149,17 +155,20 @@ def prepare(context: PrepareContext) -> Prepared:
         facts.configuration = {**facts.configuration, **_OF_BUILDS}
     policy.check_directives(facts.configuration, action)
     check_options(action, facts)
+    networks = None
     if wants_network(action):
         from apptainer_py.engines.apptainer import network
 
-        network.judge(action, facts)
+        networks = network.judge(action, facts)
     limits = find_limits(action, context)
+    security = read_security(action, facts)
     image = open_file(action)
     try:
         policy.check_image(facts, image)
         prepared = Prepared(image)
         prepared.limits = limits
-        return judge(prepared, action, context)
+        prepared.networks = networks
+        return judge(prepared, action, context, security)
     except policy.NotPermitted:
         context.record_refusal(image.realpath)
         raise
@@ -181,7 +190,9 @@ def prepare_join(context: PrepareContext) -> Joined:
     return joining.prepare(context, flags, caps)
 
 
-def judge(prepared: Prepared, action: ActionRequest, context: PrepareContext) -> Prepared:
+def judge(
+    prepared: Prepared, action: ActionRequest, context: PrepareContext, security: Security | None
+) -> Prepared:
     """Choose root, layer, namespaces, mounts and process of an image that may be run."""
     facts = context.facts
     action = choose_drivers(prepared, action, context)
@@ -199,21 +210,23 @@ def judge(prepared: Prepared, action: ActionRequest, context: PrepareContext) ->
 
         prepared.service = Service(action, context, prepared.image.realpath)
         context.streams = prepared.service.streams
+    plan = ContainerPlan(
+        image=prepared.image.realpath,
+        uid=facts.uid,
+        gid=facts.gid,
+        spaces=spaces,
+        flags=flags,
+        caps=choose_capabilities(action, facts),
+    )
+    if security is not None:
+        from apptainer_py.engines.apptainer.security import apply
+
+        plan = apply(security, plan, prepared, action, facts)
     binds = mounts.plan(prepared, action, context)
     environment = environ.collect(action, context.environment)
     add_variables(prepared, environment)
     context.tell_start(process.spec(action, context, prepared, environment, binds))
-    context.plan(
-        ContainerPlan(
-            image=prepared.image.realpath,
-            uid=facts.uid,
-            gid=facts.gid,
-            spaces=spaces,
-            flags=flags,
-            fuse_count=prepared.fuse_count,
-            caps=choose_capabilities(action, facts),
-        )
-    )
+    context.plan(plan.replace(fuse_count=prepared.fuse_count))
     return prepared
 
 
@@ -247,6 +260,15 @@ def check_options(action: ActionRequest, facts: Facts) -> None:
             from apptainer_py.engines.apptainer import capabilities
 
             raise capabilities.RootOnly(option="--" + option.replace("_", "-"))
+
+
+def read_security(action: ActionRequest, facts: Facts) -> Security | None:
+    """Return what --security asks for; None, at no cost, where it is not given."""
+    if not action.security:
+        return None
+    from apptainer_py.engines.apptainer import security
+
+    return security.read(action.security, facts)
 
 
 def wants_drivers(action: ActionRequest, configuration: Mapping[str, object]) -> bool:
@@ -418,7 +440,7 @@ def first_process(action: ActionRequest, spaces: int) -> int:
 
 def wants_network(action: ActionRequest) -> bool:
     """Return whether the container is to have a network of its own."""
-    return action.net or bool(action.network)
+    return action.net or bool(action.network) or bool(action.network_args)
 
 
 def check_hostname(name: str) -> str:
