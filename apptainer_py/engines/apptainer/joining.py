@@ -32,8 +32,8 @@ _RUNSCRIPT = b"/.singularity.d/runscript"
 # What these promise would not hold; other options that shape a container are without effect here,
 # as they are with Apptainer.
 _REFUSED = (
-    "security", "apply_cgroups", "memory", "memory_reservation", "memory_swap", "cpus", "cpu_shares",
-    "cpuset_cpus", "cpuset_mems", "pids_limit", "blkio_weight", "blkio_weight_device",
+    "security", "apply_cgroups", "memory", "memory_reservation", "memory_swap", "cpus",
+    "cpu_shares", "cpuset_cpus", "cpuset_mems", "pids_limit", "blkio_weight", "blkio_weight_device",
     "oom_kill_disable",
 )  # fmt: skip
 
