@@ -126,7 +126,7 @@ int op_session(struct rpc *r, const struct op_request *q, struct op_reply *a, in
     if (l->flow == FLOW_SETUID && most != 0 && (size == 0 || size > most))
         return ERR_REFUSED;
     bool ramfs = config_enum(&l->config, CONFIG_MEMORY_FS_TYPE) == MEMORY_FS_RAMFS &&
-                 l->flow != FLOW_USERNS;
+                 l->flow != FLOW_USERNS && !fakeroot_wanted(l);
     /* SAFE: new memory in a private namespace; the administrator bounds its size. */
     int fs = sys_fsopen(ramfs ? "ramfs" : "tmpfs");
     if (fs < 0)
@@ -162,11 +162,13 @@ int op_root_fuse(struct rpc *r, const struct op_request *q, struct op_reply *a, 
         return answer(a, ERR_MOUNT, errno);
     (void)set_string(fs, "source", "squashfuse_ll");
     (void)set_string(fs, "rootmode", "40000");
-    if (set_number(fs, "fd", (uint64_t)device) < 0 || set_number(fs, "user_id", l->uid) < 0 ||
-        set_number(fs, "group_id", l->gid) < 0)
+    bool inner = fakeroot_wanted(l);
+    if (set_number(fs, "fd", (uint64_t)device) < 0 ||
+        set_number(fs, "user_id", inner ? 0 : l->uid) < 0 ||
+        set_number(fs, "group_id", inner ? 0 : l->gid) < 0)
         return answer(a, ERR_MOUNT, errno);
     /* In a user namespace this would shut the master out, which stays outside of it. */
-    if (l->flow != FLOW_USERNS && set_flag(fs, "allow_other") < 0)
+    if (l->flow != FLOW_USERNS && !inner && set_flag(fs, "allow_other") < 0)
         return answer(a, ERR_MOUNT, errno);
     /* SAFE: the server is the user's and what it says not trusted: nosuid, nodev, read-only. */
     int mount_fd = make_mount(fs, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_RDONLY);
@@ -231,7 +233,7 @@ int op_root_squashfs(struct rpc *r, const struct op_request *q, struct op_reply 
     int code = ERR_OK;
     if (no_fields_but(q, 0, 4, true, false) < 0)
         return ERR_MALFORMED;
-    if (!(l->plan.flags & PLAN_KERNEL_IMAGE) || l->flow == FLOW_USERNS)
+    if (!(l->plan.flags & PLAN_KERNEL_IMAGE) || l->flow == FLOW_USERNS || fakeroot_wanted(l))
         return ERR_REFUSED;
     int image = open_judged(q, O_RDONLY, a, &code);
     if (image < 0)
@@ -310,6 +312,9 @@ int op_root_directory(struct rpc *r, const struct op_request *q, struct op_reply
     int image = open_judged(q, O_RDONLY | O_DIRECTORY, a, &code);
     if (image < 0)
         return code;
+    /* Inside, the owner of a file is whoever the caller's ranges make of it. */
+    if (l->flow == FLOW_SETUID && fakeroot_wanted(l) && policy_limits_images(l))
+        return ERR_OWNER;
     if (l->flow == FLOW_SETUID && (code = policy_image(l, image)) != ERR_OK)
         return code;
     if (fstat(image, &st) < 0 || stat("/", &host) < 0 ||
@@ -413,7 +418,7 @@ static int overlay_writable(const struct rpc *r) {
         set_layer(fs, "upperdir", r->places[PLACE_UPPER]) < 0 ||
         set_layer(fs, "workdir", r->places[PLACE_WORK]) < 0)
         return -1;
-    if (r->launch->flow == FLOW_USERNS)
+    if (r->launch->flow == FLOW_USERNS || fakeroot_wanted(r->launch))
         (void)set_flag(fs, "userxattr");
     const struct raised *raised = privs_raise(CAP_BIT(CAP_SYS_ADMIN) | CAP_BIT(CAP_DAC_OVERRIDE));
     /* SAFE: the layer below checks every access again with the user's rights; upper and work are
@@ -582,7 +587,7 @@ int op_mount(struct rpc *r, const struct op_request *q, struct op_reply *a, int 
     if (fs >= 0 && q->num[0] == KERNELFS_DEVPTS) {
         (void)set_string(fs, "mode", "0620");
         (void)set_string(fs, "ptmxmode", "0666");
-        if (l->flow != FLOW_USERNS && q->num[1] < 65536)
+        if (l->flow != FLOW_USERNS && !fakeroot_wanted(l) && q->num[1] < 65536)
             (void)set_number(fs, "gid", q->num[1]);
     } else if (fs >= 0 && q->num[0] == KERNELFS_TMPFS) {
         uint64_t most = config_uint(&l->config, CONFIG_SESSIONDIR_MAX_SIZE);
