@@ -253,6 +253,8 @@ def place_all(installation: Installation, built: Path, *, setuid: bool) -> None:
         if source.is_file():
             name = source.relative_to(CHECKOUT / "etc")
             installation.place_config(source, f"{installation.sysconfdir}/{name}")
+    # Who changes capability.json locks this; a lock that users could open would let them wait.
+    installation.place(os.devnull, f"{installation.sysconfdir}/.capability.lock", 0o600)
     libexec = installation.libexec
     installation.directory(f"{libexec}/session")
     # Not readable: so the image server stays non-dumpable although it runs as the user.

@@ -24,6 +24,8 @@ def run(parsed: Parsed) -> int:
     Raises:
         ApptainerError: it cannot be done.
     """
+    if parsed.command == "capability" and not parsed.help:
+        raise UsageError(text="invalid command")
     if parsed.help or (parsed.command in GROUPS):
         from apptainer_py.cli import help as texts
 
@@ -128,6 +130,32 @@ def _sif_dump(parsed: Parsed) -> int:
     return 0
 
 
+def _capability_change(parsed: Parsed) -> int:
+    from apptainer_py.verbs import capability
+
+    change = capability.add if parsed.command == "capability add" else capability.drop
+    user, group = str(parsed.options["user"]), str(parsed.options["group"])
+    for warning in change(parsed.arguments[0], user=user, group=group):
+        log.warning(warning)
+    return 0
+
+
+def _capability_list(parsed: Parsed) -> int:
+    from apptainer_py.verbs import capability
+
+    name = parsed.arguments[0] if parsed.arguments else None
+    sys.stdout.write(capability.listing(name, as_json=bool(parsed.options["json"])))
+    return 0
+
+
+def _capability_avail(parsed: Parsed) -> int:
+    from apptainer_py.verbs import capability
+
+    names = "".join(parsed.arguments)
+    sys.stdout.write(capability.avail(names, as_json=bool(parsed.options["json"])))
+    return 0
+
+
 def _config_global(parsed: Parsed) -> int:
     from apptainer_py.verbs import config
 
@@ -174,6 +202,10 @@ def _config_show(parsed: Parsed) -> int:
 
 _COMMANDS: dict[str, Callable[[Parsed], int]] = {
     "buildcfg": _buildcfg,
+    "capability add": _capability_change,
+    "capability avail": _capability_avail,
+    "capability drop": _capability_change,
+    "capability list": _capability_list,
     "completion bash": _completion,
     "completion fish": _completion,
     "completion zsh": _completion,

@@ -48,6 +48,15 @@ _ABOUT = {
     "sif header": "Prints the global header of a SIF image.",
     "sif info": "Prints what the table of a SIF image says about one data object.",
     "sif dump": "Writes the content of one data object to stdout.",
+    "capability": "Grants capabilities to users and groups, takes them back and shows them. A "
+    "payload gets what its user was granted and asks for (--add-caps). Some capabilities are as "
+    "good as root's password: grant them to people who may be root.",
+    "capability add": "Grants capabilities, separated by commas, to a user or a group; `all` means "
+    "each of them.",
+    "capability drop": "Takes capabilities, separated by commas, from a user or a group; `all` "
+    "means each of them.",
+    "capability avail": "Says what capabilities allow: all of them, or those that are named.",
+    "capability list": "Shows what users and groups were granted: all of them, or one.",
     "config": "Reads, checks and changes the administrator's configuration file.",
     "config global": "Reads or changes one directive of the configuration file; a directive that "
     "may stand several times has all its values separated by commas.",

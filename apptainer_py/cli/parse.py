@@ -124,7 +124,7 @@ def _check_count(command: str, rest: list[str]) -> None:
         text = f"requires at least {least} arg(s), only received {got}"
     elif least == most:
         text = f"accepts {least} arg(s), received {got}"
-    elif least == 0:
+    elif least == 0 and not command.startswith("capability "):
         text = f"accepts at most {most} arg(s), received {got}"
     else:
         text = f"accepts between {least} and {most} arg(s), received {got}"

@@ -47,6 +47,7 @@ _SIF: Final = ("sif list", "sif header", "sif info", "sif dump")
 
 _OCI_MAKE: Final = ("oci create", "oci run")
 _OCI_ONE: Final = ("oci kill",)
+_GRANTING: Final = ("capability add", "capability drop")
 
 PREFIXES: Final = ("APPTAINER_", "SINGULARITY_")
 
@@ -150,6 +151,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "mount a FUSE file system: type:command mountpoint"),
     ("get", "g", BOOL, False, (), ("config global",), SUPPORTED,
      "print the value of a directive"),
+    ("group", "g", STRING, "", ("CAP_GROUP",), _GRANTING, SUPPORTED,
+     "group whose capabilities change"),
     ("helpfile", "H", BOOL, False, (), ("inspect",), SUPPORTED,
      "show the help text of the image"),
     ("home", "H", STRING, "", ("HOME",), _ALL, SUPPORTED,
@@ -165,7 +168,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
     ("ipc", "i", BOOL, False, ("IPC", "UNSHARE_IPC"), _ALL, SUPPORTED,
      "a new IPC namespace"),
     ("json", "j", BOOL, False, (),
-     ("inspect", "sif list", "config check", "config show"), SUPPORTED,
+     ("inspect", "sif list", "capability avail", "capability list", "config check",
+      "config show"), SUPPORTED,
      "print JSON in place of text"),
     ("keep-privs", "", BOOL, False, ("KEEP_PRIVS",), _ALL, SUPPORTED,
      "let root keep its capabilities in the container (root only)"),
@@ -298,6 +302,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "unpack the image to a directory first"),
     ("user", "", STRING, "", (), ("config show",), SUPPORTED,
      "show what applies to this user"),
+    ("user", "u", STRING, "", ("CAP_USER",), _GRANTING, SUPPORTED,
+     "user whose capabilities change"),
     ("userns", "u", BOOL, False, ("USERNS", "UNSHARE_USERNS"), _ALL, SUPPORTED,
      "a new user namespace, without the setuid starter"),
     ("uts", "", BOOL, False, ("UTS", "UNSHARE_UTS"), _ALL, SUPPORTED,
@@ -337,7 +343,14 @@ COMMANDS: Final[tuple[Command, ...]] = (
     ("build", "<image> <spec>", 2, 2, REFUSED, "Build an image"),
     ("buildcfg", "[parameter]", 0, 1, SUPPORTED, "Print the paths that are compiled in"),
     ("cache", "", 0, -1, REFUSED, "Manage the cache of fetched images"),
-    ("capability", "", 0, -1, REFUSED, "Manage capabilities of users and groups"),
+    ("capability", "<command>", 0, -1, SUPPORTED, "Manage capabilities of users and groups"),
+    ("capability add", "[add options...] <capabilities>", 1, 1, SUPPORTED,
+     "Grant capabilities to a user or group (root only)"),
+    ("capability avail", "[capabilities]", 0, 1, SUPPORTED, "Say what capabilities allow"),
+    ("capability drop", "[drop options...] <capabilities>", 1, 1, SUPPORTED,
+     "Take capabilities from a user or group (root only)"),
+    ("capability list", "[user/group]", 0, 1, SUPPORTED,
+     "Show what users and groups were granted"),
     ("checkpoint", "", 0, -1, REFUSED, "Manage checkpoints of containers"),
     ("completion", "", 0, -1, SUPPORTED, "Print a completion script for a shell"),
     ("completion bash", "", 0, 0, SUPPORTED, "Print the completion script for bash"),
@@ -420,7 +433,7 @@ INTERSPERSED: Final = (
     "oci update",
 )  # fmt: skip
 # Groups that explain themselves when the command after them is missing or unknown.
-GROUPS: Final = ("sif", "config", "completion", "oci")
+GROUPS: Final = ("sif", "config", "capability", "completion", "oci")
 
 # `name:` without slashes is a transport only if it is one of these (uri.Split of Apptainer).
 TRANSPORTS: Final = (

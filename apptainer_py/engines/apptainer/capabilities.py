@@ -8,6 +8,7 @@ import stat
 from apptainer_py.base import log
 from apptainer_py.base.build import SYSCONFDIR
 from apptainer_py.base.errors import ApptainerError, ConfigError
+from apptainer_py.base.files import read_at_most
 from apptainer_py.model import protocol
 
 TYPE_CHECKING = False
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 NAMES = tuple(protocol.CAPABILITY_NAMES.values())
 ALL = (1 << len(NAMES)) - 1
 FILE = f"{SYSCONFDIR}/capability.json"
-_FILE_BYTES = 1 << 16  # CONFIG_FILE_BYTES, to which C holds it too
+FILE_BYTES = 1 << 16  # CONFIG_FILE_BYTES, to which C holds it too
 
 
 class RootOnly(ApptainerError):
@@ -44,7 +45,7 @@ def parse_names(text: str, doing: str) -> int:
     return mask
 
 
-def _read_file() -> bytes:
+def read_file() -> bytes:
     """Return the administrator's capability.json; nothing where there is none.
 
     Raises:
@@ -56,11 +57,11 @@ def _read_file() -> bytes:
         return b""
     except OSError as error:
         raise ConfigError(file=FILE, reason=(error.strerror or "unreadable").lower()) from None
-    with open(fd, "rb") as source:
-        facts = os.fstat(fd)
-        if facts.st_uid != 0 or facts.st_mode & 0o022 or not stat.S_ISREG(facts.st_mode):
-            raise ConfigError(file=FILE, reason="must be owned by root and writable by nobody else")
-        return source.read(_FILE_BYTES)
+    facts = os.fstat(fd)
+    if facts.st_uid != 0 or facts.st_mode & 0o022 or not stat.S_ISREG(facts.st_mode):
+        os.close(fd)
+        raise ConfigError(file=FILE, reason="must be owned by root and writable by nobody else")
+    return read_at_most(fd, FILE_BYTES)
 
 
 def _members(value: object) -> tuple[tuple[str, object], ...]:
@@ -70,7 +71,7 @@ def _members(value: object) -> tuple[tuple[str, object], ...]:
     return value or ()
 
 
-def _entries(text: bytes) -> list[tuple[str, str, list[str]]]:
+def entries(text: bytes) -> list[tuple[str, str, list[str]]]:
     """Return (section, name, capabilities) for each entry; starter/grants.c reads the same form.
 
     Raises:
@@ -83,8 +84,10 @@ def _entries(text: bytes) -> list[tuple[str, str, list[str]]]:
     found = []
     try:
         for section, names in _members(json.loads(text, object_pairs_hook=tuple)):
+            if section not in ("users", "groups"):
+                raise TypeError
             for name, words in _members(names):
-                if section not in ("users", "groups") or not isinstance(words, list | None):
+                if not isinstance(words, list | None):
                     raise TypeError
                 found.append((section, name, [str(word) for word in words or []]))
     except (ValueError, TypeError, RecursionError):
@@ -102,7 +105,7 @@ def _allowed(uid: int, gids: list[int]) -> int:
     except KeyError:
         user = ""
     mask = 0
-    for section, name, words in _entries(_read_file()):
+    for section, name, words in entries(read_file()):
         if section == "users":
             ours = name == user
         else:

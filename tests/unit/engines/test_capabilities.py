@@ -76,7 +76,7 @@ GRANTS = {
     ],
 )
 def test_the_file(monkeypatch: pytest.MonkeyPatch, text: str, gids: list[int], mask: int) -> None:
-    monkeypatch.setattr(capabilities, "_read_file", text.encode)
+    monkeypatch.setattr(capabilities, "read_file", text.encode)
     assert capabilities._allowed(0, gids) == mask
 
 
@@ -86,7 +86,7 @@ def test_the_file(monkeypatch: pytest.MonkeyPatch, text: str, gids: list[int], m
      "[" * 100_000],
 )  # fmt: skip
 def test_a_file_of_another_form(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    monkeypatch.setattr(capabilities, "_read_file", text.encode)
+    monkeypatch.setattr(capabilities, "read_file", text.encode)
     with pytest.raises(ConfigError):
         capabilities._allowed(0, [0])
 
