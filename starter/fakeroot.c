@@ -1,4 +1,4 @@
-/* --fakeroot: the container is cloned with a user namespace of its own, in which the caller is root;
+/* --fakeroot: the container is cloned with a user namespace of its own, whose root the caller is;
  * keeper and all that serves it stay outside.  With ranges of subordinate ids keeper maps them, by
  * its own right or by newuidmap; without, the container maps its one id itself. */
 #include <errno.h>

@@ -1,4 +1,4 @@
-/* /etc/subuid and /etc/subgid, as text: which ids a user may have beside the own one (subuid(5)). */
+/* The text of /etc/subuid and /etc/subgid: which ids a user may have beside the own (subuid(5)). */
 #ifndef APY_SUBIDS_H
 #define APY_SUBIDS_H
 

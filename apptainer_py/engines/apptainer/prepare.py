@@ -13,6 +13,7 @@ from apptainer_py.model.plan import ContainerPlan
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from apptainer_py.engines.apptainer.fakeroot import Degree
     from apptainer_py.image.detect import OpenImage
     from apptainer_py.model.plan import Mount
     from apptainer_py.model.request import ActionRequest
@@ -51,6 +52,7 @@ class Prepared:
     """What `create_container` needs: all judgement is behind it."""
 
     __slots__ = (
+        "fakeroot",
         "fuse",
         "hostname",
         "image",
@@ -69,6 +71,7 @@ class Prepared:
 
     def __init__(self, image: OpenImage) -> None:
         self.image = image
+        self.fakeroot: Degree | None = None
         self.offset = 0
         self.size_bytes = 0
         self.fuse = False
@@ -109,25 +112,41 @@ def prepare(context: PrepareContext) -> Prepared:
 def judge(prepared: Prepared, action: ActionRequest, context: PrepareContext) -> Prepared:
     """Choose root, layer, namespaces, mounts and process of an image that may be run."""
     facts = context.facts
+    degree = choose_fakeroot(prepared, action, facts)
     choose_root(prepared, action, facts)
     choose_layer(prepared, action, facts)
     spaces, flags = choose_spaces(prepared, action, facts)
-    prepared.user = mounts.find_user(facts, action, context.environment)
+    if degree:
+        flags = degree.flags | flags & ~protocol.PLANFLAG_NO_NEW_PRIVS
+    prepared.user = mounts.find_user(facts, action, context.environment, as_root=degree is not None)
     binds = mounts.plan(prepared, action, context)
     environment = environ.collect(action, context.environment)
+    if prepared.fakeroot and prepared.fakeroot.command:
+        # What a file's owner shall be is remembered; the kernel is not even asked.
+        environment.forwarded["FAKEROOTDONTTRYCHOWN"] = "1"
     context.tell_start(process.spec(action, context, prepared, environment, binds))
     context.plan(
         ContainerPlan(
             image=prepared.image.realpath,
-            uid=facts.uid,
-            gid=facts.gid,
+            uid=0 if degree else facts.uid,
+            gid=0 if degree else facts.gid,
             spaces=spaces,
             flags=flags,
             fuse_count=1 if prepared.fuse else 0,
-            caps=choose_capabilities(action, facts),
+            caps=degree.capabilities(action) if degree else choose_capabilities(action, facts),
         )
     )
     return prepared
+
+
+def choose_fakeroot(prepared: Prepared, action: ActionRequest, facts: Facts) -> Degree | None:
+    """Return the degree of --fakeroot where it has a namespace of its own."""
+    if not action.fakeroot:
+        return None
+    from apptainer_py.engines.apptainer import fakeroot
+
+    prepared.fakeroot = fakeroot.choose(action, facts, prepared.image.kind)
+    return prepared.fakeroot if prepared.fakeroot.namespace else None
 
 
 def tell_flow(facts: Facts) -> None:
@@ -188,7 +207,9 @@ def choose_root(prepared: Prepared, action: ActionRequest, facts: Facts) -> None
         if image.kind == "sif":
             raise ImageUnusable(reason=f"no SIF writable overlay partition found in {image.path}")
         raise NotWritable(image=image.path)
-    prepared.fuse = not policy.kernel_may_mount(facts)
+    # The kernel mounts nothing by a device in a namespace of the user's.
+    in_namespace = prepared.fakeroot is not None and prepared.fakeroot.namespace
+    prepared.fuse = in_namespace or not policy.kernel_may_mount(facts)
     if prepared.fuse and not os.path.exists(IMAGE_SERVER):
         raise ServerMissing(path=IMAGE_SERVER)
 

@@ -34,7 +34,8 @@ _TTY_GROUP = 5
 _UMASK = 0o022
 # What has no meaning here, or is not built: field of the request → option.
 _REFUSED = (
-    "allow_setuid", "app", "home", "keep_privs", "no_mount", "no_pid", "underlay", "workdir",
+    "allow_setuid", "app", "fakeroot", "home", "ignore_fakeroot_command", "ignore_subuid",
+    "ignore_userns", "keep_privs", "no_mount", "no_pid", "underlay", "workdir",
     "writable",
 )  # fmt: skip
 _ACTIONS = "/.singularity.d/actions"
