@@ -11,6 +11,7 @@
 #include "steps.h"
 
 #define ROW_KEEPER(name, phase, next, times, function)
+#define ROW_JANITOR(name, phase, next, times, function)
 #define ROW_RPC(name, phase, next, times, function)
 #define ROW_INIT(name, phase, next, times, function) {OP_##name, (phase), (next), times, function},
 

@@ -316,6 +316,7 @@ static int op_container(struct keeper *k, const union keeper_request *request, s
         return code;
     close_container_ends(l);
     privs_new_keyring();
+    a->value = (uint32_t)k->container;
     return ERR_OK;
 }
 
@@ -404,6 +405,22 @@ static int op_serve_image(struct keeper *k, const union keeper_request *request,
     return ERR_OK;
 }
 
+/* JANITOR and a socket: root's launch makes what must be undone whoever dies (janitor.c). */
+static int op_janitor(struct keeper *k, const union keeper_request *request, size_t size,
+                      int passed, struct op_reply *a) {
+    struct launch *l = k->launch;
+    if (no_fields(request, size) < 0 || passed < 0)
+        return ERR_MALFORMED;
+    if (l->flow != FLOW_ROOT)
+        return ERR_REFUSED;
+    pid_t pid = janitor_start(l, k->container, passed, k->signals);
+    a->error = errno;
+    if (pid < 0)
+        return ERR_FORK;
+    a->error = 0;
+    return ERR_OK;
+}
+
 /* The setuid flow does not apply after all: no way back, then the program without the bit. */
 NO_RETURN void keeper_become_plain(struct launch *l) {
     struct target_identity target = {.uid = l->uid, .gid = l->gid, .keep_bounding = true};
@@ -441,6 +458,7 @@ typedef int (*operation)(struct keeper *, const union keeper_request *, size_t, 
                          struct op_reply *);
 
 #define ROW_INIT(name, phase, next, times, function)
+#define ROW_JANITOR(name, phase, next, times, function)
 #define ROW_KEEPER(name, phase, next, times, function) {OP_##name, phase, next, times, function},
 #define ROW_RPC(name, phase, next, times, function)
 

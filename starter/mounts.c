@@ -420,14 +420,17 @@ static int overlay_writable(const struct rpc *r) {
         return -1;
     if (r->launch->flow == FLOW_USERNS || fakeroot_wanted(r->launch))
         (void)set_flag(fs, "userxattr");
-    const struct raised *raised = privs_raise(CAP_BIT(CAP_SYS_ADMIN) | CAP_BIT(CAP_DAC_OVERRIDE));
+    /* Root of the container's own namespace has all of that anyway, and changes owners too. */
+    bool inner = fakeroot_wanted(r->launch);
+    const struct raised *raised =
+        inner ? NULL : privs_raise(CAP_BIT(CAP_SYS_ADMIN) | CAP_BIT(CAP_DAC_OVERRIDE));
     /* SAFE: the layer below checks every access again with the user's rights; upper and work are
      * this session's own. */
-    if (raised)
+    if (raised || inner)
         mount_fd = make_mount(fs, nosuid(r->launch) | MOUNT_ATTR_NODEV);
     int error = errno;
     privs_lower(raised);
-    if (!privs_raise(CAP_BIT(CAP_SYS_ADMIN)))
+    if (!inner && !privs_raise(CAP_BIT(CAP_SYS_ADMIN)))
         mount_fd = -1;
     close(fs);
     close(below);

@@ -142,9 +142,13 @@ int privs_enter_keeper(const struct launch *l) {
     return caps_set(0, l->permitted, 0);
 }
 
+/* What this process was dropped to stays effective beside what is raised: root's rpc has more. */
+static uint64_t standing;
+
 const struct raised *privs_raise(uint64_t caps) {
     static struct raised token;
     uint64_t effective, permitted, inheritable;
+    caps |= standing;
     if (caps_get(&effective, &permitted, &inheritable) < 0 || (caps & ~permitted) != 0 ||
         caps_set(caps, permitted, inheritable) < 0)
         return NULL;
@@ -245,6 +249,7 @@ int privs_drop(const struct target_identity *t) {
         return -1;
     if (prctl(PR_SET_DUMPABLE, 0) < 0)
         return -1;
+    standing = t->caps[CAP_SET_EFFECTIVE];
     return verify_drop(t);
 }
 

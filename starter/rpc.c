@@ -14,6 +14,7 @@ typedef int (*operation)(struct rpc *, const struct op_request *, struct op_repl
 #define ROW_RPC(name, phase, next, times, function)                                                \
     {OP_##name, PHASE_##phase, PHASE_##next, times, function},
 #define ROW_KEEPER(name, phase, next, times, function)
+#define ROW_JANITOR(name, phase, next, times, function)
 
 /* Which operations exist, when, how often, and where each leads: the rows of protocol.def. */
 static const struct row {

@@ -59,6 +59,9 @@ void stage_target(const struct launch *l, enum role role, struct target_identity
         if (l->plan.flags & (PLAN_WRITABLE_LAYER | PLAN_KERNEL_IMAGE))
             caps |= CAP_BIT(1) /* DAC_OVERRIDE */;
         t->caps[CAP_SET_EFFECTIVE] = CAP_BIT(21);
+        /* Root of the container's own namespace: files of the caller's ranges are its own. */
+        if (fakeroot_wanted(l))
+            caps = t->caps[CAP_SET_EFFECTIVE] = privs_last_cap_mask();
         t->caps[CAP_SET_PERMITTED] = t->caps[CAP_SET_BOUNDING] = caps;
         t->no_new_privs = false;
         break;
@@ -78,7 +81,7 @@ void stage_target(const struct launch *l, enum role role, struct target_identity
         break;
     case ROLE_READER:
         t->keep_bounding = true; /* a child of rpc, which cannot trim; no_new_privs makes it void */
-        t->caps[CAP_SET_BOUNDING] = CAP_BIT(21);
+        t->caps[CAP_SET_BOUNDING] = l->flow == FLOW_ROOT ? l->permitted : CAP_BIT(21);
         break;
     case ROLE_IMAGE_SERVER:
         /* A caller without that right cannot trim it; no_new_privs makes it void. */
@@ -93,8 +96,11 @@ void stage_target(const struct launch *l, enum role role, struct target_identity
     default:
         break;
     }
-    if (l->flow == FLOW_ROOT && l->uid == 0 && (role == ROLE_MASTER || role == ROLE_HOST_HELPER)) {
-        /* root's own hooks keep root's rights: there is nobody above to protect. */
+    if (l->flow == FLOW_ROOT && l->uid == 0 && !(fakeroot_wanted(l) && role == ROLE_RPC) &&
+        (role == ROLE_MASTER || role == ROLE_HOST_HELPER || role == ROLE_RPC)) {
+        /* root's own hooks keep root's rights: there is nobody above to protect.  So does whoever
+         * mounts for root, who may bind what is closed to others and copies files up as their
+         * owners'. */
         for (int set = 0; set < CAP_SETS; set++)
             t->caps[set] = set == CAP_SET_INHERITABLE || set == CAP_SET_AMBIENT ? 0 : l->permitted;
         t->keep_bounding = true;

@@ -248,6 +248,9 @@ void bearer_dismiss(const struct launch *l);
 MUST_USE int bearer_ask(const struct launch *l, const char *path, char *const argv[],
                         char *const envp[]);
 
+/* janitor.c: undoes what outlives a launch of root's */
+MUST_USE pid_t janitor_start(struct launch *l, pid_t container, int socket, int signals);
+
 /* shim.c */
 NO_RETURN void shim_main(struct launch *l, pid_t rpc, pid_t stage2);
 

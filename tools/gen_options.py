@@ -41,6 +41,8 @@ MEANINGS = {
     "ignore-subuid": "OPT_IGNORE_SUBUID",
     "ignore-userns": "OPT_IGNORE_USERNS",
     "ipc": "OPT_IPC",
+    "net": "OPT_UNFORESEEN",
+    "network": "OPT_UNFORESEEN",
     "no-init": "OPT_NO_INIT",
     "no-pid": "OPT_NO_PID",
     "no-privs": "OPT_UNFORESEEN",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from apptainer_py.model.plan import Mount
+    from apptainer_py.runtime.janitor import Janitor
 
 _KERNEL_FS = {
     "proc": protocol.KERNELFS_PROC,
@@ -51,9 +52,10 @@ def refused(what: str, code: int, error: int) -> StarterRefused:
 class Mounting:
     """The two channels to the starter, as `create_container` may use them."""
 
-    __slots__ = ("_flight", "_keeper_fd", "_rpc_fd")
+    __slots__ = ("_flight", "_keeper_fd", "_rpc_fd", "container_pid")
 
-    def __init__(self, keeper_fd: int, rpc_fd: int) -> None:
+    def __init__(self, keeper_fd: int, rpc_fd: int, container_pid: int = 0) -> None:
+        self.container_pid = container_pid
         self._keeper_fd = keeper_fd
         self._rpc_fd = rpc_fd
         self._flight: list[tuple[str, Callable[[int, int], None] | None]] = []
@@ -132,6 +134,12 @@ class Mounting:
             raise StarterGone(what=what)
         if code != protocol.ERR_OK:
             raise refused(what, code, error)
+
+    def janitor(self) -> Janitor:
+        """Start the process that undoes what outlives this launch; only root's may have one."""
+        from apptainer_py.runtime.janitor import Janitor
+
+        return Janitor(self._keeper_fd, self.container_pid)
 
     def root_fuse(self, device: int, what: str) -> int:
         """Mount the served image; returns a descriptor of its root."""

@@ -179,13 +179,14 @@ class Master:
             raise KeeperGone(what=what) from None
         self._reply(what, refused)
 
-    def _reply(self, what: str, refused: Callable[[str, int, int], LaunchError]) -> None:
+    def _reply(self, what: str, refused: Callable[[str, int, int], LaunchError]) -> int:
         try:
-            _, code, error, _ = _starter.receive_reply(self.keeper_fd)
+            code, error, value, _ = _starter.receive_answer(self.keeper_fd)
         except (EOFError, OSError):
             raise KeeperGone(what=what) from None
         if code != protocol.ERR_OK:
             raise refused(what, code, error)
+        return value
 
     def ask_for_container(self, context: PrepareContext) -> None:
         """Have keeper judge the plan and clone the container."""
@@ -213,7 +214,7 @@ class Master:
             )
         except OSError:
             raise KeeperGone(what=what) from None
-        self._reply(what, refused)
+        self.container_pid = self._reply(what, refused)
 
     def start_stage2(self, context: PrepareContext) -> None:
         """Give stage 2 its message, in a file of its own: it may be longer than a frame."""
@@ -227,7 +228,7 @@ class Master:
         """Run the remaining hooks; the payload's status is keeper's business."""
         from apptainer_py.runtime.mounting import Mounting
 
-        mounting = Mounting(self.keeper_fd, self.info["rpc_fd"])
+        mounting = Mounting(self.keeper_fd, self.info["rpc_fd"], self.container_pid)
         create = CreateContext(self.facts, mounting, self.info["methods_fd"])
         try:
             _starter.run_hook(

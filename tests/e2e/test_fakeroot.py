@@ -37,7 +37,16 @@ def own(require_root) -> Iterator[Installation]:
 
 @pytest.fixture(scope="module")
 def tree(own) -> Path:
-    return images.small_tree(images.shared_folder())
+    """A sandbox of the user's, with an account beside root's."""
+    place = images.shared_folder() / "fakeroot"
+    if not place.exists():
+        source = images.small_tree(images.shared_folder())
+        shutil.copytree(source, place, symlinks=True)
+        with (place / "etc/passwd").open("a") as accounts:
+            accounts.write("apt:x:42:43:apt:/:/bin/sh\n")
+        ids = f"{own.user.pw_uid}:{own.user.pw_gid}"
+        subprocess.run(["chown", "-hR", ids, place], check=True)
+    return place
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +60,7 @@ def dynamic(own) -> Iterator[Path]:
     place = Path(tempfile.mkdtemp(prefix="apptainer-py-dynamic-", dir="/var/tmp"))
     for name in ("bin", "usr/bin", "etc", "dev", "proc", "sys", "tmp", "var/tmp", "root", "home"):
         (place / name).mkdir(parents=True)
-    for name in ("sh", "bash", "cat", "chown", "env", "getopt", "id", "mknod", "rm", "sed",
+    for name in ("sh", "bash", "cat", "chown", "cut", "env", "getopt", "id", "mknod", "rm", "sed",
                  "stat", "touch", "tr", "faked-sysv"):  # fmt: skip
         program = Path(shutil.which(name) or "").resolve()
         shutil.copy(program, place / "usr/bin" / name)
@@ -73,6 +82,7 @@ def dynamic(own) -> Iterator[Path]:
 def shared(own) -> Iterator[Path]:
     """A directory of the user's, below /tmp, which containers see."""
     place = Path(tempfile.mkdtemp(dir="/tmp"))
+    place.chmod(0o755)
     os.chown(place, own.user.pw_uid, own.user.pw_gid)
     yield place
     shutil.rmtree(place)
@@ -136,7 +146,8 @@ def test_files_of_other_ids(own, tree, shared, flow):
         cd {shared}; touch a; mkdir d; touch d/b; busybox=/bin/busybox
         $busybox chown 42:43 a; $busybox chown -R 65534:65534 d; $busybox chmod 4755 a
         stat -c %u:%g a d/b
-        $busybox start-stop-daemon -S -q -p /none -c 42:43 -x /bin/sh -- -c 'id -u; id -g; echo x >a'
+        $busybox start-stop-daemon -S -q -p /none -c 42:43 -x /bin/sh \
+            -- -c 'id -u; id -g; echo x >a'
         $busybox chown 0:0 d/b d"""
     words = ["exec", "-f", *FLOWS[flow], tree, "sh", "-c", script]
     done = launch(own, *words, files=both(range_of(own)))
@@ -146,9 +157,12 @@ def test_files_of_other_ids(own, tree, shared, flow):
     assert (shared / "d/b").stat().st_uid == own.user.pw_uid
 
 
-def test_another_user_inside_reads_the_image(own, sif):
+def test_another_user_inside_reads_the_image(own, sif, shared):
+    accounts = shared / "passwd"
+    accounts.write_text("root:x:0:0::/root:/bin/sh\napt:x:42:43::/:/bin/sh\n")
     script = "/bin/busybox start-stop-daemon -S -q -p /none -c 42 -x /bin/cat -- /etc/test-release"
-    done = launch(own, "exec", "-f", sif, "sh", "-c", script, files=both(range_of(own)))
+    words = ["exec", "-f", "-B", f"{accounts}:/etc/passwd", sif, "sh", "-c", script]
+    done = launch(own, *words, files=both(range_of(own)))
     assert done.stdout == "a small tree\n", done.stderr
 
 
@@ -169,7 +183,17 @@ def test_writable_tmpfs_and_sandbox(own, tree):
 
 
 def test_dropped_capabilities(own, tree):
-    words = ["exec", "-f", "--drop-caps", "chown,kill", tree, "grep", "Cap", "/proc/self/status"]
+    words = [
+        "exec",
+        "-f",
+        "--drop-caps",
+        "chown,kill",
+        tree,
+        "busybox",
+        "grep",
+        "Cap",
+        "/proc/self/status",
+    ]
     found = status(launch(own, *words, files=both(range_of(own))).stdout)
     assert {int(words[0], 16) for words in found.values()} == {ALL & ~0b100001}
     words[2:4] = ["--no-privs"]

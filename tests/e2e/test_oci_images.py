@@ -237,7 +237,8 @@ def test_the_variable_asks_for_it_too(run: Run, image: str) -> None:
     [
         (("run", "--oci", "docker://busybox"), "`docker:` is not supported yet"),
         (("run", "oci:/nowhere"), "not supported yet without --oci"),
-        (("exec", "--dns", "192.0.2.1", "IMAGE", "true"), "`--dns` is not supported yet"),
+        (("exec", "--oci", "--memory", "1m", "IMAGE", "true"), "`--memory` is not supported with"),
+        (("exec", "--oci", "--cpu-shares", "2", "IMAGE", "true"), "`--cpu-shares` is not"),
         (("run", "--oci", "--writable", "IMAGE"), "`--writable` is not supported with --oci"),
         (("run", "--oci", "--net", "IMAGE"), "--net needs --network none"),
         (("run", "--oci", "/nowhere"), "could not open image /nowhere"),

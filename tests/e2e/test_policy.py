@@ -720,7 +720,6 @@ OPTIONS = {
     ("--netns-path", "/run/netns/x"): ("allow netns paths",),
     ("--nv",): ("use nvidia-container-cli",),
     ("--nvccli",): ("use nvidia-container-cli",),
-    ("--memory", "1G"): ("systemd cgroups",),
 }  # fmt: skip
 VALUES = {
     "enable fusemount": ("yes", "no"),
@@ -731,7 +730,6 @@ VALUES = {
     "cni plugin path": ("/opt/cni",),
     "allow netns paths": ("/run/netns/x",),
     "use nvidia-container-cli": ("yes", "no"),
-    "systemd cgroups": ("yes", "no"),
 }
 
 
@@ -747,6 +745,18 @@ def test_options_that_are_not_built(own, image, options):
             assert "not supported yet" in done.stderr, done.stderr
             assert len([x for x in done.stderr.splitlines() if x.startswith("FATAL")]) == 1
             ran(own.run("exec", image.sif, "true"))
+
+
+@covers("systemd cgroups")
+def test_systemd_cgroups(own, image):
+    """Without systemd a user has none; root has the kernel's whatever the value."""
+    running = Path("/run/systemd/system").is_dir()
+    yes = "cgroups v2" if running else "systemd not running as init on this host"
+    for value, text in (("yes", yes), ("no", "require 'systemd cgroups' to be enabled")):
+        own.configure(f"systemd cgroups = {value}")
+        refused(own.run("exec", "--memory", "1G", image.sif, "true"), text)
+        ran(own.run("exec", image.sif, "true"))
+        ran(own.run("exec", "--memory", "1G", image.sif, "true", root=True))
 
 
 @covers("suidbinary path", "mksquashfs procs", "mksquashfs mem", "download concurrency",

@@ -87,10 +87,21 @@ def make_images(folder: Path) -> dict[str, Path]:
     return found
 
 
-def make_place(folder: Path, user: pwd.struct_passwd) -> dict[str, str]:
-    """Fill a folder with what the table names; return the names."""
+def shared_names(folder: Path, user: pwd.struct_passwd) -> dict[str, str]:
+    """Make what is only read, once for all; return the names."""
     names = {name: str(path) for name, path in make_images(folder).items()}
-    home = folder / "place"
+    _give(Path(names["sandbox"]), user)
+    names["home"], names["user"] = user.pw_dir, user.pw_name
+    return names
+
+
+def _give(top: Path, user: pwd.struct_passwd) -> None:
+    for path in [top, *top.rglob("*")]:
+        os.chown(path, user.pw_uid, user.pw_gid, follow_symlinks=False)
+
+
+def make_place(home: Path, shared: dict[str, str], user: pwd.struct_passwd) -> dict[str, str]:
+    """Fill a folder with what the lines of one worker may write to; return all names."""
     for name in ("work", "data/inner", "other", "away"):
         (home / name).mkdir(parents=True)
     _write(home / "data/file", "content of file\n")
@@ -100,12 +111,7 @@ def make_place(folder: Path, user: pwd.struct_passwd) -> dict[str, str]:
     _write(home / "env", "# comment\nexport EF1=one\nEF2='two words'\nEF3=$EF1/three\nEF4=$HOME\n")
     _write(home / "env2", "EF1=later\n")
     (home / "work/link").symlink_to("../data")
-    names.update(
-        {name: str(home / name) for name in ("work", "data", "other", "away", "env", "env2")}
-    )
-    names["place"], names["home"], names["user"] = str(home), user.pw_dir, user.pw_name
-    for path in [home, *home.rglob("*")]:
-        os.chown(path, user.pw_uid, user.pw_gid, follow_symlinks=False)
-    for name in ("sandbox", "linked"):
-        subprocess.run(["chown", "-hR", f"{user.pw_uid}:{user.pw_gid}", names[name]], check=True)
-    return names
+    shutil.copytree(shared["linked"], home / "linked", symlinks=True)
+    _give(home, user)
+    folders = ("work", "data", "other", "away", "env", "env2", "linked")
+    return {**shared, **{name: str(home / name) for name in folders}, "place": str(home)}

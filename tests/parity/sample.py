@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable
 
 Table = dict[str, tuple[str, str, frozenset[str]]]
-_SAID = ("FATAL:", "ERROR:", "WARNING:")
+Restrictions = tuple[tuple[str, tuple[str, ...], str], ...]
+_SAID = ("FATAL:", "ERROR:", "WARNING:", "Error")
 # The real one's clean-up is noisy after a failure (facts, appendix A 4).
 _NOISE = ("Cleanup error", "Terminating squashfuse", "Timeouts can be caused")
 _FLAGS = ("ro", "nosuid", "nodev", "noexec")
@@ -20,6 +21,39 @@ def said(stderr: str) -> list[str]:
             continue
         lines.append(" ".join(line.replace("apptainer-py", "apptainer").split()))
     return sorted(set(lines))
+
+
+PARTS = ("status", "limits", "mountinfo", "environ")
+# What a process gets from whoever starts it; the rest of the file is its own affair.
+_STATUS = frozenset(
+    "Umask Uid Gid Groups NSpid SigBlk SigIgn CapInh CapPrm CapEff CapBnd CapAmb NoNewPrivs "
+    "Seccomp Seccomp_filters Cpus_allowed_list Mems_allowed_list".split()
+)
+
+
+def process(status: str) -> dict[str, str]:
+    """Return what /proc/self/status says of identity, rights and signals."""
+    found = {}
+    for line in status.splitlines():
+        name, _, value = line.partition(":")
+        if name == "NSpid":
+            found[name] = f"{len(value.split())} deep"
+        elif name in _STATUS:
+            found[name] = " ".join(value.split())
+    return found
+
+
+def payload(stdout: str) -> dict[str, object]:
+    """Return what the files of PAYLOAD say, by aspect; nothing where it did not run."""
+    parts = dict(zip(PARTS, re.split(r"^==\n", stdout, flags=re.MULTILINE)[1:], strict=False))
+    if len(parts) < len(PARTS):
+        return {"stdout": stdout}
+    return {
+        "process": process(parts["status"]),
+        "limits": parts["limits"],
+        "mounts": mounts(parts["mountinfo"].splitlines()),
+        "environ": variables(parts["environ"].replace("\0", "\n")),
+    }
 
 
 # The real one adds its own search directories to what the caller had.
@@ -50,9 +84,6 @@ def mounts(mountinfo: Iterable[str]) -> Table:
     return table
 
 
-_KERNELS_OWN = ("sysfs", "proc", "mqueue", "devpts")
-
-
 def _root(fs: str, root: str, point: str) -> str:
     """Return the root path of a mount, without the names of the session directory."""
     # resolv.conf is the host's own file here, so that the host's later changes are seen; the real
@@ -62,24 +93,19 @@ def _root(fs: str, root: str, point: str) -> str:
     return root
 
 
-def unexplained(ours: Table, real: Table) -> dict[str, tuple[object, object]]:
-    """Return the mounts that differ, but for restrictions that only we have.
-
-    Ours are nosuid and nodev everywhere (the real one leaves /dev, and in a user namespace all
-    binds, as they are), noexec where the kernel shows nothing but its own, and the root is
-    mounted read-only, not only a read-only overlay.
-    """
+def unexplained(
+    ours: Table, real: Table, restrictions: Restrictions
+) -> dict[str, tuple[object, object]]:
+    """Return the mounts that differ, but for restrictions that only we have."""
     found: dict[str, tuple[object, object]] = {}
     for point in sorted({*ours, *real}):
         mine, theirs = ours.get(point), real.get(point)
         if mine is None or theirs is None:
             found[point] = (mine, theirs)
             continue
-        allowed = {"nosuid", "nodev"}
-        if mine[0] in _KERNELS_OWN:
-            allowed.add("noexec")
-        if point == "/":
-            allowed.add("ro")
+        allowed = {
+            flag for flag, where, _ in restrictions if not where or {mine[0], point} & {*where}
+        }
         same_fs = mine[0] == theirs[0] or point == "/etc/resolv.conf"
         same_root = _root(mine[0], mine[1], point) == _root(theirs[0], theirs[1], point)
         if not (same_fs and same_root and theirs[2] <= mine[2] <= theirs[2] | allowed):

@@ -1,46 +1,31 @@
 """The command lines that both programs run, and every difference that is meant, with its reason.
 
-`{name}` in a line stands for a path of place.py.  A line runs in the setuid flow and again with
-`-u`, unless `flows` says otherwise.  `differs` names what may differ (status, stdout, said,
-mounts) and why; a test fails where such a difference is gone.
+What a line is: rows.py. The tables of flags and of commands without a container: table_flags.py.
+To add lines, add a group to GROUPS; groups that QUICK does not name run with ./check --all.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from tests.parity.rows import (
+    BOTH,
+    ROOT,
+    SETUID,
+    USERNS,
+    Case,
+    environment,
+    mounted,
+    payload,
+)
+from tests.parity.table_flags import BAD, OUTSIDE, SPELLINGS
 
-SETUID, USERNS = "setuid", "userns"
-BOTH = (SETUID, USERNS)
 NO_PID = "--no-pid does what its help says"
 SCRATCH = "a scratch directory without a slash lies below the root"
 BETTER = "the lines before the mistake count, and a warning names what is left out"
 LAYER = "the kernel's overlay, where the real one starts fuse-overlayfs"
 LEVEL = "bash counts SHLVL wherever it is the image's /bin/sh"
+GROUP = "root's group, which the image has, is not listed twice"
+INH = "a change to another user would take them along"
 HELP = "the help texts are our own"
-
-
-@dataclass(frozen=True)
-class Case:
-    """One command line; `form` says how its output is read."""
-
-    line: str
-    form: str = "text"
-    env: dict[str, str] = field(default_factory=dict)
-    stdin: str = ""
-    cwd: str = "{work}"
-    umask: int = 0o022
-    flows: tuple[str, ...] = BOTH
-    differs: dict[str, str] = field(default_factory=dict)
-
-
-def environment(line: str, **options: object) -> Case:
-    return Case(line, form="env", **options)  # type: ignore[arg-type]
-
-
-def mounted(options: str, image: str = "{sif}", **more: object) -> Case:
-    line = f"exec {options} {image} cat /proc/self/mountinfo"
-    return Case(line, form="mounts", **more)  # type: ignore[arg-type]
-
 
 IMAGES = [
     *(
@@ -206,7 +191,10 @@ ENVIRONMENT = [
 
 FILES = [
     *(
-        Case(f"exec {{{image}}} cat /etc/{name}")
+        Case(
+            f"exec {{{image}}} cat /etc/{name}",
+            differs={"stdout@root": GROUP} if name == "group" else {},
+        )
         for image in ("sif", "plain")
         for name in ("passwd", "group", "hosts", "resolv.conf")
     ),
@@ -217,7 +205,7 @@ FILES = [
     Case("exec {sif} sh -c 'cd; pwd; echo $HOME'"),
     *(
         Case(
-            "exec {sif} sh -c 'umask; touch $HOME/.u; stat -c %a $HOME/.u; rm $HOME/.u'",
+            "exec {sif} sh -c 'umask; touch $HOME/.u$$; stat -c %a $HOME/.u$$; rm $HOME/.u$$'",
             umask=umask,
         )
         for umask in (0o022, 0o077, 0o002)
@@ -396,10 +384,16 @@ FLAGS = [
             "devpts",
         )
     ),
-    Case("exec --add-caps CAP_NET_RAW {sif} sh -c 'grep Cap /proc/self/status'"),
+    Case(
+        "exec --add-caps CAP_NET_RAW {sif} sh -c 'grep Cap /proc/self/status'",
+        differs={"stdout@root": INH},
+    ),
     Case("exec --add-caps CAP_FOO {sif} true"),
-    Case("exec --drop-caps CAP_NET_RAW {sif} sh -c 'grep Cap /proc/self/status'"),
-    Case("exec {sif} sh -c 'grep -e Cap -e NoNewPrivs -e Groups /proc/self/status'"),
+    Case("exec --drop-caps CAP_NET_RAW {sif} sh -c 'grep Cap /proc/self/status'", flows=BOTH),
+    Case(
+        "exec {sif} sh -c 'grep -e Cap -e NoNewPrivs -e Groups /proc/self/status'",
+        differs={"stdout@root": INH},
+    ),
     Case("exec --keep-privs {sif} true"),
     Case("exec --no-privs {sif} sh -c 'grep Cap /proc/self/status'"),
     Case("exec --allow-setuid {sif} true"),
@@ -422,8 +416,8 @@ MOUNTS = [
         "-c --no-mount devpts", "-c --no-mount dev", "-c --no-mount tmp,home",
         "-c -B /dev/full", "-B /dev/full:/mnt/full",
     )),
-    mounted("--writable-tmpfs", differs={"stdout": LAYER}),
-    mounted("--compat", differs={"stdout": LAYER}),
+    mounted("--writable-tmpfs", differs={"mounts": LAYER}),
+    mounted("--compat", differs={"mounts": LAYER}),
     mounted("-w", "{linked}"),
     mounted("--underlay -B {data}:/new/deep", differs={"said": "a warning has a prefix"}),
     mounted("", cwd="{data}/inner"),
@@ -431,12 +425,41 @@ MOUNTS = [
     mounted("", cwd="/srv"),
 ]  # fmt: skip
 
-# The environment does not depend on the flow: the images alone are asked in both.
-ENVIRONMENT = [
-    replace(case, flows=BOTH if case.line.endswith("} env") and not case.env else (SETUID,))
-    for case in ENVIRONMENT
-]
+PROCESS = [
+    *(payload(options) for options in (
+        "", "-e", "-c", "-C", "-p", "-p --no-init", "-i", "--uts", "-p -i --uts",
+        "--hostname box", "--no-umask", "--no-privs", "--no-home", "--no-pid -C",
+        "--drop-caps CAP_CHOWN,sys_resource", "--drop-caps all", "-B {data}:/mnt", "-W {away} -c",
+        "-S /scr", "-H {other}:/h", "--no-eval", "--app foo", "--pwd /etc", "--cwd /tmp",
+        "--env A=1,B=2", "--env-file {env}", "--no-mount tmp,home", "--no-mount bind-paths",
+        "--no-init", "--no-nv", "--no-rocm", "--mount type=bind,src={data},dst=/mnt",
+    )),
+    *(payload("", f"{{{name}}}") for name in ("zstd", "squash", "sandbox", "plain", "dash")),
+    payload("-w", "{linked}"),
+    payload("--compat", differs={"mounts": LAYER}),
+    payload("--underlay", differs={"said": "a warning has a prefix"}),
+    payload("", umask=0o077),
+    payload("-e", env={"APPTAINERENV_X": "y", "Z": "1"}),
+]  # fmt: skip
+
 GROUPS = {
     "images": IMAGES, "status": STATUS, "environment": ENVIRONMENT, "files": FILES,
-    "directory": DIRECTORY, "binds": BINDS, "flags": FLAGS, "mounts": MOUNTS,
+    "directory": DIRECTORY, "binds": BINDS, "flags": FLAGS, "mounts": MOUNTS, "process": PROCESS,
+    "spellings": SPELLINGS, "bad": BAD, "outside": OUTSIDE,
 }  # fmt: skip
+# These groups run by default, in this flow; the others take minutes.
+QUICK = frozenset({("process", SETUID), ("process", USERNS), ("images", SETUID), ("bad", SETUID)})
+WITHOUT_CONTAINER = ("inspect", "sif", "config", "version", "buildcfg", "help", "completion")
+# What differs in every line: flow ("" for each), field of /proc/self/status, reason.
+EVERYWHERE: tuple[tuple[str, str, str], ...] = (
+    (ROOT, "CapInh", INH),
+    (ROOT, "CapAmb", INH),
+)
+KERNELS_OWN = ("sysfs", "proc", "mqueue", "devpts")
+# Restrictions that only we have: flag, file systems or a mount point ("" for any), reason.
+RESTRICTIONS: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    ("nosuid", (), "the real one leaves /dev, and in a user namespace all binds, as they are"),
+    ("nodev", (), "the real one leaves /dev, and in a user namespace all binds, as they are"),
+    ("noexec", KERNELS_OWN, "the kernel shows nothing there but its own"),
+    ("ro", ("/",), "the root is mounted read-only, not only a read-only overlay"),
+)

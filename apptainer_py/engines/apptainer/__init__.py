@@ -47,7 +47,10 @@ class Apptainer(Operations):
         start.start(context)
 
     def cleanup_container(self, context: CleanupContext) -> None:
-        """Nothing outlives the container: its mounts die with their namespace."""
+        """Mounts die with their namespace; what else there is, the janitor undoes."""
+        janitor = self.prepared.janitor if self.prepared is not None else None
+        if janitor is not None:
+            janitor.end(wait=context.status is not None)
 
 
 register_operations("apptainer", Apptainer)

@@ -67,10 +67,27 @@ class Creation:
             raise self.mount_failed(error) from None
         if self.prepared.hostname:
             self.mounting.hostname(self.prepared.hostname)
+        if self.prepared.limits is not None:
+            self.limit()
         self.mounting.pivot()
         for fd in (self.session, self.root, self.final):
             os.close(fd)
         os.close(self.prepared.image.fd)
+
+    def limit(self) -> None:
+        """Put the container into control groups, which the janitor removes in the end."""
+        from apptainer_py.engines.apptainer import limits
+
+        prepared = self.prepared
+        assert prepared.limits is not None
+        self.mounting.settle()
+        if prepared.limits.rootless:
+            limits.apply(prepared.limits, self.mounting.container_pid, None, shim=prepared.shim)
+            return
+        if prepared.janitor is None:
+            prepared.janitor = self.mounting.janitor()
+        janitor = prepared.janitor
+        limits.apply(prepared.limits, janitor.container_pid, janitor, shim=prepared.shim)
 
     # ---- the image ----
 

@@ -138,6 +138,8 @@ def _place(result: Environment, name: str, value: str) -> None:
         result.injected[name] = value
     elif name:
         log.verbose(f"Environment variable {name} is not forwarded: no shell can hold that name")
+    else:
+        log.warning(f"Ignore environment variable ={value}: variable name missing")
 
 
 def _read_env_file(path: str, home: str) -> dict[str, str]:

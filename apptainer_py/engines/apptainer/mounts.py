@@ -80,11 +80,11 @@ def find_user(
                 f"elements: {len(fields)}"
             )
         source = fields[0]
-        target = fields[1] if len(fields) == 2 else os.path.abspath(source)
+        target = fields[-1]
     if not os.path.isabs(target):
         raise LaunchError(
-            text=f"container creation failed: failed to add {source} as session directory: path "
-            f"{target} is not an absolute path"
+            text=f"container creation failed: failed to add {os.path.abspath(source)} as session "
+            f"directory: path {os.path.normpath(target)} is not an absolute path"
         )
     if any(mark in target for mark in "\n:"):
         raise LaunchError(text="home must be an absolute path, without ':' and line breaks")
@@ -365,8 +365,11 @@ def _kernel(p: _Plan) -> None:
         else:
             p.bind("/proc", "/proc", KERNEL, create="directory")
     if p.wanted("sys", "mount sys"):
+        # The kernel shows a network's devices in sysfs only to who owns the network.
+        own = p.action.net or p.action.network
         degree = p.prepared.fakeroot
-        if p.facts.flow == protocol.FLOW_USERNS or (degree is not None and degree.namespace):
+        inner = p.facts.flow == protocol.FLOW_USERNS or (degree is not None and degree.namespace)
+        if inner and not own:
             p.bind("/sys", "/sys", KERNEL, create="directory")
         else:
             p.kernel("sysfs", "/sys")
@@ -397,6 +400,11 @@ def _home(p: _Plan) -> None:
         log.warning("Not mounting home directory: it is /")
         return
     if not action.contain or action.home:
+        if action.home and os.path.isfile(user.home_source):
+            raise LaunchError(
+                text=f"container creation failed: home {user.home_source} is a file, not a "
+                "directory"
+            )
         if not os.path.isdir(user.home_source):
             log.warning(f"Not mounting home directory {user.home_source}: it does not exist")
             return
@@ -440,7 +448,12 @@ def _scratch(p: _Plan) -> None:
 
 
 def _files(p: _Plan) -> None:
-    if p.configuration["config resolv_conf"] and os.path.exists("/etc/resolv.conf"):
+    if p.action.dns:
+        from apptainer_py.engines.apptainer import network
+
+        p.staged.append(("file", "files/resolv.conf", network.resolv_conf(p.action.dns), 0o644))
+        p.session("files/resolv.conf", "/etc/resolv.conf", FILES, create="file", required=False)
+    elif p.configuration["config resolv_conf"] and os.path.exists("/etc/resolv.conf"):
         p.bind("/etc/resolv.conf", "/etc/resolv.conf", FILES, create="file")
     if p.prepared.hostname:
         p.staged.append(("file", "files/hostname", (p.prepared.hostname + "\n").encode(), 0o644))

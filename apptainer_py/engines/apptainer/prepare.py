@@ -14,12 +14,29 @@ from apptainer_py.model.plan import ContainerPlan
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from apptainer_py.engines.apptainer.fakeroot import Degree
+    from apptainer_py.engines.apptainer.limits import Limits
     from apptainer_py.image.detect import OpenImage
     from apptainer_py.model.plan import Mount
     from apptainer_py.model.request import ActionRequest
     from apptainer_py.runtime.contexts import Facts, PrepareContext
+    from apptainer_py.runtime.janitor import Janitor
 
 IMAGE_SERVER = f"{build.LIBEXECDIR}/bin/squashfuse_ll"
+
+# Options that limit resources, and what each is where it is not given.
+_LIMITS = (
+    ("blkio_weight", 0),
+    ("blkio_weight_device", ()),
+    ("cpu_shares", -1),
+    ("cpus", ""),
+    ("cpuset_cpus", ""),
+    ("cpuset_mems", ""),
+    ("memory", ""),
+    ("memory_reservation", ""),
+    ("memory_swap", ""),
+    ("oom_kill_disable", False),
+    ("pids_limit", 0),
+)
 
 
 class ImageUnusable(LaunchError):
@@ -56,11 +73,14 @@ class Prepared:
         "fuse",
         "hostname",
         "image",
+        "janitor",
         "layer",
+        "limits",
         "mounts",
         "offset",
         "read_only_root",
         "session_mib",
+        "shim",
         "size_bytes",
         "staged",
         "underlay_allowed",
@@ -80,6 +100,9 @@ class Prepared:
         self.mounts: list[Mount] = []
         self.staged: list[tuple[str, str, str | bytes, int]] = []
         self.hostname = ""
+        self.limits: Limits | None = None
+        self.janitor: Janitor | None = None
+        self.shim = False
         self.session_mib = 0
         self.writable_root = False
         self.read_only_root = True
@@ -100,10 +123,17 @@ def prepare(context: PrepareContext) -> Prepared:
     check_flow(facts)
     policy.check_directives(facts.configuration, action)
     check_options(action, facts)
+    if wants_network(action):
+        from apptainer_py.engines.apptainer import network
+
+        network.judge(action, facts)
+    limits = find_limits(action, context)
     image = open_file(action)
     try:
         policy.check_image(facts, image)
-        return judge(Prepared(image), action, context)
+        prepared = Prepared(image)
+        prepared.limits = limits
+        return judge(prepared, action, context)
     except policy.NotPermitted:
         context.record_refusal(image.realpath)
         raise
@@ -118,6 +148,7 @@ def judge(prepared: Prepared, action: ActionRequest, context: PrepareContext) ->
     spaces, flags = choose_spaces(prepared, action, facts)
     if degree:
         flags = degree.flags | flags & ~protocol.PLANFLAG_NO_NEW_PRIVS
+    prepared.shim = bool(flags & protocol.PLANFLAG_SHIM)
     prepared.user = mounts.find_user(facts, action, context.environment, as_root=degree is not None)
     binds = mounts.plan(prepared, action, context)
     environment = environ.collect(action, context.environment)
@@ -181,6 +212,16 @@ def check_options(action: ActionRequest, facts: Facts) -> None:
             raise capabilities.RootOnly(option="--" + option.replace("_", "-"))
 
 
+def find_limits(action: ActionRequest, context: PrepareContext) -> Limits | None:
+    """Return what the container is limited to, if any limit is asked for."""
+    given = {name: value for name, unset in _LIMITS if (value := getattr(action, name)) != unset}
+    if not given and not action.apply_cgroups:
+        return None
+    from apptainer_py.engines.apptainer import limits
+
+    return limits.find(action, context.facts, context.environment, given)
+
+
 def open_file(action: ActionRequest) -> OpenImage:
     """Open the image once; everything later goes through that descriptor."""
     try:
@@ -236,14 +277,14 @@ def choose_layer(prepared: Prepared, action: ActionRequest, facts: Facts) -> Non
     configuration = facts.configuration
     overlay, underlay = configuration["enable overlay"], configuration["enable underlay"]
     prepared.underlay_allowed = underlay != "no"
-    if action.writable_tmpfs:
+    if action.writable_tmpfs and action.writable:
+        log.warning("Disabling --writable-tmpfs flag, mutually exclusive with --writable")
+    if action.writable_tmpfs and not action.writable:
         if overlay == "no":
             raise policy.NotPermitted(
                 text="--writable-tmpfs requires 'enable overlay', but set to 'no' by administrator"
             )
         prepared.layer = protocol.LAYERKIND_OVERLAY_TMPFS
-        if action.writable:
-            raise LaunchError(text="cannot use --writable-tmpfs in conjunction with --writable")
     elif action.writable:
         prepared.layer = protocol.LAYERKIND_NONE
     elif action.underlay or underlay == "preferred":
@@ -270,10 +311,11 @@ def choose_spaces(prepared: Prepared, action: ActionRequest, facts: Facts) -> tu
         (action.pid, protocol.SPACE_PID, "pid"),
         (action.ipc, protocol.SPACE_IPC, "ipc"),
         (action.uts or bool(action.hostname), protocol.SPACE_UTS, "uts"),
+        (wants_network(action), protocol.SPACE_NET, ""),
     ):
         if not wanted:
             continue
-        if not facts.configuration[f"allow {name} ns"]:
+        if name and not facts.configuration[f"allow {name} ns"]:
             log.warning(f"Not virtualizing {name} namespace by configuration")
             continue
         spaces |= bit
@@ -290,6 +332,11 @@ def choose_spaces(prepared: Prepared, action: ActionRequest, facts: Facts) -> tu
     if action.hostname and spaces & protocol.SPACE_UTS:
         prepared.hostname = check_hostname(action.hostname)
     return spaces, flags
+
+
+def wants_network(action: ActionRequest) -> bool:
+    """Return whether the container is to have a network of its own."""
+    return action.net or bool(action.network)
 
 
 def check_hostname(name: str) -> str:

@@ -235,8 +235,8 @@ class Manager:
         """Return the name of the systemd unit that holds the container, "" if there is none."""
         return ""
 
-    def create(self, pid: int = 0) -> None:
-        """Make the groups; `pid` is the process that systemd, if that makes them, begins with.
+    def create(self, pid: int = 0, *others: int) -> None:
+        """Make the groups; `pid` and `others` are who systemd, if that makes them, begins with.
 
         Raises:
             CgroupError: one cannot be made, or is in use already; none of ours is left then.
@@ -384,7 +384,7 @@ class Manager:
 class Disabled(Manager):
     """No control groups at all: the container stays in its caller's."""
 
-    def create(self, pid: int = 0) -> None:
+    def create(self, pid: int = 0, *others: int) -> None:
         """Make nothing."""
 
     def apply(self, resources: dict[str, Any], *, devices: bool = True) -> None:

@@ -231,7 +231,7 @@ class Unit(Manager):
         """Return the unit's name."""
         return self.name
 
-    def create(self, pid: int = 0) -> None:
+    def create(self, pid: int = 0, *others: int) -> None:
         """Have systemd start the unit with a process in it, and make the groups that it leaves out.
 
         Raises:
@@ -241,14 +241,14 @@ class Unit(Manager):
         # A scope cannot be empty; the process that will clone the container's first is there.
         if not pid and _starter.in_stage():
             pid = _starter.stage()["init_pid"]
-        self._with_systemd("start", self._properties(pid))
+        self._with_systemd("start", self._properties(pid, *others))
         try:
             self.inner.make_groups()
         except BaseException:
             self._with_systemd("stop")
             raise
 
-    def _properties(self, pid: int) -> list[Property]:
+    def _properties(self, pid: int, *others: int) -> list[Property]:
         parent = _parent(self.wish, rootless=self.rootless)
         is_slice = self.name.endswith(".slice")
         found: list[Property] = [("Description", ("s", f"libcontainer container {self.wish.path}"))]
@@ -258,7 +258,7 @@ class Unit(Manager):
             found.append(("Slice", ("s", parent)))
             found.append(("Delegate", ("b", True)))
             if pid:
-                found.append(("PIDs", ("au", [pid])))
+                found.append(("PIDs", ("au", [pid, *others])))
         accounting = "IOAccounting" if self.is_v2 else "BlockIOAccounting"
         for name in ("MemoryAccounting", "CPUAccounting", accounting, "TasksAccounting"):
             found.append((name, ("b", True)))

@@ -44,7 +44,7 @@ NO_UNIFIED = "invalid configuration: cannot use unified on cgroup v1"
 class V1(Manager):
     """A directory in each hierarchy; `paths` has cgroup2's, where there is one, under ""."""
 
-    def create(self, pid: int = 0) -> None:
+    def create(self, pid: int = 0, *others: int) -> None:
         """Make a directory in each hierarchy, and what must be set before a process joins."""
         self.check_unused()
         self.make_groups()

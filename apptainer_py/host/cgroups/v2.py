@@ -44,7 +44,7 @@ class V2(Manager):
         """The directory, "" where it could not be made."""
         return self.paths.get("", "")
 
-    def create(self, pid: int = 0) -> None:
+    def create(self, pid: int = 0, *others: int) -> None:
         """Make the directory and those above it, with all controllers that can be had there."""
         self.check_unused()
         self.make_groups()

@@ -1,0 +1,161 @@
+"""The control groups of a container: which are wanted, who may have them, and its way into them."""
+
+from __future__ import annotations
+
+import os
+
+from apptainer_py.base import log
+from apptainer_py.base.errors import LaunchError
+from apptainer_py.model import protocol
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from apptainer_py.host.cgroups import Manager
+    from apptainer_py.model.request import ActionRequest
+    from apptainer_py.runtime.contexts import Facts
+    from apptainer_py.runtime.janitor import Janitor
+
+_RUNNING = "/run/systemd/system"
+
+
+class NoGroups(LaunchError):
+    """This caller, or this machine, cannot have control groups for a container."""
+
+    message = (
+        "container creation failed: while applying cgroups config: cannot use cgroups - {reason}"
+    )
+
+
+class NotApplied(LaunchError):
+    """The kernel, or systemd, refuses a limit."""
+
+    message = "container creation failed: while applying cgroups config: {reason}"
+
+
+class Limits:
+    """What one container is limited to; `kind` is who makes its groups."""
+
+    __slots__ = ("bus", "kind", "resources", "rootless")
+
+    def __init__(self, resources: dict[str, Any], kind: str, bus: str, *, rootless: bool) -> None:
+        self.resources = resources
+        self.kind = kind
+        self.bus = bus
+        self.rootless = rootless
+
+
+def find(
+    action: ActionRequest, facts: Facts, environment: Mapping[str, str], flags: dict[str, Any]
+) -> Limits:
+    """Return the limits that a command line asks for; `flags` are those that it gave.
+
+    Raises:
+        LimitWrong: one of them is none.
+        NoGroups: the caller cannot have any.
+    """
+    from apptainer_py.host.cgroups import limits
+
+    if action.apply_cgroups:
+        if flags:
+            text = "cannot apply a cgroups TOML file while using limit flags"
+            raise limits.LimitWrong(text=text)
+        resources = _checked(action.apply_cgroups, limits.read_file(action.apply_cgroups))
+        resources = limits.with_devices(resources)
+    else:
+        resources = limits.from_flags(action.asdict(), os.cpu_count() or 1)
+    return _with_manager(resources, facts, environment)
+
+
+def _checked(path: str, found: dict[str, Any]) -> dict[str, Any]:
+    """Return the file's keys that mean something; a wrong type or number is refused."""
+    from apptainer_py.engines.oci.keys import RESOURCES, ConfigWrong, check_keys
+    from apptainer_py.host.cgroups.limits import LimitWrong
+
+    for key in sorted(set(found) - set(RESOURCES)):
+        log.warning(f"{path}: {key} is unknown and ignored")
+    for key, inner in found.items():
+        shape = RESOURCES.get(key)
+        if isinstance(shape, dict) and isinstance(inner, dict) and "" in shape:
+            for name in sorted(set(inner) - set(shape)):
+                log.warning(f"{path}: {key}.{name} is unknown and ignored")
+    try:
+        check_keys(found, RESOURCES)
+    except ConfigWrong as error:
+        raise LimitWrong(text=f"{path}: {error}") from None
+    return found
+
+
+def _with_manager(
+    resources: dict[str, Any], facts: Facts, environment: Mapping[str, str]
+) -> Limits:
+    running = os.path.isdir(_RUNNING)
+    wanted = bool(facts.configuration["systemd cgroups"])
+    if facts.flow == protocol.FLOW_ROOT:
+        kind = "systemd" if wanted and running else "cgroupfs"
+        return Limits(resources, kind, "", rootless=False)
+    if not wanted:
+        raise NoGroups(
+            reason="rootless cgroups require 'systemd cgroups' to be enabled in apptainer-py.conf"
+        )
+    if not running:
+        raise NoGroups(
+            reason="cannot use systemd cgroups manager, systemd not running as init on this host"
+        )
+    from apptainer_py.host.cgroups.tree import find_tree
+
+    if not find_tree().unified_only:
+        raise NoGroups(reason="rootless cgroups require cgroups v2")
+    for name in ("XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS"):
+        if not environment.get(name):
+            raise NoGroups(reason=f"{name} is not set: log in as this user, or set it")
+    bus = environment["DBUS_SESSION_BUS_ADDRESS"]
+    return Limits(resources, "systemd", bus, rootless=True)
+
+
+def apply(limits: Limits, pid: int, janitor: Janitor | None, *, shim: bool) -> None:
+    """Make the groups and put the container's processes in; the one that mounts stays outside.
+
+    Raises:
+        NotApplied: a limit cannot be set.
+    """
+    from apptainer_py.host.cgroups import find_manager
+    from apptainer_py.host.cgroups.driver import CgroupError
+    from apptainer_py.model.oci_plan import CgroupWish
+
+    systemd = limits.kind == "systemd"
+    # Below the caller's own groups: whatever limits those still limits the container.
+    wish = CgroupWish(
+        path=f"{pid}" if systemd else f"apptainer-py-{pid}",
+        resources=limits.resources,
+        scope_prefix="apptainer-py" if systemd else "",
+        slice_parent=("user.slice" if limits.rootless else "system.slice") if systemd else "",
+    )
+    try:
+        manager = find_manager(limits.kind, wish, rootless=limits.rootless, bus=limits.bus)
+        for directory in manager.directories() if janitor else ():
+            janitor.group(directory)  # type: ignore[union-attr]
+        _enter(manager, pid, shim=shim)
+        manager.apply(limits.resources, devices=not limits.rootless)
+    except CgroupError as error:
+        raise NotApplied(reason=str(error)) from None
+
+
+def _enter(manager: Manager, pid: int, *, shim: bool) -> None:
+    """Move the first process, then stage 2: what the first one forks from then on is inside too.
+
+    With a shim, stage 2 is its second child; the first is the process that mounts.
+    """
+    others = _second_children(pid) if shim else []
+    manager.create(pid, *others)
+    inside = set(manager.pids())
+    for one in (pid, *(_second_children(pid) if shim else ())):
+        if one not in inside:
+            manager.add(one)
+
+
+def _second_children(pid: int) -> list[int]:
+    with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as children:
+        return [int(child) for child in children.read().split()[1:]]
