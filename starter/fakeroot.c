@@ -33,8 +33,8 @@ static void close_fd(int *fd) {
 
 /* ---- the FUSE device ---- */
 
-/* The kernel lets a namespace mount FUSE by a device that was opened inside, where nobody can pass
- * over the mode of /dev/fuse.  A node of our own, in memory that has no name, can be opened there. */
+/* The kernel lets a namespace mount FUSE by a device that was opened inside, where nobody passes
+ * over the mode of /dev/fuse.  A node of our own, in nameless memory, can be opened there. */
 static int make_node(const struct launch *l) {
     const struct raised *raised = privs_raise(CAP_BIT(CAP_SYS_ADMIN) | CAP_BIT(CAP_MKNOD) |
                                               CAP_BIT(CAP_CHOWN) | CAP_BIT(CAP_DAC_OVERRIDE));

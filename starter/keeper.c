@@ -698,7 +698,7 @@ static void drop_and_go(struct keeper *k) {
     struct target_identity target = {.uid = l->uid, .gid = l->gid, .no_new_privs = true};
     if (k->phase != RUN)
         return;
-    /* Outside of the container's namespace there is no right to trim; no_new_privs makes it void. */
+    /* Outside of the container's namespace it cannot be trimmed; no_new_privs makes it void. */
     target.keep_bounding = l->flow == FLOW_USERNS && fakeroot_wanted(l);
     step_begin(STEP_DROP_KEEPER);
     /* SAFE: irrevocable and verified, before the payload may exist. */

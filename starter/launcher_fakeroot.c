@@ -1,5 +1,5 @@
-/* Which flow --fakeroot needs: with ranges of subordinate ids the setuid starter maps them; a single
- * id anybody may map; without user namespaces there is only the fakeroot command. */
+/* Which flow --fakeroot needs: ranges of subordinate ids the setuid starter maps, a single id
+ * anybody may map; without user namespaces there is only the fakeroot command. */
 #include <fcntl.h>
 #include <pwd.h>
 #include <sched.h>

@@ -75,7 +75,7 @@ def parse_line(line: str) -> Entry | None:
 def read(path: str) -> list[Entry]:
     """Return the ranges of a file; none where it cannot be read."""
     try:
-        data = read_at_most(os.open(path, os.O_RDONLY | os.O_CLOEXEC), _FILE_BYTES)
+        data = read_at_most(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), _FILE_BYTES)
     except OSError:
         return []
     lines = data.decode("utf-8", "surrogateescape").split("\n")

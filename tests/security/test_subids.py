@@ -12,7 +12,10 @@ from tests import images, own_install
 from tests.e2e.subids import both, launch, range_of
 from tests.own_install import Installation
 
-REFUSED = "FATAL:   cannot make the container: /etc/subuid or /etc/subgid has no range"
+REFUSED = (
+    "FATAL:   container creation failed: cannot make the container: /etc/subuid or /etc/subgid has "
+    "no range"
+)
 IDS = ("cat", "/proc/self/uid_map", "/proc/self/gid_map")
 FLOWS = {"setuid": (), "userns": ("-u",)}
 
