@@ -77,7 +77,7 @@ static bool whole_grant(const struct container_plan *plan) {
 static int fakeroot_plan(const struct launch *l, const struct container_plan *plan) {
     const struct config *c = &l->config;
     if (plan->uid != 0 || plan->gid != 0 || plan->group_count != 0 ||
-        plan->flags & (PLAN_SETUID | PLAN_KERNEL_IMAGE | PLAN_METHODS))
+        plan->flags & (PLAN_SETUID | PLAN_KERNEL_IMAGE | PLAN_KERNEL_EXTFS | PLAN_METHODS))
         return ERR_MALFORMED;
     if (l->flow == FLOW_USERNS)
         return ERR_OK;
@@ -92,8 +92,8 @@ static int fakeroot_plan(const struct launch *l, const struct container_plan *pl
 int policy_plan(const struct launch *l, const struct container_plan *plan) {
     const uint32_t spaces = SPACE_PID | SPACE_IPC | SPACE_UTS | SPACE_NET | SPACE_CGROUP;
     const uint32_t flags = PLAN_SHIM | PLAN_WRITABLE_LAYER | PLAN_KERNEL_IMAGE | PLAN_SLAVE |
-                           PLAN_NO_NEW_PRIVS | PLAN_METHODS | PLAN_SETUID | PLAN_FAKEROOT |
-                           PLAN_SUBIDS;
+                           PLAN_NO_NEW_PRIVS | PLAN_METHODS | PLAN_SETUID | PLAN_USER_LAYER |
+                           PLAN_KERNEL_EXTFS | PLAN_FAKEROOT | PLAN_SUBIDS;
     const struct config *c = &l->config;
     if ((plan->spaces & ~spaces) || (plan->flags & ~flags) ||
         plan->fuse_count > LIMIT_FUSE_DEVICES || plan->group_count > LIMIT_GROUPS)
@@ -126,7 +126,10 @@ int policy_plan(const struct launch *l, const struct container_plan *plan) {
         plan->spaces & SPACE_CGROUP || plan->flags & PLAN_METHODS ||
         (plan->flags & PLAN_SLAVE && !config_bool(c, CONFIG_MOUNT_SLAVE)))
         return ERR_REFUSED;
-    if (plan->flags & PLAN_WRITABLE_LAYER && config_enum(c, CONFIG_ENABLE_OVERLAY) == OVERLAY_NO)
+    if (plan->flags & (PLAN_WRITABLE_LAYER | PLAN_USER_LAYER) &&
+        config_enum(c, CONFIG_ENABLE_OVERLAY) == OVERLAY_NO)
+        return ERR_REFUSED;
+    if (plan->flags & PLAN_KERNEL_EXTFS && !config_bool(c, CONFIG_ALLOW_SETUID_MOUNT_EXTFS))
         return ERR_REFUSED;
     unsigned squashfs = config_enum(c, CONFIG_ALLOW_SETUID_MOUNT_SQUASHFS);
     if (plan->flags & PLAN_KERNEL_IMAGE &&
@@ -261,11 +264,22 @@ static bool is_sif(int image_fd) {
     return got > 0 && memmem(head, (size_t)got, "SIF_MAGIC", 9) != NULL;
 }
 
+/* The magic numbers alone: what the kind allows is not the image's to say. */
+static bool is_extfs(int image_fd) {
+    unsigned char head[4], magic[2];
+    return pread(image_fd, head, sizeof(head), 0) == (ssize_t)sizeof(head) &&
+           memcmp(head, "hsqs", sizeof(head)) != 0 &&
+           pread(image_fd, magic, sizeof(magic), 1024 + 56) == (ssize_t)sizeof(magic) &&
+           magic[0] == 0x53 && magic[1] == 0xef;
+}
+
 static bool kind_permitted(const struct config *c, int image_fd, mode_t mode) {
     if (S_ISDIR(mode))
         return config_bool(c, CONFIG_ALLOW_CONTAINER_DIR);
-    return config_bool(c, is_sif(image_fd) ? CONFIG_ALLOW_CONTAINER_SIF
-                                           : CONFIG_ALLOW_CONTAINER_SQUASHFS);
+    if (is_sif(image_fd))
+        return config_bool(c, CONFIG_ALLOW_CONTAINER_SIF);
+    return config_bool(c, is_extfs(image_fd) ? CONFIG_ALLOW_CONTAINER_EXTFS
+                                             : CONFIG_ALLOW_CONTAINER_SQUASHFS);
 }
 
 /* The image as it is open, not as it is named.  Other flows ask the same, for honesty's sake. */

@@ -56,8 +56,11 @@ void stage_target(const struct launch *l, enum role role, struct target_identity
     case ROLE_RPC:
     case ROLE_METHODS: {
         uint64_t caps = CAP_BIT(21) /* SYS_ADMIN */;
-        if (l->plan.flags & (PLAN_WRITABLE_LAYER | PLAN_KERNEL_IMAGE))
+        const uint32_t layers = PLAN_WRITABLE_LAYER | PLAN_USER_LAYER;
+        if (l->plan.flags & (layers | PLAN_KERNEL_IMAGE | PLAN_KERNEL_EXTFS))
             caps |= CAP_BIT(1) /* DAC_OVERRIDE */;
+        if (l->flow == FLOW_ROOT && l->plan.flags & layers)
+            caps |= ROOT_LAYER_CAPS & l->permitted;
         t->caps[CAP_SET_EFFECTIVE] = CAP_BIT(21);
         /* Root of the container's own namespace: files of the caller's ranges are its own. */
         if (fakeroot_wanted(l))

@@ -19,6 +19,10 @@
 
 #define MUST_USE __attribute__((warn_unused_result))
 #define NO_RETURN __attribute__((noreturn))
+/* What root keeps of each file that a writable layer of its own copies up, as numbers of
+ * capabilities(7): CHOWN, DAC_READ_SEARCH, FOWNER, FSETID, MKNOD, SETFCAP. */
+#define ROOT_LAYER_CAPS                                                                            \
+    (CAP_BIT(0) | CAP_BIT(2) | CAP_BIT(3) | CAP_BIT(4) | CAP_BIT(27) | CAP_BIT(31))
 #define CAP_BIT(cap) ((uint64_t)1 << (cap))
 #define ARRAY_SIZE(a) (sizeof(a) / sizeof((a)[0]))
 
@@ -112,6 +116,8 @@ MUST_USE int privs_map_ids(pid_t pid, const char *uid_map, const char *gid_map, 
 MUST_USE int privs_map_self(uid_t uid, gid_t gid);
 void privs_show_maps(bool shown);
 MUST_USE int privs_become_inner_root(void);
+MUST_USE int privs_enter_layer_userns(void);
+MUST_USE int privs_map_layer_userns(pid_t pid);
 void privs_new_keyring(void);
 MUST_USE int privs_open_as_root(const char *path, int flags, mode_t mode);
 uint64_t privs_last_cap_mask(void);
@@ -182,16 +188,29 @@ MUST_USE int fakeroot_map(struct launch *l, pid_t container, int *error);
 void fakeroot_close(struct launch *l);
 MUST_USE int fakeroot_enter(struct launch *l);
 
-/* rpc.c, mounts.c */
+/* rpc.c, and the files with its operations: mounts.c, images.c, layers.c, underlay.c */
 NO_RETURN void rpc_main(struct launch *l);
 enum place { PLACE_ROOTFS, PLACE_FINAL, PLACE_LOWER, PLACE_UNDERLAY, PLACE_UPPER, PLACE_WORK,
              PLACE_MERGED, PLACE_COUNT };
+struct shown_image {
+    int fd;
+    bool there, writable;
+};
+struct used_layer {
+    int fd;
+    size_t image;
+    bool inside;                       /* it is the image's directory upper */
+};
 struct rpc {
     struct launch *launch;
     int session_fd, root_fd, final_fd;
+    struct shown_image images[LIMIT_IMAGES];
+    struct used_layer layers[LIMIT_IMAGES];
+    size_t layer_count, upper_image;
+    int upper_fd, work_fd, merged_fd;  /* 0: there is none */
     int places[PLACE_COUNT];           /* pinned before anybody else could replace them */
     int phase;
-    uint32_t uses[32];
+    uint32_t uses[40];
     uint32_t kernel_mounts;            /* that were asked for: a bit for each row */
     uint64_t layer_caps;
 };
@@ -199,6 +218,10 @@ int op_session(struct rpc *r, const struct op_request *q, struct op_reply *a, in
 int op_root_fuse(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
 int op_root_squashfs(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
 int op_root_directory(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
+int op_image_fuse(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
+int op_image_kernel(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
+int op_image_directory(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
+int op_image_layer(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
 int op_underlay_bind(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
 int op_layer(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
 int op_bind(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);

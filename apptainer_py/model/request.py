@@ -20,6 +20,7 @@ class Invocation(Record):
     message_level: int = 1
     colour: bool | None = None
     config_file: str = ""
+    build_config: bool = False
     trace_file: str = ""
     notes: tuple[tuple[int, str], ...] = ()
 
@@ -55,15 +56,19 @@ class ActionRequest(Invocation):
     bind: tuple[str, ...] = ()
     blkio_weight: int = 0
     blkio_weight_device: tuple[str, ...] = ()
+    cdi_dirs: tuple[str, ...] = ()
     cleanenv: bool = False
     compat: bool = False
+    compat32: bool = False
     contain: bool = False
     containall: bool = False
+    containlibs: tuple[str, ...] = ()
     cpu_shares: int = -1
     cpus: str = ""
     cpuset_cpus: str = ""
     cpuset_mems: str = ""
     cwd: str = ""
+    device: tuple[str, ...] = ()
     dns: str = ""
     drop_caps: str = ""
     env: tuple[tuple[str, str], ...] = ()
@@ -74,6 +79,7 @@ class ActionRequest(Invocation):
     ignore_fakeroot_command: bool = False
     ignore_subuid: bool = False
     ignore_userns: bool = False
+    intel_hpu: bool = False
     ipc: bool = False
     keep_privs: bool = False
     memory: str = ""
@@ -91,10 +97,14 @@ class ActionRequest(Invocation):
     no_privs: bool = False
     no_rocm: bool = False
     no_umask: bool = False
+    nv: bool = False
+    nvccli: bool = False
     oci: bool = False
     oom_kill_disable: bool = False
+    overlay: tuple[str, ...] = ()
     pid: bool = False
     pids_limit: int = 0
+    rocm: bool = False
     scratch: tuple[str, ...] = ()
     shell: str = ""
     underlay: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import tomllib
 
 import pytest
 
@@ -79,3 +80,28 @@ def test_operations_are_all_documented(repository):
     ):
         text = (repository / page).read_text()
         assert not [name for name in names if not re.search(rf"\b{name}\b", text)], page
+
+
+def flow_table(repository):
+    argv = ["/usr/bin/python3", "-I", "-B", "-c", "import sys; sys.path.insert(0, sys.argv[1]);"]
+    argv[-1] += "import flow_table; print(flow_table.replaced(open(sys.argv[2]).read()), end='')"
+    argv += [repository / "tools", repository / "README.md"]
+    return subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+
+
+def test_what_works_in_which_flow_is_what_tests_prove(repository):
+    """Each row has a line that is run in each flow, or a test; the page has these rows alone."""
+    rows = tomllib.loads((repository / "tests/flows.toml").read_text())["row"]
+    assert len(rows) >= 12
+    assert not [row["what"] for row in rows if not row.get("probes") and not row.get("tests")]
+    wrong = []
+    for name in (name for row in rows for name in row.get("tests", ())):
+        file, _, function = name.partition("::")
+        path = repository / "tests" / file
+        if not path.exists() or f"def {function}(" not in path.read_text():
+            wrong.append(name)
+    assert not wrong
+    text = (repository / "README.md").read_text()
+    assert text == flow_table(repository), (
+        "rows go into tests/flows.toml; then run: python3 tools/flow_table.py README.md"
+    )

@@ -57,6 +57,10 @@ class Creation:
         """Do the steps in their order (facts §6.3)."""
         self.session = self.mounting.session(self.prepared.session_mib)
         self.mount_root()
+        if self.prepared.shown:
+            from apptainer_py.engines.apptainer import layering
+
+            layering.show(self)
         self.stage_files()
         self.stage_accounts()
         self.stage_targets()
@@ -195,6 +199,10 @@ class Creation:
             place = self.missing_place(os.fsencode(mount.target))
             if place is not None and mount.create:
                 self.make_target(place, mount.create)
+        for text, path in self.prepared.links:
+            place = self.missing_place(os.fsencode(path))
+            if place is not None:
+                self.make_target(place, "link", os.fsencode(text))
 
     def stage_above_home(self) -> None:
         """Without a layer: cover the directory above a home that the image lacks."""
@@ -253,8 +261,8 @@ class Creation:
                 return None
             return resolved[len(self.root_path) :].rstrip(b"/") + b"/" + b"/".join(rest)
 
-    def make_target(self, place: bytes, kind: str) -> None:
-        """Make a directory or an empty file in the layer, and the directories above it."""
+    def make_target(self, place: bytes, kind: str, text: bytes = b"") -> None:
+        """Make a directory, an empty file or a link in the layer, and the directories above it."""
         top = b"underlay" if self.prepared.layer == protocol.LAYERKIND_UNDERLAY else b"lower"
         parts = place.strip(b"/").split(b"/")
         try:
@@ -263,6 +271,8 @@ class Creation:
             name = top + b"/" + b"/".join(parts)
             if kind == "directory":
                 os.mkdir(name, 0o755, dir_fd=self.session)
+            elif kind == "link":
+                os.symlink(text, name, dir_fd=self.session)
             else:
                 flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
                 os.close(os.open(name, flags, 0o644, dir_fd=self.session))
@@ -296,6 +306,10 @@ class Creation:
             self.final = self.mounting.layer(kind, "cannot put a layer over the image")
             return
         except StarterRefused as error:
+            if self.prepared.shown:
+                from apptainer_py.engines.apptainer import layering
+
+                raise layering.failed(self, error) from None
             if kind != protocol.LAYERKIND_OVERLAY or not self.prepared.underlay_allowed:
                 raise
             log.verbose(f"no overlay here ({error}); using an underlay")

@@ -13,7 +13,12 @@ from apptainer_py.model.plan import ContainerPlan
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from apptainer_py.engines.apptainer.drivers import Drivers
+    from apptainer_py.engines.apptainer.environ import Environment
     from apptainer_py.engines.apptainer.fakeroot import Degree
+    from apptainer_py.engines.apptainer.layers import Shown
     from apptainer_py.engines.apptainer.limits import Limits
     from apptainer_py.image.detect import OpenImage
     from apptainer_py.model.plan import Mount
@@ -37,6 +42,15 @@ _LIMITS = (
     ("oom_kill_disable", False),
     ("pids_limit", 0),
 )
+
+
+# What --build-config takes away: a build brings its own, and writes none of it into an image.
+_OF_BUILDS = {
+    "bind path": (),
+    "config resolv_conf": False,
+    "mount devpts": False,
+    "mount home": False,
+}
 
 
 class ImageUnusable(LaunchError):
@@ -69,18 +83,22 @@ class Prepared:
     """What `create_container` needs: all judgement is behind it."""
 
     __slots__ = (
+        "drivers",
         "fakeroot",
         "fuse",
+        "fuse_count",
         "hostname",
         "image",
         "janitor",
         "layer",
         "limits",
+        "links",
         "mounts",
         "offset",
         "read_only_root",
         "session_mib",
         "shim",
+        "shown",
         "size_bytes",
         "staged",
         "underlay_allowed",
@@ -95,10 +113,14 @@ class Prepared:
         self.offset = 0
         self.size_bytes = 0
         self.fuse = False
+        self.fuse_count = 0
+        self.shown: list[Shown] = []
         self.layer = protocol.LAYERKIND_OVERLAY
         self.underlay_allowed = True
         self.mounts: list[Mount] = []
         self.staged: list[tuple[str, str, str | bytes, int]] = []
+        # Links that the layer shows where the image has nothing: what each holds, and its path.
+        self.links: list[tuple[str, str]] = []
         self.hostname = ""
         self.limits: Limits | None = None
         self.janitor: Janitor | None = None
@@ -108,6 +130,12 @@ class Prepared:
         self.read_only_root = True
         self.user = mounts.User("", "", "", 0, 0)
         self.what = ""
+        self.drivers: Drivers | None = None
+
+    @property
+    def inner(self) -> bool:
+        """Whether the container has a user namespace in which the caller is root."""
+        return self.fakeroot is not None and self.fakeroot.namespace
 
 
 def prepare(context: PrepareContext) -> Prepared:
@@ -121,6 +149,8 @@ def prepare(context: PrepareContext) -> Prepared:
     facts = context.facts
     tell_flow(facts)
     check_flow(facts)
+    if action.build_config:
+        facts.configuration = {**facts.configuration, **_OF_BUILDS}
     policy.check_directives(facts.configuration, action)
     check_options(action, facts)
     if wants_network(action):
@@ -142,9 +172,14 @@ def prepare(context: PrepareContext) -> Prepared:
 def judge(prepared: Prepared, action: ActionRequest, context: PrepareContext) -> Prepared:
     """Choose root, layer, namespaces, mounts and process of an image that may be run."""
     facts = context.facts
+    action = choose_drivers(prepared, action, context)
     degree = choose_fakeroot(prepared, action, facts)
     choose_root(prepared, action, facts)
     choose_layer(prepared, action, facts)
+    if action.overlay:
+        from apptainer_py.engines.apptainer import layers
+
+        layers.add_overlays(prepared, action, facts)
     spaces, flags = choose_spaces(prepared, action, facts)
     if degree:
         flags = degree.flags | flags & ~protocol.PLANFLAG_NO_NEW_PRIVS
@@ -152,6 +187,7 @@ def judge(prepared: Prepared, action: ActionRequest, context: PrepareContext) ->
     prepared.user = mounts.find_user(facts, action, context.environment, as_root=degree is not None)
     binds = mounts.plan(prepared, action, context)
     environment = environ.collect(action, context.environment)
+    add_variables(prepared, environment)
     if prepared.fakeroot and prepared.fakeroot.command:
         # What a file's owner shall be is remembered; the kernel is not even asked.
         environment.forwarded["FAKEROOTDONTTRYCHOWN"] = "1"
@@ -163,7 +199,7 @@ def judge(prepared: Prepared, action: ActionRequest, context: PrepareContext) ->
             gid=0 if degree else facts.gid,
             spaces=spaces,
             flags=flags,
-            fuse_count=1 if prepared.fuse else 0,
+            fuse_count=prepared.fuse_count,
             caps=degree.capabilities(action) if degree else choose_capabilities(action, facts),
         )
     )
@@ -212,6 +248,42 @@ def check_options(action: ActionRequest, facts: Facts) -> None:
             raise capabilities.RootOnly(option="--" + option.replace("_", "-"))
 
 
+def wants_drivers(action: ActionRequest, configuration: Mapping[str, object]) -> bool:
+    """Return whether files of the host's drivers are asked for, by an option or a directive."""
+    return bool(
+        action.containlibs
+        or action.device
+        or action.intel_hpu
+        or action.nv
+        or action.nvccli
+        or action.rocm
+        or (configuration["always use nv"] and not action.no_nv)
+        or (configuration["always use rocm"] and not action.no_rocm)
+    )
+
+
+def choose_drivers(
+    prepared: Prepared, action: ActionRequest, context: PrepareContext
+) -> ActionRequest:
+    """Find the drivers that are wanted; return the request with what follows from them."""
+    if not wants_drivers(action, context.facts.configuration):
+        return action
+    from apptainer_py.engines.apptainer import drivers
+
+    action, prepared.drivers = drivers.find(action, context)
+    return action
+
+
+def add_variables(prepared: Prepared, environment: Environment) -> None:
+    """Let the payload find the drivers' libraries, and give it their variables."""
+    if prepared.drivers:
+        from apptainer_py.engines.apptainer import drivers
+
+        environment.forwarded.update(prepared.drivers.environment)
+        environment.fixed.update(prepared.drivers.fixed)
+        environment.last += drivers.library_path(prepared.drivers)
+
+
 def find_limits(action: ActionRequest, context: PrepareContext) -> Limits | None:
     """Return what the container is limited to, if any limit is asked for."""
     given = {name: value for name, unset in _LIMITS if (value := getattr(action, name)) != unset}
@@ -249,10 +321,10 @@ def choose_root(prepared: Prepared, action: ActionRequest, facts: Facts) -> None
             raise ImageUnusable(reason=f"no SIF writable overlay partition found in {image.path}")
         raise NotWritable(image=image.path)
     # The kernel mounts nothing by a device in a namespace of the user's.
-    in_namespace = prepared.fakeroot is not None and prepared.fakeroot.namespace
-    prepared.fuse = in_namespace or not policy.kernel_may_mount(facts)
+    prepared.fuse = prepared.inner or not policy.kernel_may_mount(facts)
     if prepared.fuse and not os.path.exists(IMAGE_SERVER):
         raise ServerMissing(path=IMAGE_SERVER)
+    prepared.fuse_count = 1 if prepared.fuse else 0
 
 
 def choose_partition(prepared: Prepared) -> None:
@@ -326,6 +398,10 @@ def choose_spaces(prepared: Prepared, action: ActionRequest, facts: Facts) -> tu
         flags |= protocol.PLANFLAG_WRITABLE_LAYER
     if prepared.image.kind != "sandbox" and not prepared.fuse:
         flags |= protocol.PLANFLAG_KERNEL_IMAGE
+    if prepared.shown:
+        from apptainer_py.engines.apptainer import layers
+
+        flags |= layers.plan_flags(prepared)
     if facts.configuration["mount slave"]:
         flags |= protocol.PLANFLAG_SLAVE
     flags |= choose_privileges(action, facts)

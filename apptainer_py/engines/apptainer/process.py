@@ -319,7 +319,14 @@ def spec(
         (name, value) for name, value in environment.forwarded.items() if name in environ.OF_BASH
     )
     path = environment.path_edits.get("PATH", environ.DEFAULT_PATH)
-    plain = {**environment.forwarded, **own, **early, **environment.injected, "PATH": path}
+    plain = {
+        **environment.forwarded,
+        **own,
+        **early,
+        **environment.fixed,
+        **environment.injected,
+        "PATH": path,
+    }
     plain.setdefault("LD_LIBRARY_PATH", "/.singularity.d/libs")
     evaluate = not action.no_eval
     return pack(
