@@ -77,7 +77,8 @@ static bool whole_grant(const struct container_plan *plan) {
 static int fakeroot_plan(const struct launch *l, const struct container_plan *plan) {
     const struct config *c = &l->config;
     if (plan->uid != 0 || plan->gid != 0 || plan->group_count != 0 ||
-        plan->flags & (PLAN_SETUID | PLAN_KERNEL_IMAGE | PLAN_KERNEL_EXTFS | PLAN_METHODS))
+        plan->flags & (PLAN_SETUID | PLAN_KERNEL_IMAGE | PLAN_KERNEL_EXTFS | PLAN_METHODS |
+                       PLAN_GROUPS))
         return ERR_MALFORMED;
     if (l->flow == FLOW_USERNS)
         return ERR_OK;
@@ -93,7 +94,7 @@ int policy_plan(const struct launch *l, const struct container_plan *plan) {
     const uint32_t spaces = SPACE_PID | SPACE_IPC | SPACE_UTS | SPACE_NET | SPACE_CGROUP;
     const uint32_t flags = PLAN_SHIM | PLAN_WRITABLE_LAYER | PLAN_KERNEL_IMAGE | PLAN_SLAVE |
                            PLAN_NO_NEW_PRIVS | PLAN_METHODS | PLAN_SETUID | PLAN_USER_LAYER |
-                           PLAN_KERNEL_EXTFS | PLAN_FAKEROOT | PLAN_SUBIDS;
+                           PLAN_KERNEL_EXTFS | PLAN_GROUPS | PLAN_FAKEROOT | PLAN_SUBIDS;
     const struct config *c = &l->config;
     if ((plan->spaces & ~spaces) || (plan->flags & ~flags) ||
         plan->fuse_count > LIMIT_FUSE_DEVICES || plan->group_count > LIMIT_GROUPS)
@@ -116,7 +117,8 @@ int policy_plan(const struct launch *l, const struct container_plan *plan) {
     /* Root's payload in a namespace of its own may gain what that namespace has. */
     bool root_inside = l->flow == FLOW_USERNS && (l->uid == 0 || fakeroot);
     if ((!fakeroot && (plan->uid != l->uid || plan->gid != l->gid)) || plan->group_count != 0 ||
-        plan->flags & PLAN_SETUID || (!(plan->flags & PLAN_NO_NEW_PRIVS) && !root_inside))
+        plan->flags & (PLAN_SETUID | PLAN_GROUPS) ||
+        (!(plan->flags & PLAN_NO_NEW_PRIVS) && !root_inside))
         return ERR_REFUSED;
     if (l->flow == FLOW_USERNS)
         return ERR_OK;

@@ -10,6 +10,12 @@
 
 #include "starter.h"
 
+#ifdef APY_TEST_STEPS
+#define WATCHER_FILE APY_LIBEXECDIR "/apptainer-py-oci-steps"
+#else
+#define WATCHER_FILE APY_BINDIR "/apptainer-py-oci"
+#endif
+
 static struct launch *stage_launch;
 static enum role stage_role;
 static uint64_t hook_start;
@@ -45,7 +51,8 @@ void stage_target(const struct launch *l, enum role role, struct target_identity
     case ROLE_BEARER:
         t->uid = l->plan.uid;
         t->gid = l->plan.gid;
-        t->set_groups = l->flow == FLOW_ROOT && l->plan.group_count > 0;
+        t->set_groups = l->flow == FLOW_ROOT &&
+                        (l->plan.group_count > 0 || l->plan.flags & PLAN_GROUPS);
         t->group_count = l->plan.group_count;
         for (size_t i = 0; i < l->plan.group_count && i < LIMIT_GROUPS; i++)
             t->groups[i] = l->plan.groups[i];
@@ -250,6 +257,7 @@ static int exec_payload(const char *path, char *const argv[], char *const envp[]
     /* Behind a shim keeper's death comes by way of the shim's, and that may take a while. */
     if (!stage_keeper_lives(stage_launch))
         _exit(255);
+    filter_load();
     (void)execve(path, argv, envp);
     return errno;
 }
@@ -298,10 +306,11 @@ static struct stage_info describe(const struct launch *l, enum stage stage) {
         .server_fd = l->flow == FLOW_CALLER ? l->server_socket[1] : -1,
         .server_pid = l->server_pid,
         .ready_fd = l->flow == FLOW_CALLER ? l->ready_fd : -1,
+        .watcher = l->flow == FLOW_CALLER ? WATCHER_FILE : NULL,
         .forecast = l->request.forecast,
         .trace_fd = trace_fd, .permitted = l->permitted, .enter_hook = enter_hook,
         .leave_hook = leave_hook, .at_step = at_step, .wait_for_go = wait_for_go,
-        .exec_payload = exec_payload,
+        .exec_payload = exec_payload, .set_filter = filter_set,
     };
     return info;
 }

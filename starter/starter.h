@@ -26,6 +26,9 @@
 #define CAP_BIT(cap) ((uint64_t)1 << (cap))
 #define ARRAY_SIZE(a) (sizeof(a) / sizeof((a)[0]))
 
+/* Word of starter-init's: the container will probably have a network of its own. */
+#define INIT_NETWORK "network"
+
 /* What the caller's process had and the payload gets back. */
 struct inherited {
     struct rlimit limits[RLIM_NLIMITS];
@@ -263,6 +266,11 @@ MUST_USE int stage_wait_for_rpc(struct launch *l, pid_t rpc);
 MUST_USE int stage_wait_for_go(const struct launch *l);
 MUST_USE bool stage_keeper_lives(const struct launch *l);
 MUST_USE int stage_die_with_keeper(const struct launch *l);
+
+/* filter.c: the payload's seccomp filter */
+MUST_USE int filter_set(const void *code, size_t size, uint32_t flags);
+const void *filter_get(size_t *size, uint32_t *flags);
+void filter_load(void);
 
 /* bearer.c: becomes the payload where that has capabilities that Python must not have */
 bool bearer_needed(const struct launch *l);

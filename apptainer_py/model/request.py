@@ -88,6 +88,7 @@ class ActionRequest(Invocation):
     mount: tuple[str, ...] = ()
     net: bool = False
     network: str = ""
+    network_args: tuple[str, ...] = ()
     no_eval: bool = False
     no_home: bool = False
     no_init: bool = False
@@ -106,6 +107,7 @@ class ActionRequest(Invocation):
     pids_limit: int = 0
     rocm: bool = False
     scratch: tuple[str, ...] = ()
+    security: tuple[str, ...] = ()
     shell: str = ""
     underlay: bool = False
     userns: bool = False

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from apptainer_py.engines.apptainer.fakeroot import Degree
     from apptainer_py.engines.apptainer.layers import Shown
     from apptainer_py.engines.apptainer.limits import Limits
+    from apptainer_py.engines.apptainer.network import Networks
+    from apptainer_py.engines.apptainer.security import Security
     from apptainer_py.image.detect import OpenImage
     from apptainer_py.model.plan import Mount
     from apptainer_py.model.request import ActionRequest
@@ -85,6 +87,7 @@ class Prepared:
     __slots__ = (
         "drivers",
         "fakeroot",
+        "filter",
         "fuse",
         "fuse_count",
         "hostname",
@@ -94,6 +97,7 @@ class Prepared:
         "limits",
         "links",
         "mounts",
+        "networks",
         "offset",
         "read_only_root",
         "session_mib",
@@ -113,6 +117,7 @@ class Prepared:
         self.offset = 0
         self.size_bytes = 0
         self.fuse = False
+        self.filter: list[bytes] = []
         self.fuse_count = 0
         self.shown: list[Shown] = []
         self.layer = protocol.LAYERKIND_OVERLAY
@@ -124,6 +129,7 @@ class Prepared:
         self.hostname = ""
         self.limits: Limits | None = None
         self.janitor: Janitor | None = None
+        self.networks: Networks | None = None
         self.shim = False
         self.session_mib = 0
         self.writable_root = False
@@ -153,23 +159,28 @@ def prepare(context: PrepareContext) -> Prepared:
         facts.configuration = {**facts.configuration, **_OF_BUILDS}
     policy.check_directives(facts.configuration, action)
     check_options(action, facts)
+    networks = None
     if wants_network(action):
         from apptainer_py.engines.apptainer import network
 
-        network.judge(action, facts)
+        networks = network.judge(action, facts)
     limits = find_limits(action, context)
+    security = read_security(action, facts)
     image = open_file(action)
     try:
         policy.check_image(facts, image)
         prepared = Prepared(image)
         prepared.limits = limits
-        return judge(prepared, action, context)
+        prepared.networks = networks
+        return judge(prepared, action, context, security)
     except policy.NotPermitted:
         context.record_refusal(image.realpath)
         raise
 
 
-def judge(prepared: Prepared, action: ActionRequest, context: PrepareContext) -> Prepared:
+def judge(
+    prepared: Prepared, action: ActionRequest, context: PrepareContext, security: Security | None
+) -> Prepared:
     """Choose root, layer, namespaces, mounts and process of an image that may be run."""
     facts = context.facts
     action = choose_drivers(prepared, action, context)
@@ -185,6 +196,22 @@ def judge(prepared: Prepared, action: ActionRequest, context: PrepareContext) ->
         flags = degree.flags | flags & ~protocol.PLANFLAG_NO_NEW_PRIVS
     prepared.shim = bool(flags & protocol.PLANFLAG_SHIM)
     prepared.user = mounts.find_user(facts, action, context.environment, as_root=degree is not None)
+    plan = ContainerPlan(
+        image=prepared.image.realpath,
+        uid=0 if degree else facts.uid,
+        gid=0 if degree else facts.gid,
+        spaces=spaces,
+        flags=flags,
+        caps=degree.capabilities(action) if degree else choose_capabilities(action, facts),
+    )
+    if security is not None:
+        if degree and security.changes_identity:
+            raise LaunchError(
+                text="--security uid and gid cannot be used with --fakeroot: inside one is root"
+            )
+        from apptainer_py.engines.apptainer.security import apply
+
+        plan = apply(security, plan, prepared, action, facts)
     binds = mounts.plan(prepared, action, context)
     environment = environ.collect(action, context.environment)
     add_variables(prepared, environment)
@@ -192,17 +219,7 @@ def judge(prepared: Prepared, action: ActionRequest, context: PrepareContext) ->
         # What a file's owner shall be is remembered; the kernel is not even asked.
         environment.forwarded["FAKEROOTDONTTRYCHOWN"] = "1"
     context.tell_start(process.spec(action, context, prepared, environment, binds))
-    context.plan(
-        ContainerPlan(
-            image=prepared.image.realpath,
-            uid=0 if degree else facts.uid,
-            gid=0 if degree else facts.gid,
-            spaces=spaces,
-            flags=flags,
-            fuse_count=prepared.fuse_count,
-            caps=degree.capabilities(action) if degree else choose_capabilities(action, facts),
-        )
-    )
+    context.plan(plan.replace(fuse_count=prepared.fuse_count))
     return prepared
 
 
@@ -246,6 +263,15 @@ def check_options(action: ActionRequest, facts: Facts) -> None:
             from apptainer_py.engines.apptainer import capabilities
 
             raise capabilities.RootOnly(option="--" + option.replace("_", "-"))
+
+
+def read_security(action: ActionRequest, facts: Facts) -> Security | None:
+    """Return what --security asks for; None, at no cost, where it is not given."""
+    if not action.security:
+        return None
+    from apptainer_py.engines.apptainer import security
+
+    return security.read(action.security, facts)
 
 
 def wants_drivers(action: ActionRequest, configuration: Mapping[str, object]) -> bool:
@@ -412,7 +438,7 @@ def choose_spaces(prepared: Prepared, action: ActionRequest, facts: Facts) -> tu
 
 def wants_network(action: ActionRequest) -> bool:
     """Return whether the container is to have a network of its own."""
-    return action.net or bool(action.network)
+    return action.net or bool(action.network) or bool(action.network_args)
 
 
 def check_hostname(name: str) -> str:

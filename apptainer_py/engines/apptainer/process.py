@@ -346,6 +346,7 @@ def spec(
             b"cwd_required": [b"yes"] if action.cwd else [],
             b"umask": [b"%d" % (0o022 if action.no_umask else context.facts.umask)],
             b"console": [b"yes"] if _has_console(prepared) else [],
+            b"filter": prepared.filter,
             b"level": [b"%d" % action.message_level],
         }
     )
