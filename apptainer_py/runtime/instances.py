@@ -1,6 +1,6 @@
 """Instances: their records in the user's home, and which of them really run.
 
-A record is Apptainer's, with four fields more, so that each program lists the other's instances.
+A record is Apptainer's, with five fields more, so that each program lists the other's instances.
 It is the user's own file, and nothing in it is believed: an instance runs where its process is what
 the record says, and only a process that has been looked at is ever sent a signal.
 """
@@ -75,6 +75,7 @@ class Instance(Record):
     stop_signal: str = ""
     cgroup: bool = False
     sharens: bool = False
+    fakeroot: bool = False
 
 
 class Process(Record):
@@ -291,6 +292,7 @@ def _encoded(instance: Instance) -> bytes:
         "bootId": instance.boot,
         "pidNamespace": instance.pid_space,
         "stopSignal": instance.stop_signal,
+        "fakeroot": instance.fakeroot,
     }
     return json.dumps(fields, separators=(",", ":")).encode("utf-8", "surrogateescape")
 
@@ -329,6 +331,7 @@ def _read_record(folder: int, file: str, owner: Owner) -> Instance | None:
         fields[ours] = value if type(value) is int and 0 <= value < 1 << 63 else 0
     fields["userns"] = found.get("userns") is True
     fields["cgroup"] = found.get("cgroup") is True
+    fields["fakeroot"] = found.get("fakeroot") is True
     fields["sharens"] = found.get("sharensMode") is True
     return Instance(name=file.removesuffix(".json"), user=owner.name, **fields)  # type: ignore[arg-type]
 

@@ -6,7 +6,7 @@ import os
 import stat
 
 from apptainer_py.base import log
-from apptainer_py.base.errors import ApptainerError, LaunchError
+from apptainer_py.base.errors import ApptainerError, LaunchError, NotSupported
 from apptainer_py.base.files import write_all
 from apptainer_py.model import protocol
 from apptainer_py.runtime import instances
@@ -51,6 +51,7 @@ class Service:
         self.pid_file = action.pid_file
         self.ready_fd = context.ready_fd
         self.stop_signal = ""
+        self.fakeroot = action.fakeroot
         self.place = self._reserve()
         self.logs = instances.logs_of(self.owner, self.name)
         null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
@@ -97,6 +98,7 @@ class Service:
                 boot=instances.boot_id(),
                 pid_space=instances.pid_space(),
                 stop_signal=self.stop_signal,
+                fakeroot=self.fakeroot,
             )
         )
         log.info("instance started successfully")
@@ -148,8 +150,11 @@ def check_flow(facts: Facts, instance: instances.Instance) -> bool:
     """Return whether the plain starter has to join; the setuid one enters no user namespace.
 
     Raises:
+        NotSupported: it has ids of its own.
         LaunchError: the other starter is needed, and this launch has it not.
     """
+    if instance.fakeroot:
+        raise NotSupported(what="joining an instance that was started with --fakeroot")
     if instance.userns:
         return facts.flow != protocol.FLOW_USERNS
     if facts.flow == protocol.FLOW_USERNS:
