@@ -14,7 +14,7 @@ static void accepted_header_holds(const struct request_header *h, off_t size) {
     must(h->engine_off - h->cwd_off <= REQUEST_CWD_MAX, "the directory is bounded");
     must(h->engine_file_off - h->engine_off <= REQUEST_ENGINE_MAX, "so is the engine's name");
     must(h->argc >= 1 && h->argc <= REQUEST_ARGC_MAX && h->envc <= REQUEST_ENVC_MAX, "so is argc");
-    must((h->flags & ~(uint32_t)REQUEST_TRACE) == 0, "no unknown flag is left");
+    must((h->flags & ~(uint32_t)(REQUEST_TRACE | REQUEST_INSTANCE)) == 0, "no unknown flag is left");
     must(h->image_arg < h->argc, "the image is one of the arguments");
 }
 

@@ -1,0 +1,227 @@
+"""Instances, attacked through what a user can write: records, logs, pid files, names, processes.
+
+A record is the user's own file. Whatever it says, nobody comes to signal or to enter a process that
+is not an instance of that user's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import images
+from tests.e2e.test_instances import STARTED, Instances
+from tests.own_install import eventually
+
+NAME = "apy-test-1"
+
+
+@pytest.fixture(scope="session")
+def image() -> Path:
+    return images.own_sif(images.shared_folder())
+
+
+@pytest.fixture
+def own(product) -> Iterator[Instances]:
+    made = Instances(product.program, "setuid")
+    made.forget()
+    yield made
+    made.forget()
+
+
+def forge(own: Instances, name: str = NAME, **fields: object) -> Path:
+    """Write a record as its user could; returns its file."""
+    account = own.account
+    folder = own.folder / "app" / os.uname().nodename / account.pw_name / name
+    folder.mkdir(parents=True, exist_ok=True)
+    said = {"pid": 1, "ppid": 1, "name": name, "user": account.pw_name, "image": "/x", **fields}
+    file = folder / f"{name}.json"
+    file.write_text(json.dumps(said))
+    for path in [file, *list(file.parents)[:6]]:
+        if own.home in path.parents:
+            os.chown(path, account.pw_uid, account.pw_gid)
+    return file
+
+
+def as_user(own: Instances, *words: str, **how: object) -> subprocess.Popen[bytes]:
+    account = own.account
+    return subprocess.Popen(  # type: ignore[call-overload,no-any-return]
+        words, user=account.pw_uid, group=account.pw_gid, extra_groups=[], **how
+    )
+
+
+def facts_of(pid: int) -> dict[str, object]:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return {"pid": pid, "ppid": int(fields[1]), "startTime": int(fields[19])}
+
+
+@pytest.mark.parametrize("whose", ["root", "the user"])
+def test_a_forged_record_brings_no_signal(own: Instances, product, whose: str) -> None:
+    """Root stops a user's instances by name: the record names a process that is none."""
+    if whose == "root":
+        victim = subprocess.Popen(["/bin/sleep", "60"])
+    else:
+        victim = as_user(own, "/bin/sleep", "60")
+    try:
+        forge(own, **facts_of(victim.pid))
+        root = Instances(product.program, "root")
+        for words in (["--user", own.account.pw_name, NAME], ["-u", own.account.pw_name, "-aF"]):
+            done = root.run("instance", "stop", *words)
+            assert (done.returncode, done.stdout.partition("\n")[0]) == (1, "")
+            assert done.stderr.startswith('Error for command "stop": no instance found\n')
+        assert victim.poll() is None
+    finally:
+        victim.kill()
+        victim.wait()
+
+
+def test_a_process_of_that_name_is_no_instance(own: Instances, tmp_path: Path) -> None:
+    """Its comm and its parent's title are right, as anybody can have them; it is no pid 1."""
+    script = "printf appinit > /proc/$$/comm; echo ready; while :; do read x || exit; done"
+    title = f"Apptainer instance: {own.account.pw_name} [{NAME}]"
+    parent = as_user(
+        own, "/bin/bash", "-c",
+        f'exec -a "{title}" /bin/bash -c "/bin/bash -c \'{script}\' & wait"',
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+        eventually(lambda: children.read_text().split(), "the child is there")
+        child = int(children.read_text().split()[0])
+        eventually(lambda: Path(f"/proc/{child}/comm").read_text() == "appinit\n", "it is named")
+        forge(own, **facts_of(child))
+        assert own.listed() == {}
+        done = own.run("exec", f"instance://{NAME}", "true")
+        text = f"FATAL:   While setting image/instance: no instance found with name {NAME}\n"
+        assert (done.returncode, done.stderr) == (255, text)
+    finally:
+        parent.kill()
+        parent.wait()
+
+
+def test_a_number_that_is_used_again_is_no_instance(own: Instances, image: Path) -> None:
+    """pid and parent are right, the time of the start is another's."""
+    assert own.start(image, NAME).stderr == STARTED
+    file = own.record(NAME)
+    said = json.loads(file.read_text())
+    file.write_text(json.dumps({**said, "startTime": said["startTime"] - 1}))
+    other_boot = {**said, "bootId": "0" * 36}
+    elsewhere = {**said, "pidNamespace": 1}
+    for wrong in ({**said, "startTime": said["startTime"] - 1}, other_boot, elsewhere):
+        forge(own, **wrong)
+        done = own.run("exec", f"instance://{NAME}", "true")
+        assert done.returncode == 255
+        assert "no instance found" in done.stderr
+    forge(own, **said)
+    assert own.run("exec", f"instance://{NAME}", "true").returncode == 0
+
+
+def test_nobody_enters_what_another_program_has_started(own: Instances, image: Path) -> None:
+    """The starter looks for itself: a shim of the user's own making has another program."""
+    account = own.account
+    title = f"Apptainer instance: {account.pw_name} [{NAME}]"
+    inner = "printf appinit > /proc/$$/comm; read x"
+    parent = as_user(
+        own, "/bin/bash", "-c",
+        f'exec -a "{title}" unshare -Ur --mount --pid --fork /bin/bash -c "$0"', inner,
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+        eventually(lambda: children.read_text().split(), "the child is there")
+        child = int(children.read_text().split()[0])
+        eventually(lambda: Path(f"/proc/{child}/comm").read_text() == "appinit\n", "it is named")
+        for userns in (False, True):
+            forge(own, **facts_of(child), userns=userns)
+            assert NAME in own.listed()
+            done = own.run("exec", f"instance://{NAME}", "true")
+            assert done.returncode == 255
+            assert "the process is no instance of yours" in done.stderr
+    finally:
+        parent.kill()
+        parent.wait()
+
+
+def test_no_log_is_written_through_a_link(own: Instances, image: Path, user_tmp: Path) -> None:
+    target = user_tmp / "target"
+    target.write_text("untouched\n")
+    logs = own.folder / "logs" / os.uname().nodename / own.account.pw_name
+    assert own.start(image, NAME).stderr == STARTED
+    own.run("instance", "stop", NAME)
+    log = logs / f"{NAME}.out"
+    log.unlink()
+    log.symlink_to(target)
+    done = own.start(image, NAME)
+    assert done.returncode == 255
+    assert f"{log}: too many levels of symbolic links" in done.stderr
+    assert target.read_text() == "untouched\n"
+    assert own.listed() == {}
+
+
+@pytest.mark.parametrize("flow", ["setuid", "root"])
+def test_no_pid_file_is_a_link(product, image: Path, user_tmp: Path, flow: str) -> None:
+    """Root's pid file in a directory of a user's."""
+    own = Instances(product.program, flow)
+    target, link = user_tmp / "target", user_tmp / "pid"
+    target.write_text("untouched\n")
+    link.symlink_to(target)
+    try:
+        done = own.start("--pid-file", link, image, NAME)
+        assert "WARNING: Failed to write pid file: could not create pid file" in done.stderr
+        assert target.read_text() == "untouched\n"
+    finally:
+        own.forget()
+
+
+@pytest.mark.parametrize("name", ["../x", "..", ".", "a/b", "", "a b", "x\n", "é", "a" * 300])
+def test_no_name_leads_elsewhere(own: Instances, image: Path, name: str) -> None:
+    for words in (["instance", "start", image, name], ["exec", f"instance://{name}", "true"]):
+        done = own.run(*words)
+        assert done.returncode == 255
+        assert "is not a valid instance name" in done.stderr
+    assert own.run("instance", "stats", name).returncode == 1
+
+
+def test_a_directory_of_records_is_no_link(own: Instances, image: Path, user_tmp: Path) -> None:
+    """What root lists for a user lies in that user's home."""
+    assert own.start(image, NAME).stderr == STARTED
+    folder = own.record(NAME).parent
+    moved = user_tmp / "moved"
+    folder.rename(moved)
+    folder.symlink_to(moved)
+    try:
+        root = Instances("", "root")
+        root.program = own.program
+        done = root.run("instance", "list", "-u", own.account.pw_name, "--json")
+        assert json.loads(done.stdout) == {"instances": []}
+    finally:
+        folder.unlink()
+        moved.rename(folder)
+
+
+def test_what_a_record_says_does_not_speak_to_a_terminal(own: Instances, image: Path) -> None:
+    assert own.start(image, NAME).stderr == STARTED
+    said = json.loads(own.record(NAME).read_text())
+    forge(own, **{**said, "image": "/x\x1b]0;owned\x07\n/y"})
+    shown = own.run("instance", "list").stdout
+    assert "\x1b" not in shown
+    assert shown.count("\n") == 2
+    forge(own, **said)
+
+
+def test_a_user_has_no_hand_on_the_first_process(own: Instances, image: Path) -> None:
+    """In the setuid flow the first process is closed to its own user."""
+    assert own.start(image, NAME).stderr == STARTED
+    pid = json.loads(own.record(NAME).read_text())["pid"]
+    done = own.run("instance", "list")
+    assert done.returncode == 0
+    probe = as_user(own, "/bin/readlink", f"/proc/{pid}/exe", stderr=subprocess.DEVNULL)
+    assert probe.wait(timeout=20) == 1
+    assert os.stat(f"/proc/{pid}/stat").st_uid == 0
+    os.kill(pid, signal.SIGKILL)
