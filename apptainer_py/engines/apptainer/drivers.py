@@ -149,10 +149,14 @@ def _nvidia(drivers: Drivers, action: ActionRequest, context: PrepareContext) ->
     found = _by_list("nvliblist.conf", action, context)
     mps = context.environment.get("CUDA_MPS_PIPE_DIRECTORY", "") or _MPS_PIPE
     # Without --contain the host's /tmp is there as a whole.
-    pipes = [mps] if action.contain or not mps.startswith("/tmp/") else []  # noqa: S108
-    found.files += [path for path in (_PERSISTENCED, *pipes) if os.path.exists(path)]
+    pipes = [mps] if action.contain or not mps.startswith("/tmp/") else []
+    found.files += [path for path in (_PERSISTENCED, *pipes) if _is_there(path)]
     _take(drivers, found, "nv", action)
     drivers.devices += _named("/dev", "nvidia")
+
+
+def _is_there(path: str) -> bool:
+    return path.startswith("/") and os.path.normpath(path) == path and os.path.exists(path)
 
 
 def _rocm(drivers: Drivers, action: ActionRequest, context: PrepareContext) -> None:
@@ -335,7 +339,7 @@ def _stage_below_tmp(p: Plan, source: str, target: str) -> None:
     """Make the target of a file or directory in a /tmp of the container's own."""
     folder, name = os.path.split(target)
     made = {staged for _, staged, _, _ in p.staged}
-    if folder == "/tmp" and "tmp" in made and f"tmp/{name}" not in made:  # noqa: S108
+    if folder == "/tmp" and "tmp" in made and f"tmp/{name}" not in made:
         kind, mode = ("directory", 0o755) if os.path.isdir(source) else ("file", 0o644)
         p.staged.append((kind, f"tmp/{name}", b"", mode))
 
