@@ -243,7 +243,7 @@ def test_the_pipe_of_the_sharing_service(launch: Run, sif: Path, flow: str) -> N
         for options in ((), ("-c",)):
             done = launch(flow, "exec", *options, "--nv", sif, "ls", pipe, env=env)
             assert ran(done) == "control\n"
-            assert done.stderr.count("WARNING") == 0, done.stderr
+            assert str(pipe) not in done.stderr
     finally:
         shutil.rmtree(pipe)
 
