@@ -63,6 +63,12 @@ class NeedsOci(NotSupported):
     hint = "start it with `--oci`, or make a SIF image of it first"
 
 
+class UnfitName(ApptainerError):
+    message = (
+        "while executing starter: while checking instance name: {name} is not a valid instance name"
+    )
+
+
 class UnknownTransport(ApptainerError):
     message = "Unsupported transport type: {name}"
 
@@ -162,6 +168,12 @@ def _message_level(
         return INFO, notes
 
 
+def _check_instance(name: str) -> None:
+    """Refuse what would be taken for no name, or could not be shown; the engine has the rest."""
+    if not name or not name.isprintable():
+        raise UnfitName(name=ascii(name)[1:-1])
+
+
 def _action(
     command: str, values: Mapping[str, Any], rest: list[str], general: dict[str, Any]
 ) -> ActionRequest:
@@ -177,6 +189,7 @@ def _action(
     wanted = dict(values)
     if command in INSTANCES:
         wanted["instance"], *arguments = arguments
+        _check_instance(wanted["instance"])
     for name, others in IMPLIED:
         if wanted[name]:
             wanted.update(dict.fromkeys(others, True))
