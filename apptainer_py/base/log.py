@@ -34,9 +34,7 @@ def set_level(number: int) -> None:
 
 def _printable(text: str) -> str:
     # A name that an image or a user chose must not move the cursor or start a second line.
-    return "".join(
-        c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode() for c in text
-    )
+    return "".join(c if c.isprintable() or c == "\t" else ascii(c)[1:-1] for c in text)
 
 
 def _emit(kind: int, text: str) -> None:

@@ -126,7 +126,7 @@ def _quote_error(column: int) -> ValueError:
 def plain(text: str) -> str:
     """Return `text` with control characters and invalid bytes spelled out."""
     # What was typed must not move the cursor or start a second line.
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def quoted(text: str) -> str:
