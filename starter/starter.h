@@ -70,6 +70,7 @@ struct launch {
     bool early_fuse;                   /* the image is mounted and served before it is asked for */
     int life_pipe[2];                  /* closes when the last process of the container ends */
     int serve_pipe[2];                 /* rpc → early image server: the mount is there */
+    int overlay_socket[2];             /* rpc → overlay server: its directories; -1 without */
     int probe_pipe[2];                 /* early image server → keeper: what it opened */
     struct container_plan plan;
 };
@@ -234,6 +235,15 @@ struct image_facts {
 /* As the caller in every id, where keeper may not look itself; 0 or -1. */
 MUST_USE int server_look(const struct launch *l, int image_fd, struct image_facts *found);
 MUST_USE pid_t server_start_early(struct launch *l);
+void server_drop(const struct launch *l);
+/* server_extfs.c */
+struct extfs_place {
+    uint64_t offset;
+    bool writable;
+};
+MUST_USE pid_t server_start_extfs(const struct launch *l, int image_fd, int fuse_fd,
+                                  const struct extfs_place *place);
+MUST_USE pid_t server_start_overlay(struct launch *l);
 /* Waits for its image and its device, from the other end of a socket. */
 NO_RETURN void server_wait(const struct launch *l, int socket);
 MUST_USE pid_t server_start(const struct launch *l, int image_fd, int fuse_fd, uint64_t offset);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from apptainer_py.base.errors import LaunchError
+from apptainer_py.engines.apptainer import layers
 from apptainer_py.model import protocol
 from apptainer_py.runtime.mounting import StarterRefused
 
@@ -17,22 +18,32 @@ if TYPE_CHECKING:
 def show(creation: Creation) -> None:
     """Make a mount of every image beside the root, and layers of the overlays."""
     for shown in creation.prepared.shown:
-        os.close(_mount(creation, shown))
+        root = _mount(creation, shown)
         if shown.overlay:
+            if shown.writable and shown.fs == "ext3":
+                layers.make_upper(root, shown.image.realpath, shown.image.path)
             _lay(creation, shown)
+        os.close(root)
 
 
 def _mount(creation: Creation, shown: Shown) -> int:
     mounting, image = creation.mounting, shown.image
     what = f"cannot mount {image.path}"
     flags = protocol.BINDFLAG_WRITABLE if shown.writable else 0
+    if shown.fs == "ext3":
+        flags |= protocol.BINDFLAG_EXTFS
     if shown.fs == "directory":
         flags = flags or protocol.BINDFLAG_READ_ONLY
         facts: tuple[int, ...] = (image.dev, image.ino, shown.number)
         return mounting.image_directory(image.realpath, facts, flags, what)
     if shown.device >= 0:
         fd = mounting.image_fuse(shown.number, shown.device, flags, what)
-        mounting.serve_image(shown.device, image.fd, shown.offset, what)
+        if shown.fs == "ext3":
+            mounting.serve_extfs(
+                shown.device, shown.fd, shown.offset, what, writable=shown.writable
+            )
+        else:
+            mounting.serve_image(shown.device, image.fd, shown.offset, what)
         return fd
     facts = (image.dev, image.ino, shown.offset, shown.size_bytes, shown.number)
     return mounting.image_kernel(image.realpath, facts, flags, what)
@@ -65,3 +76,17 @@ def failed(creation: Creation, error: StarterRefused) -> LaunchError:
             f"system allows none (user.max_user_namespaces); {way_out}"
         )
     return LaunchError(text=f"{error}; {way_out}")
+
+
+def root_extfs(creation: Creation) -> int:
+    """Mount a root that is an ext3 image, and keep its lock."""
+    prepared, mounting = creation.prepared, creation.mounting
+    image, what = prepared.image, prepared.what
+    writable = prepared.writable_root
+    flags = protocol.BINDFLAG_EXTFS | (protocol.BINDFLAG_WRITABLE if writable else 0)
+    if not prepared.fuse:
+        facts = (image.dev, image.ino, prepared.offset, prepared.size_bytes)
+        return mounting.root_squashfs(image.realpath, facts, what, flags)
+    root = mounting.root_fuse(0, what, flags)
+    mounting.serve_extfs(0, prepared.root_fd, prepared.offset, what, writable=writable)
+    return root

@@ -78,7 +78,10 @@ class Prepared:
         "limits",
         "mounts",
         "offset",
+        "overlays",
         "read_only_root",
+        "root_fd",
+        "root_fs",
         "session_mib",
         "shim",
         "shown",
@@ -96,6 +99,9 @@ class Prepared:
         self.size_bytes = 0
         self.fuse = False
         self.fuse_count = 0
+        self.overlays = 0
+        self.root_fs = "squashfs"
+        self.root_fd = image.fd
         self.shown: list[Shown] = []
         self.layer = protocol.LAYERKIND_OVERLAY
         self.underlay_allowed = True
@@ -146,14 +152,20 @@ def judge(prepared: Prepared, action: ActionRequest, context: PrepareContext) ->
     facts = context.facts
     choose_root(prepared, action, facts)
     choose_layer(prepared, action, facts)
-    if action.overlay:
+    if action.overlay or prepared.overlays or (action.writable and prepared.image.kind == "sif"):
         from apptainer_py.engines.apptainer import layers
 
+        if prepared.image.kind == "sif":
+            layers.own_overlays(prepared, action, facts)
         layers.add_overlays(prepared, action, facts)
     spaces, flags = choose_spaces(prepared, action, facts)
     prepared.shim = bool(flags & protocol.PLANFLAG_SHIM)
     prepared.user = mounts.find_user(facts, action, context.environment)
     binds = mounts.plan(prepared, action, context)
+    if prepared.shown:
+        from apptainer_py.engines.apptainer import layers
+
+        flags |= layers.plan_flags(prepared)
     environment = environ.collect(action, context.environment)
     context.tell_start(process.spec(action, context, prepared, environment, binds))
     context.plan(
@@ -233,14 +245,31 @@ def choose_root(prepared: Prepared, action: ActionRequest, facts: Facts) -> None
     if image.kind == "sif":
         choose_partition(prepared)
     elif image.kind == "ext3":
-        raise ImageUnusable(reason=f"{image.path}: ext3 images are not supported yet")
-    if action.writable:
-        if image.kind == "sif":
-            raise ImageUnusable(reason=f"no SIF writable overlay partition found in {image.path}")
+        prepared.root_fs = "ext3"
+        prepared.size_bytes -= image.offset
+    if prepared.root_fs == "ext3":
+        choose_extfs(prepared, action, facts)
+        return
+    if action.writable and image.kind != "sif":
         raise NotWritable(image=image.path)
     prepared.fuse = not policy.kernel_may_mount(facts)
     if prepared.fuse and not os.path.exists(IMAGE_SERVER):
         raise ServerMissing(path=IMAGE_SERVER)
+    prepared.fuse_count = 1 if prepared.fuse else 0
+
+
+def choose_extfs(prepared: Prepared, action: ActionRequest, facts: Facts) -> None:
+    """Lock an ext3 root, for `-w` to write it, and find who may mount it."""
+    from apptainer_py.engines.apptainer import extfs
+
+    image = prepared.image
+    place = (prepared.offset, prepared.size_bytes)
+    writable = action.writable and image.kind == "ext3"
+    prepared.root_fd, prepared.writable_root = extfs.prepare(image, place, facts, writable=writable)
+    if writable and not prepared.writable_root:
+        raise extfs.not_writable(image)
+    prepared.read_only_root = not prepared.writable_root
+    prepared.fuse = not extfs.kernel_may_mount(facts)
     prepared.fuse_count = 1 if prepared.fuse else 0
 
 
@@ -250,10 +279,13 @@ def choose_partition(prepared: Prepared) -> None:
 
     image = prepared.image
     try:
-        partition = layout(image.fd).primary
+        found = layout(image.fd)
+        partition = found.primary
     except (SifError, NoRootFileSystem) as error:
         raise ImageUnusable(reason=f"While checking container encryption: {error}") from None
-    if partition.fs != "squashfs":
+    prepared.root_fs = partition.fs
+    prepared.overlays = len(found.overlays)
+    if partition.fs not in ("squashfs", "ext3"):
         raise ImageUnusable(
             reason=f"{image.path}: a root file system of type {partition.fs} is not supported yet"
         )
@@ -314,11 +346,8 @@ def choose_spaces(prepared: Prepared, action: ActionRequest, facts: Facts) -> tu
     if prepared.layer == protocol.LAYERKIND_OVERLAY_TMPFS:
         flags |= protocol.PLANFLAG_WRITABLE_LAYER
     if prepared.image.kind != "sandbox" and not prepared.fuse:
-        flags |= protocol.PLANFLAG_KERNEL_IMAGE
-    if prepared.shown:
-        from apptainer_py.engines.apptainer import layers
-
-        flags |= layers.plan_flags(prepared)
+        extfs = prepared.root_fs == "ext3"
+        flags |= protocol.PLANFLAG_KERNEL_EXTFS if extfs else protocol.PLANFLAG_KERNEL_IMAGE
     if facts.configuration["mount slave"]:
         flags |= protocol.PLANFLAG_SLAVE
     flags |= choose_privileges(action, facts)
