@@ -141,6 +141,7 @@ uint64_t names_granted_caps(const struct launch *l);
 
 /* policy_mounts.c: decisions about single mounts, for rpc */
 bool policy_bind(const struct launch *l, const char *source, const char *target, int source_fd);
+bool policy_image_bind(const struct launch *l);
 bool policy_kernel_mount(const struct launch *l, enum kernel_fs kind, const char *target);
 bool policy_layer(const struct launch *l, enum layer_kind kind);
 

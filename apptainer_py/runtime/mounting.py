@@ -211,7 +211,7 @@ class Mounting:
                 f"mount {mount.source}->{mount.target} error",
                 protocol.OP_BIND,
                 flags=flags,
-                numbers=(mount.area,),
+                numbers=(mount.area, mount.options),
                 paths=(os.fsencode(mount.source), target),
                 on_failure=on_failure,
             )

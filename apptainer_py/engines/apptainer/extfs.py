@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 SERVER = f"{build.LIBEXECDIR}/bin/fuse2fs"
 OVERLAY_SERVER = f"{build.LIBEXECDIR}/bin/fuse-overlayfs"
+ROOT_DEVICE = 1
 _F_OFD_SETLK = 37  # fcntl.h: the lock belongs to the open file, whoever holds it
 _SUPERBLOCK_BYTES = 1024 + 104
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import stat
 
 from apptainer_py.base.errors import LaunchError
-from apptainer_py.engines.apptainer import layers
+from apptainer_py.engines.apptainer import extfs, layers
+from apptainer_py.kernel import _starter
 from apptainer_py.model import protocol
 from apptainer_py.runtime.mounting import StarterRefused
 
@@ -13,6 +15,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from apptainer_py.engines.apptainer.create import Creation
     from apptainer_py.engines.apptainer.layers import Shown
+
+
+# linux/openat2.h: IN_ROOT, NO_MAGICLINKS
+_RESOLVE = 0x10 | 0x02
 
 
 def show(creation: Creation) -> None:
@@ -23,6 +29,8 @@ def show(creation: Creation) -> None:
             if shown.writable and shown.fs == "ext3":
                 layers.make_upper(root, shown.image.realpath, shown.image.path)
             _lay(creation, shown)
+        else:
+            _find_sources(creation, shown, root)
         os.close(root)
 
 
@@ -47,6 +55,24 @@ def _mount(creation: Creation, shown: Shown) -> int:
         return fd
     facts = (image.dev, image.ino, shown.offset, shown.size_bytes, shown.number)
     return mounting.image_kernel(image.realpath, facts, flags, what)
+
+
+def _find_sources(creation: Creation, shown: Shown, root: int) -> None:
+    """Find out what is bound from an image: a directory or a file."""
+    mounts = creation.prepared.mounts
+    for at, mount in enumerate(mounts):
+        if mount.area != protocol.AREA_IMAGE or mount.options != shown.number:
+            continue
+        try:
+            fd = _starter.openat2(root, os.fsencode(mount.source), os.O_PATH, _RESOLVE)
+        except OSError:
+            raise LaunchError(
+                text=f"container creation failed: {mount.source} doesn't exist in image "
+                f"{shown.image.realpath}"
+            ) from None
+        kind = "directory" if stat.S_ISDIR(os.fstat(fd).st_mode) else "file"
+        os.close(fd)
+        mounts[at] = mount.replace(create=kind)
 
 
 def _lay(creation: Creation, shown: Shown) -> None:
@@ -87,6 +113,7 @@ def root_extfs(creation: Creation) -> int:
     if not prepared.fuse:
         facts = (image.dev, image.ino, prepared.offset, prepared.size_bytes)
         return mounting.root_squashfs(image.realpath, facts, what, flags)
-    root = mounting.root_fuse(0, what, flags)
-    mounting.serve_extfs(0, prepared.root_fd, prepared.offset, what, writable=writable)
+    device = extfs.ROOT_DEVICE
+    root = mounting.root_fuse(device, what, flags)
+    mounting.serve_extfs(device, prepared.root_fd, prepared.offset, what, writable=writable)
     return root

@@ -15,9 +15,11 @@ from apptainer_py.base.record import Record
 from apptainer_py.engines.apptainer import extfs, policy
 from apptainer_py.image.detect import CannotOpen, open_image
 from apptainer_py.model import protocol
+from apptainer_py.model.plan import Mount
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from apptainer_py.engines.apptainer.binds import Bind
     from apptainer_py.engines.apptainer.prepare import Prepared
     from apptainer_py.image.detect import OpenImage
     from apptainer_py.image.sif import Partition
@@ -264,3 +266,68 @@ def own_overlays(prepared: Prepared, action: ActionRequest, facts: Facts) -> Non
         raise extfs.not_writable(image)
     for shown in found:
         _add(prepared, shown, action)
+
+
+def image_bind(prepared: Prepared, bind: Bind, facts: Facts) -> Mount:
+    """Return the mount of something in an image; an image that is shown already is taken again.
+
+    Raises:
+        LaunchError: there is no such image, or nothing in it that can be bound from.
+    """
+    try:
+        image = open_image(bind.source)
+    except ImageError as error:
+        reason = error.facts["reason"] if isinstance(error, CannotOpen) else error
+        raise LaunchError(
+            text=f"while loading data bind images: failed to load data image {bind.source}: {reason}"
+        ) from None
+    policy.check_image(facts, image)
+    fs, place = _bound_part(image, bind.image_id)
+    shown = _shown_already(prepared, image, place)
+    if shown is None:
+        shown = of_file(
+            prepared, image, fs, place, facts, writable=not bind.read_only, overlay=False
+        )
+        if not shown.writable and not bind.read_only:
+            log.warning(f"Data image {image.realpath} is not writable, proceeding with read-only")
+        if shown.number >= protocol.LIMIT_IMAGES:
+            raise OverlayUnusable(reason=f"there are more than {protocol.LIMIT_IMAGES} of them")
+        prepared.shown.append(shown)
+    return Mount(
+        kind="bind", source=bind.image_source, target=bind.target, tag="userbinds",
+        area=protocol.AREA_IMAGE, options=shown.number, required=True,
+        flags=protocol.BINDFLAG_READ_ONLY if bind.read_only else 0,
+    )  # fmt: skip
+
+
+def _shown_already(prepared: Prepared, image: OpenImage, place: tuple[int, int]) -> Shown | None:
+    for shown in prepared.shown:
+        same = (shown.image.dev, shown.image.ino) == (image.dev, image.ino)
+        if same and not shown.overlay and shown.offset == place[0]:
+            return shown
+    return None
+
+
+def _bound_part(image: OpenImage, ident: int) -> tuple[str, tuple[int, int]]:
+    """Return type and place of the file system that is bound from."""
+    if image.kind == "sandbox":
+        raise LaunchError(
+            text=f"container creation failed: could not use {image.realpath} for image binding: "
+            "not supported image format"
+        )
+    if image.kind != "sif":
+        return image.kind, (image.offset, image.size_bytes - image.offset)
+    from apptainer_py.image import sif
+
+    try:
+        parts = sif.partitions(image.fd, sif.DATA)
+        if ident:
+            parts = (*parts, *sif.partitions(image.fd, sif.OVERLAY), sif.layout(image.fd).primary)
+            parts = tuple(part for part in parts if part.id == ident)
+    except ImageError as error:
+        raise LaunchError(text=f"container creation failed: {error}") from None
+    if not parts:
+        raise LaunchError(
+            text=f"container creation failed: no data partition found in {image.realpath}"
+        )
+    return parts[0].fs, (parts[0].offset, parts[0].size_bytes)

@@ -167,8 +167,14 @@ def plan(prepared: Prepared, action: ActionRequest, context: PrepareContext) -> 
     _scratch(p)
     _files(p)
     for bind in sorted(user_binds, key=lambda bind: bind.target.count("/")):
-        _stage_device(p, bind)
+        if not bind.image_source:
+            _stage_device(p, bind)
         flags = protocol.BINDFLAG_READ_ONLY if bind.read_only else 0
+        if bind.image_source:
+            from apptainer_py.engines.apptainer import layers
+
+            p.mounts.append(layers.image_bind(prepared, bind, p.facts))
+            continue
         if _below_dev(bind.source) and _below_dev(bind.target):
             flags |= protocol.BINDFLAG_DEVICES
         p.bind(bind.source, bind.target, USER, flags=flags)
@@ -196,7 +202,8 @@ def _user_binds(p: _Plan) -> list[binds.Bind]:
             )
             continue
         wanted[bind.target] = bind
-        _check_source(bind)
+        if not bind.image_source:
+            _check_source(bind)
     return list(wanted.values())
 
 

@@ -270,7 +270,8 @@ def choose_extfs(prepared: Prepared, action: ActionRequest, facts: Facts) -> Non
         raise extfs.not_writable(image)
     prepared.read_only_root = not prepared.writable_root
     prepared.fuse = not extfs.kernel_may_mount(facts)
-    prepared.fuse_count = 1 if prepared.fuse else 0
+    # Device 0 is the forecast's, which knows squashfs alone; another plan begins anew.
+    prepared.fuse_count = extfs.ROOT_DEVICE + 1 if prepared.fuse else 0
 
 
 def choose_partition(prepared: Prepared) -> None:
