@@ -82,16 +82,19 @@ def test_two_launches_one_after_another_do_not_meet(run, overlay):
 
 
 def test_a_root(run, place, owner):
-    image = extfs_images.extfs(place / "root.img", images.small_tree(images.shared_folder()))
+    tree = place / "tree"
+    shutil.copytree(images.small_tree(images.shared_folder()), tree, symlinks=True)
+    (tree / "mine").mkdir()
+    os.chown(tree / "mine", owner, owner)
+    image = extfs_images.extfs(place / "root.img", tree)
     os.chown(image, owner, owner)
     done = run(image=image, script="cat /etc/test-release; touch /x")
     assert done.stdout == "a small tree\n"
     assert done.returncode != 0
-    line = "echo w > /tmp/of-the-image && cat /tmp/of-the-image"
-    done = run("-w", "--no-mount", "tmp", image=image, script=line)
+    done = run("-w", image=image, script="echo w > /mine/w && cat /mine/w")
     assert done.stdout == "w\n", done.stderr
     assert extfs_images.is_clean(image)
-    done = run("--no-mount", "tmp", image=image, script="cat /tmp/of-the-image")
+    done = run(image=image, script="cat /mine/w")
     assert done.stdout == "w\n", done.stderr
 
 

@@ -279,7 +279,8 @@ def image_bind(prepared: Prepared, bind: Bind, facts: Facts) -> Mount:
     except ImageError as error:
         reason = error.facts["reason"] if isinstance(error, CannotOpen) else error
         raise LaunchError(
-            text=f"while loading data bind images: failed to load data image {bind.source}: {reason}"
+            text="while loading data bind images: failed to load data image "
+            f"{bind.source}: {reason}"
         ) from None
     policy.check_image(facts, image)
     fs, place = _bound_part(image, bind.image_id)
