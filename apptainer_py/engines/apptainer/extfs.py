@@ -10,6 +10,7 @@ from apptainer_py.model import protocol
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from apptainer_py.engines.apptainer.prepare import Prepared
     from apptainer_py.image.detect import OpenImage
     from apptainer_py.runtime.contexts import Facts
 
@@ -47,6 +48,16 @@ def kernel_may_mount(facts: Facts) -> bool:
     if facts.flow == protocol.FLOW_ROOT:
         return os.path.exists("/dev/loop-control")
     return bool(facts.configuration["allow setuid-mount extfs"])
+
+
+def check_namespace(prepared: Prepared, *, writable: bool) -> None:
+    """Refuse what a server outside of --fakeroot's user namespace would write as somebody else.
+
+    Raises:
+        NotSupported: always, where that was asked for.
+    """
+    if writable and prepared.inner:
+        raise NotSupported(what="a writable ext3 image together with --fakeroot")
 
 
 def prepare(

@@ -160,6 +160,7 @@ def of_file(  # noqa: PLR0913
     """
     fd, device = image.fd, -1
     if fs == "ext3":
+        extfs.check_namespace(prepared, writable=writable)
         fd, writable = extfs.prepare(image, place, facts, writable=writable)
         kernel = extfs.kernel_may_mount(facts)
     elif fs == "squashfs":
@@ -169,7 +170,7 @@ def of_file(  # noqa: PLR0913
         raise OverlayUnusable(
             reason=f"failed to open overlay image {image.path}: {fs} is not supported yet"
         )
-    if not kernel:
+    if prepared.inner or not kernel:
         device = prepared.fuse_count
         prepared.fuse_count += 1
     return Shown(

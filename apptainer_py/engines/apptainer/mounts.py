@@ -49,8 +49,12 @@ class User:
         self.gid = gid
 
 
-def find_user(facts: Facts, action: ActionRequest, environment: Mapping[str, str]) -> User:
+def find_user(
+    facts: Facts, action: ActionRequest, environment: Mapping[str, str], *, as_root: bool = False
+) -> User:
     """Return the caller's account as the host knows it, with --home applied.
+
+    `as_root` makes it root's, with the caller's own home directory as /root.
 
     Raises:
         NotPermitted: the administrator lets no user choose what is bound.
@@ -62,7 +66,7 @@ def find_user(facts: Facts, action: ActionRequest, environment: Mapping[str, str
         name, source = str(facts.uid), environment.get("HOME", "/")
     else:
         name, source = entry.pw_name, entry.pw_dir
-    target = source
+    target = "/root" if as_root else source
     if action.home:
         if not facts.configuration["user bind control"]:
             raise NotPermitted(
@@ -84,10 +88,11 @@ def find_user(facts: Facts, action: ActionRequest, environment: Mapping[str, str
         )
     if any(mark in target for mark in "\n:"):
         raise LaunchError(text="home must be an absolute path, without ':' and line breaks")
-    return User(name, os.path.normpath(target), source, facts.uid, facts.gid)
+    uid, gid = (0, 0) if as_root else (facts.uid, facts.gid)
+    return User(name, os.path.normpath(target), source, uid, gid)
 
 
-class _Plan:
+class Plan:
     """Collects the mounts of one container in the order of facts §6.3."""
 
     def __init__(self, prepared: Prepared, action: ActionRequest, context: PrepareContext) -> None:
@@ -126,12 +131,19 @@ class _Plan:
         )  # fmt: skip
 
     def session(
-        self, name: str, target: str, tag: str, *, create: str = "directory", required: bool = True
+        self,
+        name: str,
+        target: str,
+        tag: str,
+        *,
+        create: str = "directory",
+        required: bool = True,
+        flags: int = 0,
     ) -> None:
         """Add a bind of something in the session directory."""
         self.mounts.append(
             Mount(kind="bind", source="/" + name, target=target, tag=tag, create=create,
-                  area=protocol.AREA_SESSION, required=required)
+                  area=protocol.AREA_SESSION, required=required, flags=flags)
         )  # fmt: skip
 
     def wanted(self, name: str, directive: str) -> bool:
@@ -156,9 +168,12 @@ def plan(prepared: Prepared, action: ActionRequest, context: PrepareContext) -> 
         BindError: a bind specification is wrong.
         LaunchError: another option is.
     """
-    p = _Plan(prepared, action, context)
+    p = Plan(prepared, action, context)
     user_binds = _user_binds(p)
+    shown = [bind.target for bind in user_binds]
     _dev(p)
+    if prepared.drivers:
+        prepared.drivers.plan_devices(p)
     _hostfs(p)
     _system_binds(p)
     _kernel(p)
@@ -166,9 +181,13 @@ def plan(prepared: Prepared, action: ActionRequest, context: PrepareContext) -> 
     _tmp(p)
     _scratch(p)
     _files(p)
+    if prepared.drivers:
+        prepared.drivers.plan_files(p, user_binds)
+    if prepared.fakeroot is not None:
+        shown = _fakeroot(p) + shown
     for bind in sorted(user_binds, key=lambda bind: bind.target.count("/")):
         if not bind.image_source:
-            _stage_device(p, bind)
+            stage_device(p, bind.source, bind.target)
         flags = protocol.BINDFLAG_READ_ONLY if bind.read_only else 0
         if bind.image_source:
             from apptainer_py.engines.apptainer import layers
@@ -179,10 +198,24 @@ def plan(prepared: Prepared, action: ActionRequest, context: PrepareContext) -> 
             flags |= protocol.BINDFLAG_DEVICES
         p.bind(bind.source, bind.target, USER, flags=flags)
     _cwd(p)
-    return ",".join(bind.target for bind in user_binds)
+    return ",".join(shown)
 
 
-def _user_binds(p: _Plan) -> list[binds.Bind]:
+def _fakeroot(p: Plan) -> list[str]:
+    """Bind what the fakeroot command needs; returns the targets."""
+    from apptainer_py.engines.apptainer import fakeroot
+
+    pairs = fakeroot.binds(p.prepared)
+    if pairs and not any(name == "libs" for _, name, _, _ in p.staged):
+        p.staged.append(("directory", "libs", "", 0o755))
+        p.session("libs", fakeroot.LIBS, FILES, flags=protocol.BINDFLAG_READ_ONLY)
+    for source, target in pairs:
+        p.staged.append(("file", f"libs/{target.rpartition('/')[2]}", b"", 0o755))
+        p.bind(source, target, FILES, flags=protocol.BINDFLAG_READ_ONLY, create="file")
+    return [target for _, target in pairs]
+
+
+def _user_binds(p: Plan) -> list[binds.Bind]:
     if not p.action.bind and not p.action.mount:
         return []
     from apptainer_py.engines.apptainer import binds
@@ -226,23 +259,24 @@ def _check_source(bind: binds.Bind) -> None:
         ) from None
 
 
-def _stage_device(p: _Plan, bind: binds.Bind) -> None:
-    """Make the target of a bind below a /dev of the container's own."""
+def stage_device(p: Plan, source: str, target: str) -> bool:
+    """Make the target of a bind below a /dev of the container's own; False where there is none."""
     made = {name for _, name, _, _ in p.staged}
-    if "dev" not in made or not bind.target.startswith("/dev/"):
-        return
-    parts = bind.target[1:].split("/")
+    if "dev" not in made or not target.startswith("/dev/"):
+        return False
+    parts = target[1:].split("/")
     for depth in range(2, len(parts)):
         name = "/".join(parts[:depth])
         if name not in made:
             p.staged.append(("directory", name, "", 0o755))
     name = "/".join(parts)
     if name not in made:
-        kind = "directory" if os.path.isdir(bind.source) else "file"
+        kind = "directory" if os.path.isdir(source) else "file"
         p.staged.append((kind, name, b"", 0o755 if kind == "directory" else 0o644))
+    return True
 
 
-def _dev(p: _Plan) -> None:
+def _dev(p: Plan) -> None:
     kind = p.configuration["mount dev"]
     if kind == "no" or "dev" in p.skipped:
         return
@@ -252,7 +286,7 @@ def _dev(p: _Plan) -> None:
         p.bind("/dev", "/dev", DEV, flags=protocol.BINDFLAG_DEVICES, create="directory")
 
 
-def _minimal_dev(p: _Plan) -> None:
+def _minimal_dev(p: Plan) -> None:
     stage = p.staged
     stage.append(("directory", "dev", "", 0o755))
     stage.append(("directory", "dev/shm", "", 0o1777))
@@ -303,7 +337,7 @@ def _tty_group() -> int:
         return 65536
 
 
-def _hostfs(p: _Plan) -> None:
+def _hostfs(p: Plan) -> None:
     if not p.wanted("hostfs", "mount hostfs") or p.action.contain:
         return
     with open("/proc/self/mountinfo", "rb") as table:
@@ -317,7 +351,7 @@ def _hostfs(p: _Plan) -> None:
         p.bind(point, point, HOST)
 
 
-def _system_binds(p: _Plan) -> None:
+def _system_binds(p: Plan) -> None:
     entries = p.configuration["bind path"]
     assert isinstance(entries, tuple)
     if "bind-paths" in p.skipped:
@@ -336,7 +370,7 @@ def _system_binds(p: _Plan) -> None:
         p.bind(source, target, SYSTEM)
 
 
-def _kernel(p: _Plan) -> None:
+def _kernel(p: Plan) -> None:
     if p.wanted("proc", "mount proc"):
         if p.action.pid and p.configuration["allow pid ns"]:
             p.kernel("proc", "/proc")
@@ -344,14 +378,14 @@ def _kernel(p: _Plan) -> None:
             p.bind("/proc", "/proc", KERNEL, create="directory")
     if p.wanted("sys", "mount sys"):
         # The kernel shows a network's devices in sysfs only to who owns the network.
-        own = p.action.net or p.action.network
-        if p.facts.flow == protocol.FLOW_USERNS and not own:
+        own = p.action.net or p.action.network or p.action.network_args
+        if (p.facts.flow == protocol.FLOW_USERNS or p.prepared.inner) and not own:
             p.bind("/sys", "/sys", KERNEL, create="directory")
         else:
             p.kernel("sysfs", "/sys")
 
 
-def _workdir(p: _Plan, name: str, mode: int) -> str:
+def _workdir(p: Plan, name: str, mode: int) -> str:
     """Make a directory below --workdir, as the user; returns its path."""
     top = os.path.abspath(p.action.workdir)
     path = os.path.join(top, name)
@@ -368,7 +402,7 @@ def _workdir(p: _Plan, name: str, mode: int) -> str:
     return path
 
 
-def _home(p: _Plan) -> None:
+def _home(p: Plan) -> None:
     user, action = p.prepared.user, p.action
     if action.no_home or not p.wanted("home", "mount home"):
         return
@@ -392,7 +426,7 @@ def _home(p: _Plan) -> None:
         p.session("home", user.home, HOME)
 
 
-def _tmp(p: _Plan) -> None:
+def _tmp(p: Plan) -> None:
     if not p.wanted("tmp", "mount tmp"):
         return
     if p.action.contain and p.action.workdir and not p.configuration["user bind control"]:
@@ -408,7 +442,7 @@ def _tmp(p: _Plan) -> None:
             p.session(name, source, TMP)
 
 
-def _scratch(p: _Plan) -> None:
+def _scratch(p: Plan) -> None:
     wanted = [path for path in p.action.scratch if path]
     if wanted and not p.configuration["user bind control"]:
         log.warning("Ignoring scratch request: user bind control disabled by system administrator")
@@ -423,7 +457,7 @@ def _scratch(p: _Plan) -> None:
             p.session(f"scratch{number}", target, SCRATCH)
 
 
-def _files(p: _Plan) -> None:
+def _files(p: Plan) -> None:
     if p.action.dns:
         from apptainer_py.engines.apptainer import network
 
@@ -436,7 +470,7 @@ def _files(p: _Plan) -> None:
         p.session("files/hostname", "/etc/hostname", FILES, create="file", required=False)
 
 
-def _cwd(p: _Plan) -> None:
+def _cwd(p: Plan) -> None:
     cwd = p.cwd
     if (
         p.action.contain
