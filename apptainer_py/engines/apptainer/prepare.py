@@ -224,7 +224,7 @@ def judge(
     if prepared.shown:
         from apptainer_py.engines.apptainer import layers
 
-        flags |= layers.plan_flags(prepared)
+        plan = plan.replace(flags=plan.flags | layers.plan_flags(prepared))
     environment = environ.collect(action, context.environment)
     add_variables(prepared, environment)
     if prepared.fakeroot and prepared.fakeroot.command:
