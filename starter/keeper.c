@@ -30,7 +30,7 @@ struct keeper {
     bool closed;                       /* so is that nothing came of it */
     char image[LIMIT_PATH_BYTES];      /* as the audit log shows it */
     int master_status, container_status;
-    uint32_t uses[8];
+    uint32_t uses[16];
 };
 
 static void close_fd(int *fd) {
@@ -187,8 +187,8 @@ static int enter_userns(struct keeper *k, int *error) {
     return result < 0 ? ERR_NAMESPACE : ERR_OK;
 }
 
-/* The overlay server exists before the container does, and waits for what rpc will send.  Its device
- * is the plan's last. */
+/* The overlay server exists before the container does, and waits for what rpc will send.  Its
+ * device is the plan's last. */
 static int start_overlay_server(struct keeper *k, int *error) {
     struct launch *l = k->launch;
     if (!(l->plan.flags & PLAN_SERVED_LAYER))
@@ -460,7 +460,7 @@ static int op_janitor(struct keeper *k, const union keeper_request *request, siz
     return ERR_OK;
 }
 
-/* SERVE_EXTFS(device, offset) and the open image, as SERVE_IMAGE; WRITABLE: open for writing too. */
+/* SERVE_EXTFS(device, offset) and the open image, as SERVE_IMAGE; WRITABLE: open for that too. */
 static int op_serve_extfs(struct keeper *k, const union keeper_request *request, size_t size,
                           int image_fd, struct op_reply *a) {
     struct launch *l = k->launch;

@@ -111,7 +111,8 @@ static int open_bind_source(const struct rpc *r, const struct op_request *q) {
                      RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS |
                          RESOLVE_NO_XDEV);
     case AREA_IMAGE:
-        return open2(r->images[q->num[1]].fd, path, O_PATH, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS);
+        return open2(r->images[q->num[1]].fd, path, O_PATH,
+                     RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS);
     case AREA_ROOT:
         return open2(r->root_fd, path, O_PATH, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS);
     default:

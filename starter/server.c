@@ -45,8 +45,8 @@ NO_RETURN static void serve(const struct launch *l, int image_fd, int fuse_fd, u
     _exit(127);
 }
 
-/* SAFE: the user's own rights and no_new_privs; the programs are root-owned copies that the user may
- * run but not read, so that the kernel keeps the user's hands off the processes. */
+/* SAFE: the user's own rights and no_new_privs; the programs are root-owned copies that the user
+ * may run but not read, so that the kernel keeps the user's hands off the processes. */
 void server_drop(const struct launch *l) {
     struct target_identity target;
     trace_set_role(ROLE_IMAGE_SERVER);

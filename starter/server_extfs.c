@@ -1,6 +1,6 @@
-/* Servers of what can be written: fuse2fs for ext3 images, and fuse-overlayfs for an overlay that is
- * written to one, which the kernel's overlay cannot do.  Both want to mount by themselves, and find
- * with fusefd.so that it is done. */
+/* Servers of what can be written: fuse2fs for ext3 images, and fuse-overlayfs for an overlay that
+ * is written to one, which the kernel's overlay cannot do.  Both want to mount by themselves, and
+ * find with fusefd.so that it is done. */
 #include <fcntl.h>
 #include <poll.h>
 #include <string.h>
