@@ -85,6 +85,7 @@ class ActionRequest(Invocation):
     net: bool = False
     network: str = ""
     network_args: tuple[str, ...] = ()
+    no_env: tuple[str, ...] = ()
     no_eval: bool = False
     no_home: bool = False
     no_init: bool = False
