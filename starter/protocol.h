@@ -185,6 +185,7 @@ struct stage_info {
     int32_t server_pid;   /* ... or 0 */
     int32_t ready_fd;     /* whoever has called waits at its other end, or -1 */
     int32_t trace_fd;     /* tracer's socket, or -1 */
+    const char *watcher;  /* flow CALLER: the program that stays in the foreground, or NULL */
     uint32_t forecast;    /* enum forecast_kind of the request */
     uint64_t permitted;   /* capabilities that root may hand out */
     /* Verifies the identity for a hook against the table; ends the process on a difference. */

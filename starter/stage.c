@@ -10,6 +10,12 @@
 
 #include "starter.h"
 
+#ifdef APY_TEST_STEPS
+#define WATCHER_FILE APY_LIBEXECDIR "/apptainer-py-oci-steps"
+#else
+#define WATCHER_FILE APY_BINDIR "/apptainer-py-oci"
+#endif
+
 static struct launch *stage_launch;
 static enum role stage_role;
 static uint64_t hook_start;
@@ -286,6 +292,7 @@ static struct stage_info describe(const struct launch *l, enum stage stage) {
         .server_fd = l->flow == FLOW_CALLER ? l->server_socket[1] : -1,
         .server_pid = l->server_pid,
         .ready_fd = l->flow == FLOW_CALLER ? l->ready_fd : -1,
+        .watcher = l->flow == FLOW_CALLER ? WATCHER_FILE : NULL,
         .forecast = l->request.forecast,
         .trace_fd = trace_fd, .permitted = l->permitted, .enter_hook = enter_hook,
         .leave_hook = leave_hook, .at_step = at_step, .wait_for_go = wait_for_go,

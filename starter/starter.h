@@ -25,6 +25,9 @@
 #define CAP_BIT(cap) ((uint64_t)1 << (cap))
 #define ARRAY_SIZE(a) (sizeof(a) / sizeof((a)[0]))
 
+/* Word of starter-init's: the container will probably have a network of its own. */
+#define INIT_NETWORK "network"
+
 /* What the caller's process had and the payload gets back. */
 struct inherited {
     struct rlimit limits[RLIM_NLIMITS];

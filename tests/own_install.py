@@ -76,7 +76,7 @@ class Installation:
     def restore(self) -> None:
         """Put the shipped configuration back, in a directory that is root's alone."""
         for path in self.sysconfdir.iterdir():
-            if path.is_symlink() or path.name not in self.kept:
+            if path.is_symlink() or (path.name not in self.kept and not path.is_dir()):
                 path.unlink()
         if self.config.is_dir():
             self.config.rmdir()

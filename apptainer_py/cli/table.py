@@ -202,12 +202,14 @@ OPTIONS: Final[tuple[Option, ...]] = (
     ("netns-path", "", STRING, "", ("NETNS_PATH",), _ALL, REFUSED,
      "join the network namespace at this path"),
     ("network", "", STRING, "", ("NETWORK",), _ALL, SUPPORTED,
-     "networks to join, separated by commas; supported: none"),
-    ("network-args", "", LIST, (), ("NETWORK_ARGS",), _ALL, REFUSED,
+     "networks to join, separated by commas: none, or for root those of the configuration"),
+    ("network-args", "", LIST, (), ("NETWORK_ARGS",), _ALL, SUPPORTED,
      "arguments for the CNI plug-ins"),
     ("no-descriptions", "", BOOL, False, (),
      ("completion bash", "completion fish", "completion zsh"), SUPPORTED,
      "complete names only, without explanations"),
+    ("no-env", "", LIST, (), ("NOENV",), _ALL, SUPPORTED,
+     "variables of the host that do not reach the container"),
     ("no-eval", "", BOOL, False, ("NO_EVAL",), _ALL, SUPPORTED,
      "do not let a shell expand variables, nor the OCI command and its arguments"),
     ("no-home", "", BOOL, False, ("NO_HOME",), _ALL, SUPPORTED,
@@ -331,8 +333,9 @@ OPTIONS: Final[tuple[Option, ...]] = (
 )  # fmt: skip
 
 HIDDEN: Final = frozenset((
-    "containlibs", "docker-password", "docker-username", "ignore-fakeroot-command",
-    "ignore-subuid", "ignore-userns", "no-nv", "no-rocm", "nohttps", "pwd", "tmpdir", "underlay",
+    "containlibs", "dmtcp-launch", "dmtcp-restart", "docker-password", "docker-username",
+    "ignore-fakeroot-command", "ignore-subuid", "ignore-userns", "no-nv", "no-rocm", "nohttps",
+    "pwd", "tmpdir", "underlay",
 ))  # fmt: skip
 DEPRECATED: Final = {
     "nohttps": "use --no-https",
@@ -435,7 +438,7 @@ COMMANDS: Final[tuple[Command, ...]] = (
     ("version", "", 0, -1, SUPPORTED, "Print the version of this program"),
 )  # fmt: skip
 
-HIDDEN_COMMANDS: Final = ("buildcfg", "confgen")
+HIDDEN_COMMANDS: Final = ("buildcfg", "checkpoint", "confgen")
 # Elsewhere the first argument ends the options.
 INTERSPERSED: Final = (
     *_SIF, "sif", "completion", "help", "oci attach", "oci create", "oci delete", "oci kill",

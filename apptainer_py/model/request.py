@@ -84,6 +84,8 @@ class ActionRequest(Invocation):
     mount: tuple[str, ...] = ()
     net: bool = False
     network: str = ""
+    network_args: tuple[str, ...] = ()
+    no_env: tuple[str, ...] = ()
     no_eval: bool = False
     no_home: bool = False
     no_init: bool = False

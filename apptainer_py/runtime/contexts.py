@@ -227,11 +227,13 @@ class PostStartContext:
 class MonitorContext:
     """As the caller, while the payload runs: may wait for its end."""
 
-    __slots__ = ("_keeper_fd", "pid")
+    __slots__ = ("_keeper_fd", "pid", "watcher")
 
-    def __init__(self, keeper_fd: int, pid: int) -> None:
+    def __init__(self, keeper_fd: int, pid: int, watcher: bytes = b"") -> None:
         self._keeper_fd = keeper_fd
         self.pid = pid
+        # The program that can wait in this process's place, or nothing.
+        self.watcher = watcher
 
     def wait(self) -> int:
         """Return the payload's wait status (waitpid(2)); 255 << 8 if the starter is gone."""

@@ -733,8 +733,7 @@ def test_images_that_are_not_read_yet(own, image, value):
 OPTIONS = {
     ("--fusemount", "container:/bin/true /mnt"): ("enable fusemount",),
     ("--net", "--network", "bridge"): (
-        "allow net users", "allow net groups", "allow net networks", "cni configuration path",
-        "cni plugin path",
+        "allow net users", "allow net groups", "allow net networks",
     ),
     ("--netns-path", "/run/netns/x"): ("allow netns paths",),
 }  # fmt: skip
@@ -743,8 +742,6 @@ VALUES = {
     "allow net users": ("root",),
     "allow net groups": ("root",),
     "allow net networks": ("bridge",),
-    "cni configuration path": ("/etc/cni",),
-    "cni plugin path": ("/opt/cni",),
     "allow netns paths": ("/run/netns/x",),
 }
 
@@ -773,6 +770,25 @@ def test_systemd_cgroups(own, image):
         refused(own.run("exec", "--memory", "1G", image.sif, "true"), text)
         ran(own.run("exec", image.sif, "true"))
         ran(own.run("exec", "--memory", "1G", image.sif, "true", root=True))
+
+
+@covers("cni configuration path", "cni plugin path")
+def test_directories_of_networks(own, image, tmp_path):
+    """A directory that is root's; one that somebody else could change is refused."""
+    words = ("exec", "--net", "--network", "own", image.sif, "true")
+    for place, mode, text in (("a", 0o755, 'no net configuration with name "own"'),
+                              ("b", 0o777, "must belong to root")):  # fmt: skip
+        (tmp_path / place).mkdir()
+        (tmp_path / place).chmod(mode)
+        own.configure(f"cni configuration path = {tmp_path / place}")
+        refused(own.run(*words, root=True), text)
+    definition = '{"cniVersion": "1.0.0", "name": "own", "type": "thing"}'
+    (tmp_path / "a/x.conf").write_text(definition)
+    for place, text in (("a", f"{tmp_path}/a/thing: no such file"), ("b", "b/thing: no such")):
+        own.configure(
+            f"cni configuration path = {tmp_path}/a\ncni plugin path = {tmp_path / place}"
+        )
+        refused(own.run(*words, root=True), text)
 
 
 @covers("suidbinary path", "mksquashfs procs", "mksquashfs mem", "download concurrency",

@@ -54,9 +54,7 @@ def signed(readable_tmp: Path, require_root: None) -> SimpleNamespace:
     shown = real(keys, "key", "list")
     prints = [line.split()[1] for line in shown.splitlines() if "Fingerprint:" in line]
     plain = images.own_sif(images.shared_folder())
-    found = {"none": folder / "none.sif"}
-    for name, by in (("first", (0,)), ("second", (1,)), ("both", (0, 1))):
-        found[name] = folder / f"{name}.sif"
+    found = {name: folder / f"{name}.sif" for name in ("none", "first", "second", "both")}
     for path in found.values():
         shutil.copy(plain, path)
         os.chown(path, user.pw_uid, user.pw_gid)
@@ -130,7 +128,7 @@ def test_the_directory_decides_which_rule(own, signed):
     write_list(own, signed, rule("whitelist", FIRST, here))
     assert own.run("exec", signed.first, "true").returncode == 0
     above = os.path.dirname(here)
-    for other in ("/tmp", above):  # noqa: S108
+    for other in ("/tmp", above):
         write_list(own, signed, rule("whitelist", FIRST, other))
         done = own.run("exec", signed.first, "true")
         assert f"{signed.first} not part of any execgroup" in done.stderr

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from apptainer_py.engines.apptainer.prepare import Prepared
     from apptainer_py.runtime.contexts import CreateContext
+    from apptainer_py.runtime.janitor import Janitor
     from apptainer_py.runtime.mounting import Mounting
 
 # linux/openat2.h
@@ -71,12 +72,28 @@ class Creation:
             raise self.mount_failed(error) from None
         if self.prepared.hostname:
             self.mounting.hostname(self.prepared.hostname)
+        if self.prepared.networks is not None:
+            self.join_networks()
         if self.prepared.limits is not None:
             self.limit()
         self.mounting.pivot()
         for fd in (self.session, self.root, self.final):
             os.close(fd)
         os.close(self.prepared.image.fd)
+
+    def janitor(self) -> Janitor:
+        """Return the process that undoes things in the end, started where it is first needed."""
+        if self.prepared.janitor is None:
+            self.prepared.janitor = self.mounting.janitor()
+        return self.prepared.janitor
+
+    def join_networks(self) -> None:
+        """Connect the container as the administrator's networks say."""
+        from apptainer_py.engines.apptainer import network
+
+        assert self.prepared.networks is not None
+        self.mounting.settle()
+        network.join(self.prepared.networks, self.janitor())
 
     def limit(self) -> None:
         """Put the container into control groups, which the janitor removes in the end."""
@@ -88,9 +105,7 @@ class Creation:
         if prepared.limits.rootless:
             limits.apply(prepared.limits, self.mounting.container_pid, None, shim=prepared.shim)
             return
-        if prepared.janitor is None:
-            prepared.janitor = self.mounting.janitor()
-        janitor = prepared.janitor
+        janitor = self.janitor()
         limits.apply(prepared.limits, janitor.container_pid, janitor, shim=prepared.shim)
 
     # ---- the image ----

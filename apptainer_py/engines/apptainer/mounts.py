@@ -342,7 +342,7 @@ def _kernel(p: Plan) -> None:
             p.bind("/proc", "/proc", KERNEL, create="directory")
     if p.wanted("sys", "mount sys"):
         # The kernel shows a network's devices in sysfs only to who owns the network.
-        own = p.action.net or p.action.network
+        own = p.action.net or p.action.network or p.action.network_args
         if p.facts.flow == protocol.FLOW_USERNS and not own:
             p.bind("/sys", "/sys", KERNEL, create="directory")
         else:

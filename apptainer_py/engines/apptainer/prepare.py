@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from apptainer_py.engines.apptainer.environ import Environment
     from apptainer_py.engines.apptainer.layers import Shown
     from apptainer_py.engines.apptainer.limits import Limits
+    from apptainer_py.engines.apptainer.network import Networks
     from apptainer_py.engines.apptainer.security import Security
     from apptainer_py.image.detect import OpenImage
     from apptainer_py.model.plan import Mount
@@ -94,6 +95,7 @@ class Prepared:
         "limits",
         "links",
         "mounts",
+        "networks",
         "offset",
         "read_only_root",
         "session_mib",
@@ -124,6 +126,7 @@ class Prepared:
         self.hostname = ""
         self.limits: Limits | None = None
         self.janitor: Janitor | None = None
+        self.networks: Networks | None = None
         self.shim = False
         self.session_mib = 0
         self.writable_root = False
@@ -148,10 +151,11 @@ def prepare(context: PrepareContext) -> Prepared:
         facts.configuration = {**facts.configuration, **_OF_BUILDS}
     policy.check_directives(facts.configuration, action)
     check_options(action, facts)
+    networks = None
     if wants_network(action):
         from apptainer_py.engines.apptainer import network
 
-        network.judge(action, facts)
+        networks = network.judge(action, facts)
     limits = find_limits(action, context)
     security = read_security(action, facts)
     image = open_file(action)
@@ -159,6 +163,7 @@ def prepare(context: PrepareContext) -> Prepared:
         policy.check_image(facts, image)
         prepared = Prepared(image)
         prepared.limits = limits
+        prepared.networks = networks
         return judge(prepared, action, context, security)
     except policy.NotPermitted:
         context.record_refusal(image.realpath)
@@ -404,7 +409,7 @@ def choose_spaces(prepared: Prepared, action: ActionRequest, facts: Facts) -> tu
 
 def wants_network(action: ActionRequest) -> bool:
     """Return whether the container is to have a network of its own."""
-    return action.net or bool(action.network)
+    return action.net or bool(action.network) or bool(action.network_args)
 
 
 def check_hostname(name: str) -> str:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # image's own is touched: through a fresh image server each costs milliseconds.
 # Arguments: this text, how many NAME=VALUE follow, these, then the command.
 _SOURCE = r"""
+#@DOCKER@
 unset PATH PS1 PS2 PS4 SHLVL OLDPWD TERM SHELL HOSTNAME HOSTTYPE MACHTYPE OSTYPE
 __pwd=$PWD
 __say() { printf '%s\n' "$1" >&2; }
@@ -56,7 +57,10 @@ elif [ -x /bin/bash ]; then
 fi
 __source() {
     __done=
-    if command eval '. "$__file"; __done=1'; then :; fi
+    case "$__file" in
+    */10-docker2singularity.sh) if [ -n "${__docker-}" ]; then eval "$__docker"; __done=1; fi ;;
+    esac
+    if [ -z "$__done" ] && command eval '. "$__file"; __done=1'; then :; fi
     set +aefu
 }
 # Bash ends at a variable that is not set with 127, where other shells have a status below that.
@@ -109,7 +113,7 @@ elif [ -f /environment ]; then
 fi
 unalias -a
 trap - EXIT
-unset __again __done
+unset __again __done __docker
 [ -n "${__injected-}" ] || __inject
 @PATH@
 [ "$PWD" = "$__pwd" ] || cd "$__pwd" || :
