@@ -173,6 +173,9 @@ def _start_directly(
         arguments = [_RUNSCRIPT, *arguments]
     path = next((entry[5:] for entry in entries if entry.startswith(b"PATH=")), b"")
     program = _find(arguments[0], path)
+    if message[b"prefix"]:
+        arguments = [*message[b"prefix"], program, *arguments[1:]]
+        program = arguments[0]
     problem = context.execve(program, [program, *arguments[1:]], entries)
     if problem.errno == errno.ENOEXEC:
         problem = context.execve(_SHELL, [_SHELL, program, *arguments[1:]], entries)
