@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from apptainer_py.base import build, log
-from apptainer_py.base.errors import ApptainerError, LaunchError, NotSupported
+from apptainer_py.base.errors import ApptainerError, LaunchError
 from apptainer_py.engines.apptainer import environ, mounts, policy, process
 from apptainer_py.image.detect import CannotOpen, open_image
 from apptainer_py.model import protocol
@@ -271,10 +271,7 @@ def read_security(action: ActionRequest, facts: Facts) -> Security | None:
         return None
     from apptainer_py.engines.apptainer import security
 
-    found = security.read(action.security, facts)
-    if action.fakeroot and found.changes_identity:
-        raise NotSupported(what="--security with uid: or gid: and --fakeroot")
-    return found
+    return security.read(action.security, facts)
 
 
 def wants_drivers(action: ActionRequest, configuration: Mapping[str, object]) -> bool:
