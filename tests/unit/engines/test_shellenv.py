@@ -1030,3 +1030,46 @@ def test_the_files_of_real_images_are_simple(place: Path) -> None:
 def environment_of_tree(tree: Path, place: Path) -> Outcome:
     found = (tree / ".singularity.d/env").glob("*.sh")
     return answered(request_with({}), {file.name: file.read_text() for file in found}, place)
+
+
+# ---- values that Apptainer has escaped twice ----
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        (r'export A="${A:-"{\\\"a\\\": \\\"b c\\\"}"}"', '{"a": "b c"}'),
+        (r'export A="${A:-"a \\`id\\` b"}"', "a `id` b"),
+        (r'export A="${A:-"it\\\"s \'"}"', "it\"s '"),
+        (r'export A="${A:-"\\$HOME and \\\\\\$x"}"', "$HOME and \\$x"),
+        (r'export A="${A:-"one\ntwo\t"}"', "one\ntwo\t"),
+        (r'export A="${A:-"\\\""}"', '"'),
+        (r'export A="${A:-"\u2028\xff"}"', "\u2028\udcff"),
+    ],
+)
+def test_a_value_that_was_escaped_twice(line, meant):
+    text = line.replace("\\'", "'") + "\n"
+    variables, exported = {}, set()
+    shellenv.run(shellenv.mended(text), variables, exported, lambda *_: False)
+    assert (variables, exported) == ({"A": meant}, {"A"})
+    variables, exported = {"A": "given"}, set()
+    shellenv.run(shellenv.mended(text), variables, exported, lambda *_: False)
+    assert (variables, exported) == ({"A": "given"}, {"A"})
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'export A="${A:-"plain"}"',
+        r'export A="${B:-"a\\\"b"}"',
+        r'export A="a\"b"',
+        r'A="${A:-"a\\\"b"}"',
+        r'export A="${A:-"a\qb"}"',
+        r'export A="${A:-"a\x1"}"',
+        r'export A="${A:-"a\x00"}"',
+        r'export A="${A:-"a\"',
+        'export A="${A:-"\\',
+    ],
+)
+def test_other_lines_stay_as_they_are(line):
+    assert shellenv.mended(line + "\n") == line + "\n"
