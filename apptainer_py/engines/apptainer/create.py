@@ -318,6 +318,11 @@ class Creation:
             try:
                 for entry in os.scandir(fd):
                     self.show_entry(directory, os.fsencode(entry.name), entry)
+            except OSError as error:
+                raise LaunchError(
+                    text=f"container creation failed: /{os.fsdecode(directory)} of the image "
+                    f"cannot be read: {(error.strerror or '').lower()}"
+                ) from None
             finally:
                 os.close(fd)
         self.mounting.settle()
