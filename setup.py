@@ -32,7 +32,7 @@ STARTER_INDEPENDENT = (
     *("launcher", "stagehost", "unpack", "fuzz", "test"),
     *("lean", "init", "process", "hook", "record", "relay", "monitor"),
 )
-LEAN_SHARED = ("launcher_request", "hook", "record", "steps")
+LEAN_SHARED = ("launcher_request", "hook", "record", "relay", "steps")
 INIT_SHARED = ("wire", "report", "process", "hook", "steps")
 PARALLEL = 2
 

@@ -79,6 +79,24 @@ static int send_surroundings(const struct launch *l) {
     return result;
 }
 
+/* What the payload's filter would be in stage 2, if there is one. */
+static int send_filter(const struct launch *l) {
+    static bool sent;
+    struct bearer_request q = {.part = BEARER_FILTER};
+    size_t size;
+    const void *code = filter_get(&size, &q.number);
+    if (size == 0 || sent)
+        return 0;
+    int fd = memfd_create("apptainer-py filter", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    int result = -1;
+    if (fd >= 0 && write(fd, code, size) == (ssize_t)size &&
+        fcntl(fd, F_ADD_SEALS, REQUEST_SEALS) == 0)
+        result = send_part(l, q, fd);
+    sent = result == 0;
+    close_fd(&fd);
+    return result;
+}
+
 /* Ends stage 2 when bearer has become the payload, or has ended; else the errno. */
 int bearer_ask(const struct launch *l, const char *path, char *const argv[],
                char *const envp[]) {
@@ -87,7 +105,7 @@ int bearer_ask(const struct launch *l, const char *path, char *const argv[],
     char *name = NULL;
     memcpy(&name, &path, sizeof(name)); /* argv is not const-correct */
     step_begin(STEP_ASK_BEARER);
-    if (send_surroundings(l) < 0)
+    if (send_surroundings(l) < 0 || send_filter(l) < 0)
         return errno;
     mode_t mask = umask(0);
     (void)umask(mask);
@@ -176,12 +194,23 @@ static void run_program(const struct launch *l, const struct bearer_request *q, 
     sanitize_restore_for_payload(l);
     if (!stage_keeper_lives(l)) /* its death comes by way of the shim's, if there is one */
         _exit(255);
+    filter_load();
     /* SAFE: this user's program with what this user was granted; in the container's own root. */
     (void)execve(p.vector[0], p.vector + 1, p.vector + 2 + q->argc);
     struct bearer_reply a = {.error = errno};
     if (wire_send(l->bearer_socket[1], &a, sizeof(a), -1) < 0)
         _exit(255);
     forget(&p);
+}
+
+static void take_filter(const struct bearer_request *q, int fd) {
+    static char code[LIMIT_FILTER_BYTES];
+    struct stat st;
+    if (request_check_seals(fd, &st) < 0 || st.st_size < 1 || st.st_size > LIMIT_FILTER_BYTES ||
+        pread(fd, code, sizeof(code), 0) != (ssize_t)st.st_size ||
+        filter_set(code, (size_t)st.st_size, q->number) < 0)
+        malformed();
+    close(fd);
 }
 
 static void take_part(const struct launch *l, const struct bearer_request *q, int fd) {
@@ -196,6 +225,11 @@ static void take_part(const struct launch *l, const struct bearer_request *q, in
         if (!plain || q->number != 0 || fchdir(fd) < 0)
             malformed();
         close(fd);
+        break;
+    case BEARER_FILTER:
+        if (!plain)
+            malformed();
+        take_filter(q, fd);
         break;
     case BEARER_PROGRAM:
         run_program(l, q, fd);

@@ -76,7 +76,8 @@ static const char *number_text(char *end, int number) {
 
 NO_RETURN static void become_init(struct launch *l, pid_t master) {
     char digits[16], name[] = "apptainer-py-init";
-    char *arguments[] = {name, NULL, NULL};
+    char network[] = INIT_NETWORK;
+    char *arguments[] = {name, NULL, NULL, NULL};
 #ifdef APY_TEST_STEPS
     char *const *environment = test_environment();
 #else
@@ -90,6 +91,8 @@ NO_RETURN static void become_init(struct launch *l, pid_t master) {
         fail("cannot start " INIT_FILE, errno);
     const char *text = number_text(digits + sizeof(digits), l->init_socket[0]);
     memcpy(&arguments[1], &text, sizeof(text));
+    if (l->request.forecast_spaces & SPACE_NET)
+        arguments[2] = network;
     l->inherited.ignored = 0; /* as runc: what is blocked stays so, what is ignored does not */
     sanitize_restore_for_payload(l);
     (void)umask(l->inherited.umask);

@@ -2,6 +2,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
+#include <stddef.h>
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/stat.h>
@@ -90,21 +91,52 @@ static void run_row(struct init *s, const struct op_request *q, struct op_reply 
         s->phase = row->next_phase;
 }
 
-/* One row, one reply; after a failure nothing more is done, but every row is answered. */
-static bool serve(struct init *s) {
+static char message[LIMIT_ROWS_BYTES];
+
+/* Rows lie in a message one after another; each says by its strings how long it is. */
+static size_t take_row(struct op_request *q, const char *at, size_t left) {
+    const size_t head = offsetof(struct op_request, tail);
+    if (left < head)
+        abandon(ERR_MALFORMED);
+    memcpy(q, at, head);
+    size_t size = head + q->length[0] + q->length[1];
+    if (size > left || size > sizeof(*q))
+        abandon(ERR_MALFORMED);
+    memcpy(q->tail, at + head, size - head);
+    if (wire_check_request(q, size) < 0)
+        abandon(ERR_MALFORMED);
+    return size;
+}
+
+/* Until one fails; *a is the last one's reply, and says in its upper half which that was.  A
+ * descriptor belongs to a row that comes alone, and nothing comes with what makes init. */
+static void run_rows(struct init *s, size_t size, struct op_reply *a) {
     static struct op_request q;
-    ssize_t got = wire_receive(s->socket, &q, sizeof(q), &s->passed);
+    size_t at = 0;
+    for (uint32_t number = 0; at < size; number++) {
+        at += take_row(&q, message + at, size - at);
+        if ((s->passed >= 0 && (number > 0 || at < size)) || s->forerunner_ends || s->silent)
+            abandon(ERR_MALFORMED);
+        init_close(&s->fd_out);
+        *a = (struct op_reply){.op = q.op | number << 16, .code = ERR_CANCELLED};
+        if (s->failed)
+            return;
+        run_row(s, &q, a);
+        if (s->failed)
+            return;
+    }
+}
+
+/* One message, one reply; after a failure nothing more is done, but every message is answered. */
+static bool serve(struct init *s) {
+    struct op_reply a = {.code = ERR_CANCELLED};
+    ssize_t got = wire_receive(s->socket, message, sizeof(message), &s->passed);
     if (got < 0 && errno == EMSGSIZE)
         abandon(ERR_MALFORMED);
     if (got <= 0)
         return false;
-    if (wire_check_request(&q, (size_t)got) < 0)
-        abandon(ERR_MALFORMED);
-    struct op_reply a = {.op = q.op, .code = ERR_CANCELLED};
-    s->fd_out = -1;
     s->silent = false;
-    if (!s->failed)
-        run_row(s, &q, &a);
+    run_rows(s, (size_t)got, &a);
     init_close(&s->passed);
     int sent = s->silent ? 0 : init_send_reply(s, &a, s->fd_out);
     init_close(&s->fd_out);
@@ -127,6 +159,7 @@ static struct init state = {.phase = SPACES,
                             .born_pipe = {-1, -1},
                             .passed = -1,
                             .fd_out = -1,
+                            .own_net_fd = -1,
                             .host_proc_fd = -1,
                             .proc_fd = -1,
                             .root_fd = -1,
@@ -136,7 +169,7 @@ static struct init state = {.phase = SPACES,
 int main(int argc, char *argv[]) {
     struct init *s = &state;
     struct stat st;
-    s->socket = argc == 2 ? number_in(argv[1]) : -1;
+    s->socket = argc == 2 || argc == 3 ? number_in(argv[1]) : -1;
     if (s->socket < 3 || fstat(s->socket, &st) < 0 || !S_ISSOCK(st.st_mode) ||
         fcntl(s->socket, F_SETFD, FD_CLOEXEC) < 0)
         fail("starter-init is not for direct use; run apptainer-py-oci", 0);
@@ -146,6 +179,8 @@ int main(int argc, char *argv[]) {
     test_read_environment(environ);
 #endif
     s->umask = umask(022);
+    if (argc == 3 && strcmp(argv[2], INIT_NETWORK) == 0)
+        init_network_ahead(s);
     while (serve(s))
         ;
     if (s->forerunner_ends && write(s->born_pipe[1], "b", 1) == 1)

@@ -3,7 +3,9 @@
  * joins and prepares on the host's side and clones init, which serves the rows of server INIT in
  * protocol.def to master, then becomes the payload.
  *
- *   starter-init SOCKET      the number of its end of a SOCK_SEQPACKET pair, from its parent
+ *   starter-init SOCKET [network]
+ *                            the number of its end of a SOCK_SEQPACKET pair, from its parent;
+ *                            whether to make a network before somebody asks for it
  *
  * It holds what its caller holds, no more; a row it refuses ends the launch.
  */
@@ -45,6 +47,7 @@ struct init {
     bool offsets_given;
     int64_t offsets[4];                /* monotonic s, ns, boottime s, ns */
     int late_spaces;                   /* CLONE_NEW* kinds that init makes when it has its ids */
+    int own_net_fd;                    /* the network to go back to, or -1: it was not left */
     int host_proc_fd;                  /* the host's procfs, pinned before any join, or -1 */
     bool tenant;                       /* one more process in a container (exec) */
     /* of the container */
@@ -71,6 +74,7 @@ MUST_USE int init_send_reply(const struct init *s, const struct op_reply *a, int
 void init_close(int *fd);
 
 /* init_spaces.c, init_mapped.c */
+void init_network_ahead(struct init *s);
 init_row init_join, init_cgroup, init_prep, init_spaces, init_mapped, init_keyring, init_tenant;
 
 /* init_console.c */

@@ -55,12 +55,33 @@ static int keep_join(struct init *s, int kind) {
     return ERR_OK;
 }
 
+/* Before master has read what is wanted: nothing else here takes the kernel as long. */
+void init_network_ahead(struct init *s) {
+    s->own_net_fd = open("/proc/self/ns/net", O_RDONLY | O_CLOEXEC);
+    if (s->own_net_fd >= 0 && unshare(CLONE_NEWNET) < 0)
+        init_close(&s->own_net_fd);
+}
+
+/* It serves where one is asked for that belongs to this user namespace; *kinds lacks it then. */
+static int settle_network(struct init *s, uint64_t *kinds) {
+    bool serves = (*kinds & CLONE_NEWNET) && !(*kinds & CLONE_NEWUSER) && s->join_count == 0;
+    if (s->own_net_fd < 0)
+        return 0;
+    if (!serves && setns(s->own_net_fd, CLONE_NEWNET) < 0)
+        return -1;
+    if (serves)
+        *kinds &= ~(uint64_t)CLONE_NEWNET;
+    init_close(&s->own_net_fd);
+    return 0;
+}
+
 int init_join(struct init *s, const struct op_request *q, struct op_reply *a) {
     const uint64_t known = SPACES_OF_CLONE | SPACES_OF_INIT;
     int kind = (int)q->num[0];
     if (s->passed < 0 || q->flags != 0 || q->num[0] == 0 || (q->num[0] & ~known) != 0)
         return ERR_MALFORMED;
-    if (pin_proc(s) < 0)
+    uint64_t none = 0;
+    if (pin_proc(s) < 0 || settle_network(s, &none) < 0)
         return init_failed_at(a, (uint32_t)kind);
     if (kind == CLONE_NEWUSER)
         return keep_join(s, kind);
@@ -196,14 +217,15 @@ int init_spaces(struct init *s, const struct op_request *q, struct op_reply *a) 
     s->late_spaces = (int)(q->num[0] & SPACES_OF_INIT);
     if (s->offsets_given && !(s->late_spaces & CLONE_NEWTIME))
         return ERR_MALFORMED;
-    if (pin_proc(s) < 0)
+    uint64_t kinds = q->num[0] & SPACES_OF_CLONE;
+    if (pin_proc(s) < 0 || settle_network(s, &kinds) < 0)
         return init_failed(a);
     if (join_the_rest(s, &a->value) < 0)
         return init_failed(a);
     a->value = 0;
     if (pipe2(s->born_pipe, O_CLOEXEC) < 0)
         return init_failed(a);
-    pid_t pid = clone_init(q->num[0] & SPACES_OF_CLONE, s->passed);
+    pid_t pid = clone_init(kinds, s->passed);
     if (pid < 0)
         return init_failed(a);
     if (pid == 0) {

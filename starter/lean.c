@@ -66,8 +66,10 @@ static char *number_text(char *end, int number) {
 /* `ready` is the end of a pipe at which somebody waits, or -1. */
 __attribute__((noreturn)) static void run_starter(struct lean *l, int argc, char *const argv[],
                                                   int ready) {
-    const struct choice c = {.flow = FLOW_CALLER, .engine = "oci", .trace_fd = -1};
+    struct choice c = {.flow = FLOW_CALLER, .engine = "oci", .trace_fd = -1};
     const char *why;
+    if (lean_forecast_network(l, argc, argv))
+        c.forecast.spaces = SPACE_NET;
     int fd = request_make(&c, argc, argv, l->envp, &why);
     if (fd < 0)
         fatal(l, "the request to the starter", why);
@@ -126,6 +128,8 @@ int main(int argc, char *argv[], char *envp[]) {
     open_standard_streams();
     if (argc < 1)
         return 1;
+    if (lean_watch_asked(argc, argv))
+        return lean_watch(&l, argc, argv);
     lean_scan(&l, argc, argv);
     if (l.command == LEAN_LAUNCH)
         run_starter(&l, argc, argv, -1);

@@ -38,6 +38,7 @@ struct lean {
     bool apptainer;          /* called as `apptainer-py oci` */
     bool force;              /* delete --force */
     bool all;                /* kill --all */
+    bool makes;              /* create or run: of a bundle */
     enum lean_command command;
     const char *id;
     const char *signal;      /* kill's second word, or NULL */
@@ -64,6 +65,9 @@ __attribute__((noreturn)) void lean_interpreter(struct lean *l, int argc, char *
 /* lean_scan.c */
 void lean_scan(struct lean *l, int argc, char *const argv[]);
 const char *lean_variable(char *const envp[], const char *name);
+
+/* lean_forecast.c: whether the container will probably have a network of its own */
+bool lean_forecast_network(const struct lean *l, int argc, char *const argv[]);
 
 /* lean_log.c: messages in runc's three forms */
 int lean_log_open(struct lean *l);
@@ -99,6 +103,8 @@ int lean_state(struct lean *l);
 int lean_start(struct lean *l);
 int lean_kill(struct lean *l);
 int lean_delete(struct lean *l);
+/* A container whose first process was that child of ours, unless another has deleted it. */
+void lean_delete_own(struct lean *l, pid_t init);
 int lean_attach(struct lean *l);
 int lean_signal(const struct container *c, int number);
 bool lean_wait_end(int pidfd, int timeout_ms);
@@ -121,5 +127,10 @@ int attach_stay(const struct container *c, const struct attached *a);
 /* does not return */
 typedef void lean_launch(struct lean *l, int argc, char *const argv[], int ready);
 int lean_run(struct lean *l, int argc, char *const argv[], lean_launch *launch);
+
+/* lean_watch.c: master's successor, which is called by this name */
+#define LEAN_WATCH_NAME "apptainer-py-oci: watch"
+bool lean_watch_asked(int argc, char *const argv[]);
+int lean_watch(struct lean *l, int argc, char *const argv[]);
 
 #endif

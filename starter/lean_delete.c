@@ -127,3 +127,17 @@ int lean_delete(struct lean *l) {
         return delete_locked(&c);
     return found == FOUND_NOTHING && l->force ? LEAN_DONE : container_tell(l, found);
 }
+
+/* The name may be another container's by now; no other has this process as its maker. */
+void lean_delete_own(struct lean *l, pid_t init) {
+    struct container c;
+    int creator = -1;
+    l->force = true; /* frozen, it has ended all the same */
+    if (container_find(l, &c) != FOUND || container_lock(&c, true) != FOUND)
+        return;
+    if (c.record.head.init_pid == init && c.record.head.creator_pid == getpid() &&
+        container_creator(&c, &creator))
+        (void)delete_locked(&c);
+    if (creator >= 0)
+        close(creator);
+}

@@ -175,6 +175,7 @@ static void read_command(struct lean *l, struct words *w) {
         return;
     if (c->command == LEAN_LAUNCH || c->command == LEAN_MONITORED) {
         l->command = c->command;
+        l->makes = strcmp(c->name, "exec") != 0;
         return;
     }
     if (!read_flags(l, w, c->flags, c->count) || w->left < c->fewest || w->left > c->most)

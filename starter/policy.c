@@ -75,7 +75,8 @@ static bool whole_grant(const struct container_plan *plan) {
 int policy_plan(const struct launch *l, const struct container_plan *plan) {
     const uint32_t spaces = SPACE_PID | SPACE_IPC | SPACE_UTS | SPACE_NET | SPACE_CGROUP;
     const uint32_t flags = PLAN_SHIM | PLAN_WRITABLE_LAYER | PLAN_KERNEL_IMAGE | PLAN_SLAVE |
-                           PLAN_NO_NEW_PRIVS | PLAN_METHODS | PLAN_SETUID;
+                           PLAN_NO_NEW_PRIVS | PLAN_METHODS | PLAN_SETUID | PLAN_USER_LAYER |
+                           PLAN_KERNEL_EXTFS | PLAN_GROUPS;
     const struct config *c = &l->config;
     if ((plan->spaces & ~spaces) || (plan->flags & ~flags) ||
         plan->fuse_count > LIMIT_FUSE_DEVICES || plan->group_count > LIMIT_GROUPS)
@@ -95,7 +96,8 @@ int policy_plan(const struct launch *l, const struct container_plan *plan) {
     /* Root's payload in a namespace of its own may gain what that namespace has. */
     bool root_inside = l->flow == FLOW_USERNS && l->uid == 0;
     if (plan->uid != l->uid || plan->gid != l->gid || plan->group_count != 0 ||
-        plan->flags & PLAN_SETUID || (!(plan->flags & PLAN_NO_NEW_PRIVS) && !root_inside))
+        plan->flags & (PLAN_SETUID | PLAN_GROUPS) ||
+        (!(plan->flags & PLAN_NO_NEW_PRIVS) && !root_inside))
         return ERR_REFUSED;
     if (l->flow == FLOW_USERNS)
         return ERR_OK;
@@ -105,7 +107,10 @@ int policy_plan(const struct launch *l, const struct container_plan *plan) {
         plan->spaces & SPACE_CGROUP || plan->flags & PLAN_METHODS ||
         (plan->flags & PLAN_SLAVE && !config_bool(c, CONFIG_MOUNT_SLAVE)))
         return ERR_REFUSED;
-    if (plan->flags & PLAN_WRITABLE_LAYER && config_enum(c, CONFIG_ENABLE_OVERLAY) == OVERLAY_NO)
+    if (plan->flags & (PLAN_WRITABLE_LAYER | PLAN_USER_LAYER) &&
+        config_enum(c, CONFIG_ENABLE_OVERLAY) == OVERLAY_NO)
+        return ERR_REFUSED;
+    if (plan->flags & PLAN_KERNEL_EXTFS && !config_bool(c, CONFIG_ALLOW_SETUID_MOUNT_EXTFS))
         return ERR_REFUSED;
     unsigned squashfs = config_enum(c, CONFIG_ALLOW_SETUID_MOUNT_SQUASHFS);
     if (plan->flags & PLAN_KERNEL_IMAGE &&
@@ -240,11 +245,22 @@ static bool is_sif(int image_fd) {
     return got > 0 && memmem(head, (size_t)got, "SIF_MAGIC", 9) != NULL;
 }
 
+/* The magic numbers alone: what the kind allows is not the image's to say. */
+static bool is_extfs(int image_fd) {
+    unsigned char head[4], magic[2];
+    return pread(image_fd, head, sizeof(head), 0) == (ssize_t)sizeof(head) &&
+           memcmp(head, "hsqs", sizeof(head)) != 0 &&
+           pread(image_fd, magic, sizeof(magic), 1024 + 56) == (ssize_t)sizeof(magic) &&
+           magic[0] == 0x53 && magic[1] == 0xef;
+}
+
 static bool kind_permitted(const struct config *c, int image_fd, mode_t mode) {
     if (S_ISDIR(mode))
         return config_bool(c, CONFIG_ALLOW_CONTAINER_DIR);
-    return config_bool(c, is_sif(image_fd) ? CONFIG_ALLOW_CONTAINER_SIF
-                                           : CONFIG_ALLOW_CONTAINER_SQUASHFS);
+    if (is_sif(image_fd))
+        return config_bool(c, CONFIG_ALLOW_CONTAINER_SIF);
+    return config_bool(c, is_extfs(image_fd) ? CONFIG_ALLOW_CONTAINER_EXTFS
+                                             : CONFIG_ALLOW_CONTAINER_SQUASHFS);
 }
 
 /* The image as it is open, not as it is named.  Other flows ask the same, for honesty's sake. */

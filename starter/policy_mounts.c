@@ -143,6 +143,7 @@ bool policy_layer(const struct launch *l, enum layer_kind kind) {
     switch (kind) {
     case LAYER_OVERLAY:
     case LAYER_OVERLAY_TMPFS:
+    case LAYER_OVERLAY_USER:
         return config_enum(c, CONFIG_ENABLE_OVERLAY) != OVERLAY_NO;
     case LAYER_UNDERLAY:
         return config_enum(c, CONFIG_ENABLE_UNDERLAY) != UNDERLAY_NO;

@@ -264,6 +264,49 @@ static int write_map(const char *path, const char *text) {
     return wrote == (ssize_t)strlen(text) ? 0 : -1;
 }
 
+/* The namespaces of a child that makes one mount.  It stays closed to its user all the time, so its
+ * parent writes the maps. */
+int privs_enter_layer_userns(void) {
+    if (unshare(CLONE_NEWUSER | CLONE_NEWNS) < 0)
+        return -1;
+    return prctl(PR_SET_DUMPABLE, 0);
+}
+
+static int map_of(pid_t pid, const char *file, uint32_t id, bool line) {
+    char path[64] = "/proc/", text[64] = "deny";
+    append_number(path, sizeof(path), (uint64_t)pid);
+    append_text(path, sizeof(path), file);
+    if (line) {
+        text[0] = '\0';
+        append_number(text, sizeof(text), id);
+        append_text(text, sizeof(text), " ");
+        append_number(text, sizeof(text), id);
+        append_text(text, sizeof(text), " 1\n");
+    }
+    return write_map(path, text);
+}
+
+/* The user onto itself, and nobody else. */
+int privs_map_layer_userns(pid_t pid) {
+    const struct raised *raised = privs_raise(CAP_BIT(CAP_SYS_ADMIN) | CAP_BIT(CAP_DAC_OVERRIDE));
+    int result = -1, error = EPERM;
+    if (raised) {
+        /* SAFE: a child of this process, which waits; its files are root's, as it is closed to its
+         * user, and the kernel allows one line with the writer's own id. */
+        result = map_of(pid, "/setgroups", 0, false);
+        if (result == 0)
+            result = map_of(pid, "/gid_map", getegid(), true);
+        if (result == 0)
+            result = map_of(pid, "/uid_map", geteuid(), true);
+        error = errno;
+    }
+    privs_lower(raised);
+    if (!privs_raise(CAP_BIT(CAP_SYS_ADMIN)))
+        result = -1;
+    errno = error;
+    return result;
+}
+
 /* Maps the caller onto itself, one id; no privilege of the host is involved. */
 int privs_make_userns(const struct launch *l) {
     char uid_line[64] = "", gid_line[64] = "";

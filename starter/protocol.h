@@ -2,6 +2,7 @@
 #ifndef APY_PROTOCOL_H
 #define APY_PROTOCOL_H
 
+#include <stddef.h>
 #include <stdint.h>
 
 /* Each X-macro row becomes one enumerator; the other kinds of rows vanish. */
@@ -121,7 +122,7 @@ struct container_request {
 /* Stage 2 → bearer, each with one descriptor; bearer answers a program that cannot be executed. */
 struct bearer_request {
     uint32_t part;        /* enum bearer_part */
-    uint32_t number;      /* STREAM: which one; PROGRAM: the umask; else 0 */
+    uint32_t number;      /* STREAM: which one; PROGRAM: the umask; FILTER: its flags; else 0 */
     uint32_t argc, envc;  /* PROGRAM: a sealed memfd holds path, arguments, environment; else 0 */
 };
 
@@ -184,6 +185,7 @@ struct stage_info {
     int32_t server_pid;   /* ... or 0 */
     int32_t ready_fd;     /* whoever has called waits at its other end, or -1 */
     int32_t trace_fd;     /* tracer's socket, or -1 */
+    const char *watcher;  /* flow CALLER: the program that stays in the foreground, or NULL */
     uint32_t forecast;    /* enum forecast_kind of the request */
     uint64_t permitted;   /* capabilities that root may hand out */
     /* Verifies the identity for a hook against the table; ends the process on a difference. */
@@ -195,6 +197,8 @@ struct stage_info {
     int (*wait_for_go)(void);
     /* stage 2: restores what belongs to the user, then execve; returns errno */
     int (*exec_payload)(const char *path, char *const argv[], char *const envp[]);
+    /* stage 2, before it: the seccomp filter that is loaded with the payload; 0 or -1 */
+    int (*set_filter)(const void *code, size_t size, uint32_t flags);
 };
 
 #endif

@@ -10,6 +10,12 @@
 
 #include "starter.h"
 
+#ifdef APY_TEST_STEPS
+#define WATCHER_FILE APY_LIBEXECDIR "/apptainer-py-oci-steps"
+#else
+#define WATCHER_FILE APY_BINDIR "/apptainer-py-oci"
+#endif
+
 static struct launch *stage_launch;
 static enum role stage_role;
 static uint64_t hook_start;
@@ -37,7 +43,8 @@ void stage_target(const struct launch *l, enum role role, struct target_identity
     case ROLE_BEARER:
         t->uid = l->plan.uid;
         t->gid = l->plan.gid;
-        t->set_groups = l->flow == FLOW_ROOT && l->plan.group_count > 0;
+        t->set_groups = l->flow == FLOW_ROOT &&
+                        (l->plan.group_count > 0 || l->plan.flags & PLAN_GROUPS);
         t->group_count = l->plan.group_count;
         for (size_t i = 0; i < l->plan.group_count && i < LIMIT_GROUPS; i++)
             t->groups[i] = l->plan.groups[i];
@@ -48,8 +55,11 @@ void stage_target(const struct launch *l, enum role role, struct target_identity
     case ROLE_RPC:
     case ROLE_METHODS: {
         uint64_t caps = CAP_BIT(21) /* SYS_ADMIN */;
-        if (l->plan.flags & (PLAN_WRITABLE_LAYER | PLAN_KERNEL_IMAGE))
+        const uint32_t layers = PLAN_WRITABLE_LAYER | PLAN_USER_LAYER;
+        if (l->plan.flags & (layers | PLAN_KERNEL_IMAGE | PLAN_KERNEL_EXTFS))
             caps |= CAP_BIT(1) /* DAC_OVERRIDE */;
+        if (l->flow == FLOW_ROOT && l->plan.flags & layers)
+            caps |= ROOT_LAYER_CAPS & l->permitted;
         t->caps[CAP_SET_EFFECTIVE] = CAP_BIT(21);
         t->caps[CAP_SET_PERMITTED] = t->caps[CAP_SET_BOUNDING] = caps;
         t->no_new_privs = false;
@@ -233,6 +243,7 @@ static int exec_payload(const char *path, char *const argv[], char *const envp[]
     /* Behind a shim keeper's death comes by way of the shim's, and that may take a while. */
     if (!stage_keeper_lives(stage_launch))
         _exit(255);
+    filter_load();
     (void)execve(path, argv, envp);
     return errno;
 }
@@ -281,10 +292,11 @@ static struct stage_info describe(const struct launch *l, enum stage stage) {
         .server_fd = l->flow == FLOW_CALLER ? l->server_socket[1] : -1,
         .server_pid = l->server_pid,
         .ready_fd = l->flow == FLOW_CALLER ? l->ready_fd : -1,
+        .watcher = l->flow == FLOW_CALLER ? WATCHER_FILE : NULL,
         .forecast = l->request.forecast,
         .trace_fd = trace_fd, .permitted = l->permitted, .enter_hook = enter_hook,
         .leave_hook = leave_hook, .at_step = at_step, .wait_for_go = wait_for_go,
-        .exec_payload = exec_payload,
+        .exec_payload = exec_payload, .set_filter = filter_set,
     };
     return info;
 }

@@ -18,8 +18,15 @@
 
 #define MUST_USE __attribute__((warn_unused_result))
 #define NO_RETURN __attribute__((noreturn))
+/* What root keeps of each file that a writable layer of its own copies up, as numbers of
+ * capabilities(7): CHOWN, DAC_READ_SEARCH, FOWNER, FSETID, MKNOD, SETFCAP. */
+#define ROOT_LAYER_CAPS                                                                            \
+    (CAP_BIT(0) | CAP_BIT(2) | CAP_BIT(3) | CAP_BIT(4) | CAP_BIT(27) | CAP_BIT(31))
 #define CAP_BIT(cap) ((uint64_t)1 << (cap))
 #define ARRAY_SIZE(a) (sizeof(a) / sizeof((a)[0]))
+
+/* Word of starter-init's: the container will probably have a network of its own. */
+#define INIT_NETWORK "network"
 
 /* What the caller's process had and the payload gets back. */
 struct inherited {
@@ -103,6 +110,8 @@ void privs_lower(const struct raised *token);
 MUST_USE int privs_drop(const struct target_identity *target);
 MUST_USE int privs_identify(struct identity *who, bool with_spaces);
 MUST_USE int privs_make_userns(const struct launch *l);
+MUST_USE int privs_enter_layer_userns(void);
+MUST_USE int privs_map_layer_userns(pid_t pid);
 void privs_new_keyring(void);
 MUST_USE int privs_open_as_root(const char *path, int flags, mode_t mode);
 uint64_t privs_last_cap_mask(void);
@@ -164,16 +173,29 @@ extern pid_t stage_rpc_pid, container_pid;
 /* container.c: clone(namespaces) and what the child does before it is the payload */
 MUST_USE pid_t container_start(struct launch *l, int *err);
 
-/* rpc.c, mounts.c */
+/* rpc.c, and the files with its operations: mounts.c, images.c, layers.c, underlay.c */
 NO_RETURN void rpc_main(struct launch *l);
 enum place { PLACE_ROOTFS, PLACE_FINAL, PLACE_LOWER, PLACE_UNDERLAY, PLACE_UPPER, PLACE_WORK,
              PLACE_MERGED, PLACE_COUNT };
+struct shown_image {
+    int fd;
+    bool there, writable;
+};
+struct used_layer {
+    int fd;
+    size_t image;
+    bool inside;                       /* it is the image's directory upper */
+};
 struct rpc {
     struct launch *launch;
     int session_fd, root_fd, final_fd;
+    struct shown_image images[LIMIT_IMAGES];
+    struct used_layer layers[LIMIT_IMAGES];
+    size_t layer_count, upper_image;
+    int upper_fd, work_fd, merged_fd;  /* 0: there is none */
     int places[PLACE_COUNT];           /* pinned before anybody else could replace them */
     int phase;
-    uint32_t uses[32];
+    uint32_t uses[40];
     uint32_t kernel_mounts;            /* that were asked for: a bit for each row */
     uint64_t layer_caps;
 };
@@ -181,6 +203,10 @@ int op_session(struct rpc *r, const struct op_request *q, struct op_reply *a, in
 int op_root_fuse(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
 int op_root_squashfs(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
 int op_root_directory(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
+int op_image_fuse(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
+int op_image_kernel(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
+int op_image_directory(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
+int op_image_layer(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
 int op_underlay_bind(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
 int op_layer(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
 int op_bind(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
@@ -222,6 +248,11 @@ MUST_USE int stage_wait_for_rpc(struct launch *l, pid_t rpc);
 MUST_USE int stage_wait_for_go(const struct launch *l);
 MUST_USE bool stage_keeper_lives(const struct launch *l);
 MUST_USE int stage_die_with_keeper(const struct launch *l);
+
+/* filter.c: the payload's seccomp filter */
+MUST_USE int filter_set(const void *code, size_t size, uint32_t flags);
+const void *filter_get(size_t *size, uint32_t *flags);
+void filter_load(void);
 
 /* bearer.c: becomes the payload where that has capabilities that Python must not have */
 bool bearer_needed(const struct launch *l);

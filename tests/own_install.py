@@ -50,6 +50,7 @@ class Installation:
         self.suid = self.libexec / "starter-suid"
         self.user = images.ordinary_user()
         self.shipped = b""
+        self.kept: set[str] = set()
 
     def facts(self) -> dict[str, Any]:
         """Return the names that were compiled in."""
@@ -75,7 +76,7 @@ class Installation:
     def restore(self) -> None:
         """Put the shipped configuration back, in a directory that is root's alone."""
         for path in self.sysconfdir.iterdir():
-            if path.is_symlink() or path.name != self.config.name:
+            if path.is_symlink() or (path.name not in self.kept and not path.is_dir()):
                 path.unlink()
         if self.config.is_dir():
             self.config.rmdir()
@@ -157,6 +158,7 @@ def _installed() -> tuple[Installation, str]:
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         made.shipped = made.config.read_bytes()
+        made.kept = {path.name for path in made.sysconfdir.iterdir()}
     return made, "" if done.returncode == 0 else done.stderr
 
 

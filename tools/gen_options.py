@@ -41,6 +41,7 @@ MEANINGS = {
     "ipc": "OPT_IPC",
     "net": "OPT_UNFORESEEN",
     "network": "OPT_UNFORESEEN",
+    "network-args": "OPT_UNFORESEEN",
     "no-init": "OPT_NO_INIT",
     "no-pid": "OPT_NO_PID",
     "no-privs": "OPT_UNFORESEEN",

@@ -99,6 +99,15 @@ def _inspect(parsed: Parsed) -> int:
     return 0
 
 
+def _run_help(parsed: Parsed) -> int:
+    from apptainer_py.verbs import inspect
+
+    app = str(parsed.options["app"])
+    text = inspect.help_text(parsed.arguments[0], app)
+    sys.stdout.write(text or "No help sections were defined for this image\n")
+    return 0
+
+
 def _sif_list(parsed: Parsed) -> int:
     from apptainer_py.verbs import sif
 
@@ -214,6 +223,7 @@ _COMMANDS: dict[str, Callable[[Parsed], int]] = {
     "config show": _config_show,
     "help": _help,
     "inspect": _inspect,
+    "run-help": _run_help,
     "sif dump": _sif_dump,
     "sif header": _sif_header,
     "sif info": _sif_info,

@@ -43,6 +43,8 @@ _ABOUT = {
     "test": "Starts the test script of an image." + _IMAGES,
     "inspect": "Shows labels, definition file, environment and scripts of an image without "
     "starting it. Several options show several parts; labels are shown if there is none.",
+    "run-help": "Prints the text that the image's author wrote for those who run it (%help); --app "
+    "prints that of a SCIF application.",
     "sif": "Shows the header of a SIF image and the data objects in it.",
     "sif list": "Lists the data objects of a SIF image.",
     "sif header": "Prints the global header of a SIF image.",

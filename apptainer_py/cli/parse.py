@@ -139,6 +139,7 @@ def _general(
         "message_level": level,
         "colour": False if values["nocolor"] else None,
         "config_file": values["config"],
+        "build_config": values["build-config"],
         "trace_file": values["trace"],
         "notes": more + notes,
     }

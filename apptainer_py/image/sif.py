@@ -40,7 +40,7 @@ _FILE_SYSTEMS = {
     ENCRYPTED_SQUASHFS: "encrypted-squashfs",
     GOCRYPTFS: "gocryptfs",
 }
-_PART_TYPES = {PRIMARY_SYSTEM: "primary-system", OVERLAY: "overlay"}
+_PART_TYPES = {PRIMARY_SYSTEM: "primary-system", DATA: "data", OVERLAY: "overlay"}
 
 _HEADER = struct.Struct("<32s10s3s3s16sqqqqqqqq")
 _DESCRIPTOR = struct.Struct("<iBIIIqqqqqqq128s384s")
@@ -218,6 +218,21 @@ def layout(fd: int, *, host: str | None = None) -> Layout:
         primary=primary,
         overlays=tuple(part for part in parts if part.part_type == "overlay"),
     )
+
+
+def partitions(fd: int, part_type: int) -> tuple[Partition, ...]:
+    """Return the partitions of one type (DATA or OVERLAY), in the order of the file's table.
+
+    Raises:
+        SifError: as `layout`, but for a root file system that is missing or another machine's.
+    """
+    header = read_header(fd)
+    objects = read_descriptors(fd, header)
+    mine = [(o, *partition_facts(o)) for o in objects if o.data_type == PARTITION]
+    wanted = [row for row in mine if row[2] in (PRIMARY_SYSTEM, part_type)]
+    parts = tuple(_partition(fd, header, *row) for row in wanted)
+    _check_apart(fd, parts)
+    return tuple(part for part in parts if part.part_type == _PART_TYPES[part_type])
 
 
 def primary_partition(fd: int, *, host: str | None = None) -> Partition:

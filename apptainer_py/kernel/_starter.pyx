@@ -74,12 +74,14 @@ cdef extern from "protocol.h":
         int32_t server_pid
         int32_t ready_fd
         int32_t trace_fd
+        const char *watcher
         uint64_t permitted
         void (*enter_hook)(uint32_t hook)
         void (*leave_hook)(uint32_t hook, int failed)
         void (*at_step)(uint32_t step, int end)
         int (*wait_for_go)() nogil
         int (*exec_payload)(const char *path, char **argv, char **envp)
+        int (*set_filter)(const void *code, size_t size, uint32_t flags)
 
 
 cdef extern from "request.h":
@@ -155,6 +157,7 @@ def stage():
         "init_fd": info.init_fd, "init_pid": info.init_pid,
         "server_fd": info.server_fd, "server_pid": info.server_pid,
         "ready_fd": info.ready_fd,
+        "watcher": info.watcher if info.watcher != NULL else b"",
     }
 
 
@@ -217,6 +220,12 @@ def exec_payload(bytes path, list argv, list env):
     return error
 
 
+def set_filter(bytes code not None, unsigned int flags):
+    """Have the payload start under this seccomp filter; ValueError: it is none."""
+    if _info().set_filter(<const void *>PyBytes_AS_STRING(code), len(code), flags) < 0:
+        raise ValueError("this is no seccomp filter")
+
+
 def _check_request_part(bytes data, uint32_t start, uint32_t end, Py_ssize_t count):
     parts = data[start:end].split(b"\0")
     if parts.pop() != b"" or (count >= 0 and len(parts) != count):
@@ -245,6 +254,28 @@ def read_request(bytes data):
     )
 
 
+cdef Py_ssize_t _fill(op_request *q, unsigned int op, unsigned int flags, tuple numbers,
+                      bytes first, bytes second) except -1:
+    """Lay out one operation; returns its size."""
+    cdef Py_ssize_t used = 0, i
+    memset(q, 0, sizeof(op_request) - sizeof(q.tail))
+    q.op = op
+    q.flags = flags
+    for i in range(len(numbers)):
+        q.num[i] = numbers[i]
+    for i in range(2):
+        text = first if i == 0 else second
+        if text is None:
+            continue
+        size = len(text) + 1
+        if size > 4096 or b"\0" in text:
+            raise ValueError("a path is too long, or has a NUL in it")
+        memcpy(q.tail + used, PyBytes_AS_STRING(text), size)
+        q.length[i] = size
+        used += size
+    return sizeof(op_request) - sizeof(q.tail) + used
+
+
 def send_operation(int fd, unsigned int op, unsigned int flags, tuple numbers, bytes first,
                    bytes second, int passed=-1):
     """Send one operation; its reply is fetched by receive_reply, in order.
@@ -254,23 +285,20 @@ def send_operation(int fd, unsigned int op, unsigned int flags, tuple numbers, b
         ValueError: a string is longer than a path may be, or has a NUL.
     """
     cdef op_request q
-    cdef Py_ssize_t used = 0, i
-    memset(&q, 0, sizeof(q))
-    q.op = op
-    q.flags = flags
-    for i in range(len(numbers)):
-        q.num[i] = numbers[i]
-    for i, text in enumerate((first, second)):
-        if text is None:
-            continue
-        size = len(text) + 1
-        if size > 4096 or b"\0" in text:
-            raise ValueError("a path is too long, or has a NUL in it")
-        memcpy(q.tail + used, PyBytes_AS_STRING(text), size)
-        q.length[i] = size
-        used += size
-    if wire_send(fd, &q, sizeof(q) - sizeof(q.tail) + used, passed) < 0:
+    cdef Py_ssize_t size = _fill(&q, op, flags, numbers, first, second)
+    if wire_send(fd, &q, size, passed) < 0:
         raise OSError(errno, "the starter is gone")
+
+
+def pack_operation(unsigned int op, unsigned int flags, tuple numbers, bytes first, bytes second):
+    """Return one operation as it goes into a message, of which several may be one.
+
+    Raises:
+        ValueError: a string is longer than a path may be, or has a NUL.
+    """
+    cdef op_request q
+    cdef Py_ssize_t size = _fill(&q, op, flags, numbers, first, second)
+    return PyBytes_FromStringAndSize(<char *>&q, size)
 
 
 def receive_reply(int fd):
@@ -301,6 +329,18 @@ def receive_answer(int fd):
         EOFError: the other side ended.
         OSError: the channel failed.
     """
+    return receive_rows_answer(fd)[:4]
+
+
+def receive_rows_answer(int fd):
+    """Return the same, and which operation of its message it is about, from 0.
+
+    That is the last one, or the first that failed.
+
+    Raises:
+        EOFError: the other side ended.
+        OSError: the channel failed.
+    """
     cdef op_reply a
     cdef int passed = -1
     cdef ssize_t got
@@ -310,7 +350,7 @@ def receive_answer(int fd):
         raise OSError(errno, "the container's first process is gone")
     if got != <ssize_t>sizeof(a):
         raise EOFError("the container's first process ended")
-    return a.code, a.error, a.value, passed
+    return a.code, a.error, a.value, passed, a.op >> 16
 
 
 def send_container(int fd, unsigned int op, bytes image, unsigned int spaces, unsigned int flags,

@@ -15,6 +15,11 @@ _PARTS = 6
 _HEADER = struct.Struct(f"=8sIIIIiiQQQ{2 * _PARTS}I")
 
 
+# What changes while a container is made: phase, flags, creator, first process, their starts.
+_PROGRESS = struct.Struct("=IIiiQQ")
+PROGRESS_AT = 16
+
+
 class RecordData(Record):
     """What is known of a container outside of it.
 
@@ -78,6 +83,12 @@ def record_frame(record: RecordData) -> bytes:
         *ends,
     )
     return head + b"".join(parts)
+
+
+def progress(frame: bytes, phase: int, init_pid: int, init_start: int) -> bytes:
+    """Return what stands at PROGRESS_AT of the same record when the container has come further."""
+    _, flags, creator, _, creator_start, _ = _PROGRESS.unpack_from(frame, PROGRESS_AT)
+    return _PROGRESS.pack(phase, flags, creator, init_pid, creator_start, init_start)
 
 
 def read_record(data: bytes) -> RecordData:

@@ -84,13 +84,14 @@ def created_text(nanoseconds: int) -> str:
 class StateDir:
     """The directory of one container; the descriptor in it is the lock."""
 
-    __slots__ = ("fd", "name", "path", "root")
+    __slots__ = ("_frame", "fd", "name", "path", "root")
 
     def __init__(self, root: str, name: str, fd: int) -> None:
         self.root = root
         self.name = name
         self.path = f"{root}/{name}"
         self.fd = fd
+        self._frame = b""
 
     @classmethod
     def make(cls, root: str, name: str, *, sticky: bool) -> StateDir:
@@ -195,7 +196,31 @@ class StateDir:
         """Replace the record."""
         from apptainer_py.model.record_frame import record_frame
 
-        self.write(RECORD, record_frame(record))
+        self._frame = record_frame(record)
+        self.write(RECORD, self._frame)
+
+    def advance_record(self, phase: int, init_pid: int, init_start: int) -> None:
+        """Note how far the container has come whose record this very object has written.
+
+        The file stays: a new one is the dearest part. Whoever reads meanwhile may find a process
+        without its start, which is none, and asks again once the lock is free.
+
+        Raises:
+            ContainerError: it cannot be written.
+        """
+        from apptainer_py.model.record_frame import PROGRESS_AT, progress
+
+        flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            fd = os.open(RECORD, flags, dir_fd=self.fd)
+            try:
+                data = progress(self._frame, phase, init_pid, init_start)
+                os.pwrite(fd, data, PROGRESS_AT)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            reason = (error.strerror or "").lower()
+            raise ContainerError(text=f"write {self.path}/{RECORD}: {reason}") from None
 
     def read_record(self) -> RecordData:
         """Return the record.

@@ -202,6 +202,10 @@ class StartContext:
     def __init__(self, message: bytes) -> None:
         self.message = message
 
+    def filter_calls(self, program: bytes, flags: int) -> None:
+        """Have the payload start under this seccomp filter, or not at all."""
+        _starter.set_filter(program, flags)
+
     def execve(self, path: bytes, arguments: list[bytes], environment: list[bytes]) -> OSError:
         """Become the payload; returns, with the reason, only if that fails."""
         error = _starter.exec_payload(path, arguments, environment)
@@ -223,11 +227,13 @@ class PostStartContext:
 class MonitorContext:
     """As the caller, while the payload runs: may wait for its end."""
 
-    __slots__ = ("_keeper_fd", "pid")
+    __slots__ = ("_keeper_fd", "pid", "watcher")
 
-    def __init__(self, keeper_fd: int, pid: int) -> None:
+    def __init__(self, keeper_fd: int, pid: int, watcher: bytes = b"") -> None:
         self._keeper_fd = keeper_fd
         self.pid = pid
+        # The program that can wait in this process's place, or nothing.
+        self.watcher = watcher
 
     def wait(self) -> int:
         """Return the payload's wait status (waitpid(2)); 255 << 8 if the starter is gone."""

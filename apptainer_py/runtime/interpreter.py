@@ -33,6 +33,13 @@ def complete() -> None:
         _starter.complete_interpreter()
 
 
+def load_container_module() -> None:
+    """Have `apptainer_py.kernel._container`, which only one flow has from the start."""
+    name = "apptainer_py.kernel._container"
+    if name not in sys.modules and _starter.in_stage():
+        sys.modules[name] = __import__("_container")
+
+
 class _Extension:
     """Loads a module of Python's own that is a shared object, which the core can do alone."""
 

@@ -160,6 +160,24 @@ class Mounting:
             paths=(os.fsencode(path),),
         )
 
+    def image_fuse(self, number: int, device: int, flags: int, what: str) -> int:
+        """Mount a served image beside the root; returns a descriptor of its root."""
+        return self._ask(what, protocol.OP_IMAGE_FUSE, flags=flags, numbers=(number, device))
+
+    def image_kernel(self, path: str, facts: tuple[int, ...], flags: int, what: str) -> int:
+        """Mount an image beside the root; `facts` are those of `root_squashfs`, and its number."""
+        paths = (os.fsencode(path),)
+        return self._ask(what, protocol.OP_IMAGE_KERNEL, flags=flags, numbers=facts, paths=paths)
+
+    def image_directory(self, path: str, facts: tuple[int, ...], flags: int, what: str) -> int:
+        """Show a directory beside the root; `facts` are device, inode and its number."""
+        paths = (os.fsencode(path),)
+        return self._ask(what, protocol.OP_IMAGE_DIRECTORY, flags=flags, numbers=facts, paths=paths)
+
+    def image_layer(self, number: int, flags: int, what: str) -> None:
+        """Make an image that is shown the next layer of the overlay."""
+        self._ask(what, protocol.OP_IMAGE_LAYER, flags=flags, numbers=(number,))
+
     def underlay_bind(self, source: bytes, target: bytes) -> None:
         """Show an entry of the image again, at a place of the underlay."""
         self._send(

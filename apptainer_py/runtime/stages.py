@@ -401,12 +401,13 @@ class Caller:
         create = CreateContext(self.facts, None, -1, nest, self.info["init_pid"])
         _starter.run_hook(protocol.HOOK_CREATE_CONTAINER, operations.create_container, create)
         pid = operations.let_go(create)
+        os.close(self.info["request_fd"])
         self._reap_first()
         started = PostStartContext(self.facts, pid)
         _starter.run_hook(protocol.HOOK_POST_START_PROCESS, operations.post_start_process, started)
         if not operations.stays:
             return 0
-        monitor = MonitorContext(-1, pid)
+        monitor = MonitorContext(-1, pid, self.info["watcher"])
         self.status = _starter.run_hook(
             protocol.HOOK_MONITOR_CONTAINER, operations.monitor_container, monitor
         )

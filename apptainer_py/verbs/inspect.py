@@ -47,6 +47,12 @@ class CannotInspect(ImageError):
     message = "Failed to open image {image}: {reason}"
 
 
+class NoImage(ImageError):
+    """There is no file of that name."""
+
+    message = "container not found: stat {image}: {reason}"
+
+
 class ReadingFailed(ApptainerError):
     """The files inside of the image could not be read."""
 
@@ -121,6 +127,21 @@ def inspect(path: str, wanted: Wanted) -> Inspection:
         found.apps = {name: facts for name, facts in found.apps.items() if name == wanted.app}
     text = _as_json(found) if wanted.json else _as_text(found, wanted)
     return Inspection(text=text, warnings=tuple(found.warnings))
+
+
+def help_text(path: str, app: str) -> str:
+    """Return the help text of an image, or of one application; "" where it has none.
+
+    Raises:
+        NoImage: there is no such file.
+        CannotInspect, ReadingFailed, NotSupported: as `inspect`.
+    """
+    try:
+        os.stat(path)
+    except OSError as error:
+        raise NoImage(image=path, reason=(error.strerror or "").lower()) from None
+    text = inspect(path, Wanted(helpfile=True, app=app)).text
+    return text.rstrip("\n") + "\n" if text.strip() else ""
 
 
 def _collect(image: detect.OpenImage, wanted: Wanted, found: _Found) -> None:

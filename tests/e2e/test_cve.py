@@ -213,7 +213,6 @@ ABSENT = [
     ["instance", "start", "{sif}", "x"],
     ["exec", "--security", "selinux:x", "{sif}", "true"],
     ["exec", "--fakeroot", "{sif}", "true"],
-    ["exec", "--nv", "{sif}", "true"],
     ["exec", "-n", "--network", "bridge", "{sif}", "true"],
     ["exec", "instance://x", "true"],
     ["exec", "docker://alpine", "true"],

@@ -26,6 +26,7 @@ LEVEL = "bash counts SHLVL wherever it is the image's /bin/sh"
 GROUP = "root's group, which the image has, is not listed twice"
 INH = "a change to another user would take them along"
 HELP = "the help texts are our own"
+SETTING = "a setting that is none, or that is empty, starts nothing"
 
 IMAGES = [
     *(
@@ -397,6 +398,32 @@ FLAGS = [
     Case("exec --keep-privs {sif} true"),
     Case("exec --no-privs {sif} sh -c 'grep Cap /proc/self/status'"),
     Case("exec --allow-setuid {sif} true"),
+    *(
+        Case(f"exec --security {word} {{sif}} true")
+        for word in (
+            "seccomp:/nonexistent",
+            "apparmor:x",
+            "'' -C",
+        )
+    ),
+    *(
+        Case(f"exec --security {word} {{sif}} true", flows=(SETUID,))
+        for word in (
+            "uid:0",
+            "uid:1001",
+            "gid:5:6",
+            "uid:x",
+            "gid:5,uid:1",
+        )
+    ),
+    *(
+        Case(f"exec --security {word} {{sif}} true", differs={"status": SETTING, "said": SETTING})
+        for word in ("bad", "bad:x", "seccomp:")
+    ),
+    Case(
+        "exec --security seccomp:/etc/apptainer/seccomp-profiles/default.json {sif} "
+        "sh -c 'grep -e Cap -e NoNewPrivs -e Seccomp: -e Groups /proc/self/status'"
+    ),
     Case("exec -i {sif} true"),
     Case("exec {sif} true", env={"APPTAINER_CONTAIN": "1", "APPTAINER_HOSTNAME": "envbox"}),
     Case("exec {sif} sh -c 'uname -n'", env={"APPTAINER_HOSTNAME": "envbox"}),

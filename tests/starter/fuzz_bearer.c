@@ -75,6 +75,19 @@ int stage_wait_for_go(const struct launch *l) {
     (void)l;
     return -1;
 }
+int filter_set(const void *code, size_t size, uint32_t flags) {
+    (void)code;
+    (void)size;
+    (void)flags;
+    return -1;
+}
+const void *filter_get(size_t *size, uint32_t *flags) {
+    *size = 0;
+    *flags = 0;
+    return NULL;
+}
+void filter_load(void) {
+}
 void sanitize_restore_for_payload(const struct launch *l) {
     (void)l;
 }

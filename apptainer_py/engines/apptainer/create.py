@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from apptainer_py.engines.apptainer.prepare import Prepared
     from apptainer_py.runtime.contexts import CreateContext
+    from apptainer_py.runtime.janitor import Janitor
     from apptainer_py.runtime.mounting import Mounting
 
 # linux/openat2.h
@@ -57,6 +58,10 @@ class Creation:
         """Do the steps in their order (facts §6.3)."""
         self.session = self.mounting.session(self.prepared.session_mib)
         self.mount_root()
+        if self.prepared.shown:
+            from apptainer_py.engines.apptainer import layering
+
+            layering.show(self)
         self.stage_files()
         self.stage_accounts()
         self.stage_targets()
@@ -67,12 +72,28 @@ class Creation:
             raise self.mount_failed(error) from None
         if self.prepared.hostname:
             self.mounting.hostname(self.prepared.hostname)
+        if self.prepared.networks is not None:
+            self.join_networks()
         if self.prepared.limits is not None:
             self.limit()
         self.mounting.pivot()
         for fd in (self.session, self.root, self.final):
             os.close(fd)
         os.close(self.prepared.image.fd)
+
+    def janitor(self) -> Janitor:
+        """Return the process that undoes things in the end, started where it is first needed."""
+        if self.prepared.janitor is None:
+            self.prepared.janitor = self.mounting.janitor()
+        return self.prepared.janitor
+
+    def join_networks(self) -> None:
+        """Connect the container as the administrator's networks say."""
+        from apptainer_py.engines.apptainer import network
+
+        assert self.prepared.networks is not None
+        self.mounting.settle()
+        network.join(self.prepared.networks, self.janitor())
 
     def limit(self) -> None:
         """Put the container into control groups, which the janitor removes in the end."""
@@ -84,9 +105,7 @@ class Creation:
         if prepared.limits.rootless:
             limits.apply(prepared.limits, self.mounting.container_pid, None, shim=prepared.shim)
             return
-        if prepared.janitor is None:
-            prepared.janitor = self.mounting.janitor()
-        janitor = prepared.janitor
+        janitor = self.janitor()
         limits.apply(prepared.limits, janitor.container_pid, janitor, shim=prepared.shim)
 
     # ---- the image ----
@@ -195,6 +214,10 @@ class Creation:
             place = self.missing_place(os.fsencode(mount.target))
             if place is not None and mount.create:
                 self.make_target(place, mount.create)
+        for text, path in self.prepared.links:
+            place = self.missing_place(os.fsencode(path))
+            if place is not None:
+                self.make_target(place, "link", os.fsencode(text))
 
     def stage_above_home(self) -> None:
         """Without a layer: cover the directory above a home that the image lacks."""
@@ -253,8 +276,8 @@ class Creation:
                 return None
             return resolved[len(self.root_path) :].rstrip(b"/") + b"/" + b"/".join(rest)
 
-    def make_target(self, place: bytes, kind: str) -> None:
-        """Make a directory or an empty file in the layer, and the directories above it."""
+    def make_target(self, place: bytes, kind: str, text: bytes = b"") -> None:
+        """Make a directory, an empty file or a link in the layer, and the directories above it."""
         top = b"underlay" if self.prepared.layer == protocol.LAYERKIND_UNDERLAY else b"lower"
         parts = place.strip(b"/").split(b"/")
         try:
@@ -263,6 +286,8 @@ class Creation:
             name = top + b"/" + b"/".join(parts)
             if kind == "directory":
                 os.mkdir(name, 0o755, dir_fd=self.session)
+            elif kind == "link":
+                os.symlink(text, name, dir_fd=self.session)
             else:
                 flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
                 os.close(os.open(name, flags, 0o644, dir_fd=self.session))
@@ -296,6 +321,10 @@ class Creation:
             self.final = self.mounting.layer(kind, "cannot put a layer over the image")
             return
         except StarterRefused as error:
+            if self.prepared.shown:
+                from apptainer_py.engines.apptainer import layering
+
+                raise layering.failed(self, error) from None
             if kind != protocol.LAYERKIND_OVERLAY or not self.prepared.underlay_allowed:
                 raise
             log.verbose(f"no overlay here ({error}); using an underlay")

@@ -57,11 +57,14 @@ class EnvFileUnreadable(ApptainerError):
 class Environment:
     """What reaches the payload: forwarded as it is, and injected after the image's own files."""
 
-    __slots__ = ("forwarded", "injected", "path_edits")
+    __slots__ = ("fixed", "forwarded", "injected", "last", "path_edits")
 
     def __init__(self) -> None:
         self.forwarded: dict[str, str] = {}
         self.injected: dict[str, str] = {}
+        # Injected before those, and never evaluated.
+        self.fixed: dict[str, str] = {}
+        self.last: list[str] = []
         self.path_edits: dict[str, str] = {}
 
 
@@ -230,8 +233,13 @@ def _assignment(name: str, value: str, *, evaluate: bool) -> str:
 
 def injection(environment: Environment, *, evaluate: bool) -> str:
     """Return shell lines that set the injected variables, evaluated inside the container or not."""
+    fixed = [_assignment(name, text, evaluate=False) for name, text in environment.fixed.items()]
     return "\n".join(
-        _assignment(name, value, evaluate=evaluate) for name, value in environment.injected.items()
+        fixed
+        + [
+            _assignment(name, value, evaluate=evaluate)
+            for name, value in environment.injected.items()
+        ]
     )
 
 
@@ -246,4 +254,4 @@ def path_lines(environment: Environment, *, evaluate: bool) -> str:
             lines.append(f"PATH={form}")
     if lines:
         lines.append("unset __path")
-    return "\n".join([*lines, "export PATH"])
+    return "\n".join([*lines, "export PATH", *environment.last])

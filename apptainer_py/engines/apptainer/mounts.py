@@ -87,7 +87,7 @@ def find_user(facts: Facts, action: ActionRequest, environment: Mapping[str, str
     return User(name, os.path.normpath(target), source, facts.uid, facts.gid)
 
 
-class _Plan:
+class Plan:
     """Collects the mounts of one container in the order of facts §6.3."""
 
     def __init__(self, prepared: Prepared, action: ActionRequest, context: PrepareContext) -> None:
@@ -156,9 +156,11 @@ def plan(prepared: Prepared, action: ActionRequest, context: PrepareContext) -> 
         BindError: a bind specification is wrong.
         LaunchError: another option is.
     """
-    p = _Plan(prepared, action, context)
+    p = Plan(prepared, action, context)
     user_binds = _user_binds(p)
     _dev(p)
+    if prepared.drivers:
+        prepared.drivers.plan_devices(p)
     _hostfs(p)
     _system_binds(p)
     _kernel(p)
@@ -166,8 +168,10 @@ def plan(prepared: Prepared, action: ActionRequest, context: PrepareContext) -> 
     _tmp(p)
     _scratch(p)
     _files(p)
+    if prepared.drivers:
+        prepared.drivers.plan_files(p, user_binds)
     for bind in sorted(user_binds, key=lambda bind: bind.target.count("/")):
-        _stage_device(p, bind)
+        stage_device(p, bind.source, bind.target)
         flags = protocol.BINDFLAG_READ_ONLY if bind.read_only else 0
         if _below_dev(bind.source) and _below_dev(bind.target):
             flags |= protocol.BINDFLAG_DEVICES
@@ -176,7 +180,7 @@ def plan(prepared: Prepared, action: ActionRequest, context: PrepareContext) -> 
     return ",".join(bind.target for bind in user_binds)
 
 
-def _user_binds(p: _Plan) -> list[binds.Bind]:
+def _user_binds(p: Plan) -> list[binds.Bind]:
     if not p.action.bind and not p.action.mount:
         return []
     from apptainer_py.engines.apptainer import binds
@@ -219,23 +223,24 @@ def _check_source(bind: binds.Bind) -> None:
         ) from None
 
 
-def _stage_device(p: _Plan, bind: binds.Bind) -> None:
-    """Make the target of a bind below a /dev of the container's own."""
+def stage_device(p: Plan, source: str, target: str) -> bool:
+    """Make the target of a bind below a /dev of the container's own; False where there is none."""
     made = {name for _, name, _, _ in p.staged}
-    if "dev" not in made or not bind.target.startswith("/dev/"):
-        return
-    parts = bind.target[1:].split("/")
+    if "dev" not in made or not target.startswith("/dev/"):
+        return False
+    parts = target[1:].split("/")
     for depth in range(2, len(parts)):
         name = "/".join(parts[:depth])
         if name not in made:
             p.staged.append(("directory", name, "", 0o755))
     name = "/".join(parts)
     if name not in made:
-        kind = "directory" if os.path.isdir(bind.source) else "file"
+        kind = "directory" if os.path.isdir(source) else "file"
         p.staged.append((kind, name, b"", 0o755 if kind == "directory" else 0o644))
+    return True
 
 
-def _dev(p: _Plan) -> None:
+def _dev(p: Plan) -> None:
     kind = p.configuration["mount dev"]
     if kind == "no" or "dev" in p.skipped:
         return
@@ -245,7 +250,7 @@ def _dev(p: _Plan) -> None:
         p.bind("/dev", "/dev", DEV, flags=protocol.BINDFLAG_DEVICES, create="directory")
 
 
-def _minimal_dev(p: _Plan) -> None:
+def _minimal_dev(p: Plan) -> None:
     stage = p.staged
     stage.append(("directory", "dev", "", 0o755))
     stage.append(("directory", "dev/shm", "", 0o1777))
@@ -296,7 +301,7 @@ def _tty_group() -> int:
         return 65536
 
 
-def _hostfs(p: _Plan) -> None:
+def _hostfs(p: Plan) -> None:
     if not p.wanted("hostfs", "mount hostfs") or p.action.contain:
         return
     with open("/proc/self/mountinfo", "rb") as table:
@@ -310,7 +315,7 @@ def _hostfs(p: _Plan) -> None:
         p.bind(point, point, HOST)
 
 
-def _system_binds(p: _Plan) -> None:
+def _system_binds(p: Plan) -> None:
     entries = p.configuration["bind path"]
     assert isinstance(entries, tuple)
     if "bind-paths" in p.skipped:
@@ -329,7 +334,7 @@ def _system_binds(p: _Plan) -> None:
         p.bind(source, target, SYSTEM)
 
 
-def _kernel(p: _Plan) -> None:
+def _kernel(p: Plan) -> None:
     if p.wanted("proc", "mount proc"):
         if p.action.pid and p.configuration["allow pid ns"]:
             p.kernel("proc", "/proc")
@@ -337,14 +342,14 @@ def _kernel(p: _Plan) -> None:
             p.bind("/proc", "/proc", KERNEL, create="directory")
     if p.wanted("sys", "mount sys"):
         # The kernel shows a network's devices in sysfs only to who owns the network.
-        own = p.action.net or p.action.network
+        own = p.action.net or p.action.network or p.action.network_args
         if p.facts.flow == protocol.FLOW_USERNS and not own:
             p.bind("/sys", "/sys", KERNEL, create="directory")
         else:
             p.kernel("sysfs", "/sys")
 
 
-def _workdir(p: _Plan, name: str, mode: int) -> str:
+def _workdir(p: Plan, name: str, mode: int) -> str:
     """Make a directory below --workdir, as the user; returns its path."""
     top = os.path.abspath(p.action.workdir)
     path = os.path.join(top, name)
@@ -361,7 +366,7 @@ def _workdir(p: _Plan, name: str, mode: int) -> str:
     return path
 
 
-def _home(p: _Plan) -> None:
+def _home(p: Plan) -> None:
     user, action = p.prepared.user, p.action
     if action.no_home or not p.wanted("home", "mount home"):
         return
@@ -385,7 +390,7 @@ def _home(p: _Plan) -> None:
         p.session("home", user.home, HOME)
 
 
-def _tmp(p: _Plan) -> None:
+def _tmp(p: Plan) -> None:
     if not p.wanted("tmp", "mount tmp"):
         return
     if p.action.contain and p.action.workdir and not p.configuration["user bind control"]:
@@ -401,7 +406,7 @@ def _tmp(p: _Plan) -> None:
             p.session(name, source, TMP)
 
 
-def _scratch(p: _Plan) -> None:
+def _scratch(p: Plan) -> None:
     wanted = [path for path in p.action.scratch if path]
     if wanted and not p.configuration["user bind control"]:
         log.warning("Ignoring scratch request: user bind control disabled by system administrator")
@@ -416,7 +421,7 @@ def _scratch(p: _Plan) -> None:
             p.session(f"scratch{number}", target, SCRATCH)
 
 
-def _files(p: _Plan) -> None:
+def _files(p: Plan) -> None:
     if p.action.dns:
         from apptainer_py.engines.apptainer import network
 
@@ -429,7 +434,7 @@ def _files(p: _Plan) -> None:
         p.session("files/hostname", "/etc/hostname", FILES, create="file", required=False)
 
 
-def _cwd(p: _Plan) -> None:
+def _cwd(p: Plan) -> None:
     cwd = p.cwd
     if (
         p.action.contain

@@ -40,8 +40,6 @@ _KINDS = {
 }
 # Directives that, at these values, ask for something on each launch that is not built.
 _REFUSING = (
-    ("always use nv", True, "no_nv", "`always use nv = yes`"),
-    ("always use rocm", True, "no_rocm", "`always use rocm = yes`"),
     ("allow monitoring", True, "", "`allow monitoring = yes`"),
     ("enable overlay", "driver", "", "`enable overlay = driver`"),
 )

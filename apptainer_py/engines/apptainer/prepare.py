@@ -13,7 +13,14 @@ from apptainer_py.model.plan import ContainerPlan
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from apptainer_py.engines.apptainer.drivers import Drivers
+    from apptainer_py.engines.apptainer.environ import Environment
+    from apptainer_py.engines.apptainer.layers import Shown
     from apptainer_py.engines.apptainer.limits import Limits
+    from apptainer_py.engines.apptainer.network import Networks
+    from apptainer_py.engines.apptainer.security import Security
     from apptainer_py.image.detect import OpenImage
     from apptainer_py.model.plan import Mount
     from apptainer_py.model.request import ActionRequest
@@ -36,6 +43,15 @@ _LIMITS = (
     ("oom_kill_disable", False),
     ("pids_limit", 0),
 )
+
+
+# What --build-config takes away: a build brings its own, and writes none of it into an image.
+_OF_BUILDS = {
+    "bind path": (),
+    "config resolv_conf": False,
+    "mount devpts": False,
+    "mount home": False,
+}
 
 
 class ImageUnusable(LaunchError):
@@ -68,17 +84,23 @@ class Prepared:
     """What `create_container` needs: all judgement is behind it."""
 
     __slots__ = (
+        "drivers",
+        "filter",
         "fuse",
+        "fuse_count",
         "hostname",
         "image",
         "janitor",
         "layer",
         "limits",
+        "links",
         "mounts",
+        "networks",
         "offset",
         "read_only_root",
         "session_mib",
         "shim",
+        "shown",
         "size_bytes",
         "staged",
         "underlay_allowed",
@@ -92,19 +114,26 @@ class Prepared:
         self.offset = 0
         self.size_bytes = 0
         self.fuse = False
+        self.filter: list[bytes] = []
+        self.fuse_count = 0
+        self.shown: list[Shown] = []
         self.layer = protocol.LAYERKIND_OVERLAY
         self.underlay_allowed = True
         self.mounts: list[Mount] = []
         self.staged: list[tuple[str, str, str | bytes, int]] = []
+        # Links that the layer shows where the image has nothing: what each holds, and its path.
+        self.links: list[tuple[str, str]] = []
         self.hostname = ""
         self.limits: Limits | None = None
         self.janitor: Janitor | None = None
+        self.networks: Networks | None = None
         self.shim = False
         self.session_mib = 0
         self.writable_root = False
         self.read_only_root = True
         self.user = mounts.User("", "", "", 0, 0)
         self.what = ""
+        self.drivers: Drivers | None = None
 
 
 def prepare(context: PrepareContext) -> Prepared:
@@ -118,46 +147,61 @@ def prepare(context: PrepareContext) -> Prepared:
     facts = context.facts
     tell_flow(facts)
     check_flow(facts)
+    if action.build_config:
+        facts.configuration = {**facts.configuration, **_OF_BUILDS}
     policy.check_directives(facts.configuration, action)
     check_options(action, facts)
+    networks = None
     if wants_network(action):
         from apptainer_py.engines.apptainer import network
 
-        network.judge(action, facts)
+        networks = network.judge(action, facts)
     limits = find_limits(action, context)
+    security = read_security(action, facts)
     image = open_file(action)
     try:
         policy.check_image(facts, image)
         prepared = Prepared(image)
         prepared.limits = limits
-        return judge(prepared, action, context)
+        prepared.networks = networks
+        return judge(prepared, action, context, security)
     except policy.NotPermitted:
         context.record_refusal(image.realpath)
         raise
 
 
-def judge(prepared: Prepared, action: ActionRequest, context: PrepareContext) -> Prepared:
+def judge(
+    prepared: Prepared, action: ActionRequest, context: PrepareContext, security: Security | None
+) -> Prepared:
     """Choose root, layer, namespaces, mounts and process of an image that may be run."""
     facts = context.facts
+    action = choose_drivers(prepared, action, context)
     choose_root(prepared, action, facts)
     choose_layer(prepared, action, facts)
+    if action.overlay:
+        from apptainer_py.engines.apptainer import layers
+
+        layers.add_overlays(prepared, action, facts)
     spaces, flags = choose_spaces(prepared, action, facts)
     prepared.shim = bool(flags & protocol.PLANFLAG_SHIM)
     prepared.user = mounts.find_user(facts, action, context.environment)
+    plan = ContainerPlan(
+        image=prepared.image.realpath,
+        uid=facts.uid,
+        gid=facts.gid,
+        spaces=spaces,
+        flags=flags,
+        caps=choose_capabilities(action, facts),
+    )
+    if security is not None:
+        from apptainer_py.engines.apptainer.security import apply
+
+        plan = apply(security, plan, prepared, action, facts)
     binds = mounts.plan(prepared, action, context)
     environment = environ.collect(action, context.environment)
+    add_variables(prepared, environment)
     context.tell_start(process.spec(action, context, prepared, environment, binds))
-    context.plan(
-        ContainerPlan(
-            image=prepared.image.realpath,
-            uid=facts.uid,
-            gid=facts.gid,
-            spaces=spaces,
-            flags=flags,
-            fuse_count=1 if prepared.fuse else 0,
-            caps=choose_capabilities(action, facts),
-        )
-    )
+    context.plan(plan.replace(fuse_count=prepared.fuse_count))
     return prepared
 
 
@@ -191,6 +235,51 @@ def check_options(action: ActionRequest, facts: Facts) -> None:
             from apptainer_py.engines.apptainer import capabilities
 
             raise capabilities.RootOnly(option="--" + option.replace("_", "-"))
+
+
+def read_security(action: ActionRequest, facts: Facts) -> Security | None:
+    """Return what --security asks for; None, at no cost, where it is not given."""
+    if not action.security:
+        return None
+    from apptainer_py.engines.apptainer import security
+
+    return security.read(action.security, facts)
+
+
+def wants_drivers(action: ActionRequest, configuration: Mapping[str, object]) -> bool:
+    """Return whether files of the host's drivers are asked for, by an option or a directive."""
+    return bool(
+        action.containlibs
+        or action.device
+        or action.intel_hpu
+        or action.nv
+        or action.nvccli
+        or action.rocm
+        or (configuration["always use nv"] and not action.no_nv)
+        or (configuration["always use rocm"] and not action.no_rocm)
+    )
+
+
+def choose_drivers(
+    prepared: Prepared, action: ActionRequest, context: PrepareContext
+) -> ActionRequest:
+    """Find the drivers that are wanted; return the request with what follows from them."""
+    if not wants_drivers(action, context.facts.configuration):
+        return action
+    from apptainer_py.engines.apptainer import drivers
+
+    action, prepared.drivers = drivers.find(action, context)
+    return action
+
+
+def add_variables(prepared: Prepared, environment: Environment) -> None:
+    """Let the payload find the drivers' libraries, and give it their variables."""
+    if prepared.drivers:
+        from apptainer_py.engines.apptainer import drivers
+
+        environment.forwarded.update(prepared.drivers.environment)
+        environment.fixed.update(prepared.drivers.fixed)
+        environment.last += drivers.library_path(prepared.drivers)
 
 
 def find_limits(action: ActionRequest, context: PrepareContext) -> Limits | None:
@@ -232,6 +321,7 @@ def choose_root(prepared: Prepared, action: ActionRequest, facts: Facts) -> None
     prepared.fuse = not policy.kernel_may_mount(facts)
     if prepared.fuse and not os.path.exists(IMAGE_SERVER):
         raise ServerMissing(path=IMAGE_SERVER)
+    prepared.fuse_count = 1 if prepared.fuse else 0
 
 
 def choose_partition(prepared: Prepared) -> None:
@@ -305,6 +395,10 @@ def choose_spaces(prepared: Prepared, action: ActionRequest, facts: Facts) -> tu
         flags |= protocol.PLANFLAG_WRITABLE_LAYER
     if prepared.image.kind != "sandbox" and not prepared.fuse:
         flags |= protocol.PLANFLAG_KERNEL_IMAGE
+    if prepared.shown:
+        from apptainer_py.engines.apptainer import layers
+
+        flags |= layers.plan_flags(prepared)
     if facts.configuration["mount slave"]:
         flags |= protocol.PLANFLAG_SLAVE
     flags |= choose_privileges(action, facts)
@@ -315,7 +409,7 @@ def choose_spaces(prepared: Prepared, action: ActionRequest, facts: Facts) -> tu
 
 def wants_network(action: ActionRequest) -> bool:
     """Return whether the container is to have a network of its own."""
-    return action.net or bool(action.network)
+    return action.net or bool(action.network) or bool(action.network_args)
 
 
 def check_hostname(name: str) -> str:

@@ -311,7 +311,14 @@ def spec(
         (name, value) for name, value in environment.forwarded.items() if name in environ.OF_BASH
     )
     path = environment.path_edits.get("PATH", environ.DEFAULT_PATH)
-    plain = {**environment.forwarded, **own, **early, **environment.injected, "PATH": path}
+    plain = {
+        **environment.forwarded,
+        **own,
+        **early,
+        **environment.fixed,
+        **environment.injected,
+        "PATH": path,
+    }
     plain.setdefault("LD_LIBRARY_PATH", "/.singularity.d/libs")
     evaluate = not action.no_eval
     return pack(
@@ -330,6 +337,7 @@ def spec(
             b"cwd_required": [b"yes"] if action.cwd else [],
             b"umask": [b"%d" % (0o022 if action.no_umask else context.facts.umask)],
             b"console": [b"yes"] if _has_console(prepared) else [],
+            b"filter": prepared.filter,
             b"level": [b"%d" % action.message_level],
         }
     )

@@ -48,6 +48,9 @@ def start(context: StartContext) -> None:
     _enter_directory(message[b"cwd"], required=bool(message[b"cwd_required"]))
     if message[b"console"]:
         _take_console()
+    if message[b"filter"]:
+        code, number = message[b"filter"]
+        context.filter_calls(bytes.fromhex(code.decode()), int(number))
     os.umask(int(message[b"umask"][0]))
     directory = os.fsencode(os.getcwd())
     evaluated = _evaluate(message, directory)

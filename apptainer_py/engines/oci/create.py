@@ -22,6 +22,7 @@ from apptainer_py.model import protocol
 from apptainer_py.model.json_text import loads
 from apptainer_py.model.oci_plan import CreateOptions, Row
 from apptainer_py.model.process_frame import process_frame
+from apptainer_py.model.record_frame import PHASE_CREATED, PHASE_CREATING
 from apptainer_py.runtime.containers import ContainerError, StateDir, check_id, start_time
 from apptainer_py.runtime.nest import NestGone, RowFailed
 
@@ -40,6 +41,8 @@ _ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT
 _CAP_SYS_ADMIN = 21
 _LIMITS = "error during container init: error setting rlimits for ready process: "
 _CLONE_NEWUSER = 0x10000000
+# Rows that are under way while the process is noted, which takes about as long.
+_AHEAD = 24
 
 
 def _new_state(root: str, name: str, sticky: bool) -> StateDir:  # noqa: FBT001  by position
@@ -92,6 +95,7 @@ class Creation:
         self.stand_in = call.number("stay")
         self.stays = bool(self.monitored or self.stand_in) or not self.detached
         self.environment = context.environment
+        self.cwd = context.cwd
         # Paths of the command line are the caller's; the bundle is the directory from here on.
         self.pid_file = os.path.abspath(call.text("pid-file")) if call.text("pid-file") else ""
         self.bundle, self.config_bytes = self.read_bundle()
@@ -131,6 +135,8 @@ class Creation:
         self.created_ns = 0
         self.pid = 0
         self.started_at = 0
+        self.noted = False
+        self.named_groups: tuple[str, list[str]] = ("", [])
         self.state: StateDir | None = None
         self.fifo = -1
         self.pty = -1
@@ -161,6 +167,7 @@ class Creation:
             self.make_state()
             self._make_spaces(nest)
             self.assemble(nest)
+            self.note_process()
             self._run_outer_hooks()
             self._enter(nest)
             self._send_process(nest)
@@ -193,6 +200,18 @@ class Creation:
     def _name_state(self) -> None:
         assert self.state is not None
         self.state.write_record(describe(self, creating=True))
+        self.named_groups = self._groups()
+
+    def _groups(self) -> tuple[str, list[str]]:
+        return self.cgroup.freezer_file(), list(self.cgroup.directories())
+
+    def _advance_state(self, phase: int) -> None:
+        assert self.state is not None
+        if self._groups() == self.named_groups:
+            self.state.advance_record(phase, self.pid, self.started_at)
+        else:
+            # Some hierarchy could not be had: then it is no longer named.
+            self.state.write_record(describe(self, creating=phase == PHASE_CREATING))
 
     def _container_root(self) -> tuple[int, int]:
         """Return which ids of ours are 0 in the container."""
@@ -221,8 +240,8 @@ class Creation:
         if group >= 0:
             os.close(group)
         self.started_at = start_time(self.pid)
-        # From here on `delete --force` finds the process too.
-        _starter.run_step(protocol.STEP_PID_NAMED, self._name_state)
+        if plan.new_spaces & _CLONE_NEWUSER or plan.resctrl or plan.netdevs:
+            self.note_process()
         if plan.new_spaces & _CLONE_NEWUSER:
             _starter.run_step(protocol.STEP_MAPS_WRITTEN, self._write_maps)
         if plan.resctrl:
@@ -235,6 +254,17 @@ class Creation:
             netlink.move_devices(plan.netdevs, self.pid)
         self.mapped()
         nest.row(plan.mapped)
+
+    def note_process(self) -> None:
+        """Have `delete --force` find the first process too; before, it ends with this one."""
+        if not self.noted:
+            self.noted = True
+            _starter.run_step(protocol.STEP_PID_NAMED, self._note_process)
+
+    def _note_process(self) -> None:
+        assert self.state is not None
+        self._advance_state(PHASE_CREATING)
+        self.state.write("state.json", libcontainer_state(self))
 
     def mapped(self) -> None:
         """Do what needs the container's ids: they are there, and nothing else of it is."""
@@ -249,7 +279,13 @@ class Creation:
         """Put the root together: mounts, devices and links."""
         reaches_more = not self.host.rootless and bool(self.host.permitted >> _CAP_SYS_ADMIN & 1)
         self.passed = steps.Passed(self.plan, self.pid, reaches_more=reaches_more)
-        for row in (*self.plan.setup, *self.plan.assemble):
+        rows = (*self.plan.setup, *self.plan.assemble)
+        for row in rows[:_AHEAD]:
+            self.send(nest, row)
+        nest.flush()
+        # While the other side is busy with these.
+        self.note_process()
+        for row in rows[_AHEAD:]:
             self.send(nest, row)
         nest.settle()
 
@@ -315,9 +351,7 @@ class Creation:
         steps.set_limits(self.pid, self.plan.rlimits, _LIMITS)
 
     def _record_created(self) -> None:
-        assert self.state is not None
-        self.state.write("state.json", libcontainer_state(self))
-        self.state.write_record(describe(self, creating=False))
+        self._advance_state(PHASE_CREATED)
 
     # -- let_go, post_start_process
 
@@ -376,7 +410,22 @@ class Creation:
         if self.monitored:
             self.failed = True  # unless nothing comes back from here
             self.monitored.take_over(self, self.pty)
+        if self.successor_can_end():
+            terminal.hand_over(context, self.pty, self.environment, *self._last_command())
         return _starter.run_step(protocol.STEP_WATCHED, terminal.watch, context, self.pty)
+
+    def successor_can_end(self) -> bool:
+        """Return whether all that is to be undone in the end is known to the record."""
+        return not self.plan.resctrl and not self.cgroup.unit()
+
+    def _last_command(self) -> list[str]:
+        if self.waits or self.call.flag("keep"):
+            return []
+        assert self.state is not None
+        words = ["--root", self.state.root, "--log-format", self.call.log_format or "text"]
+        if self.call.log:
+            words += ["--log", os.path.join(self.cwd, self.call.log)]
+        return [*words, "delete", self.name]
 
     def clean_up(self, status: int | None) -> None:
         """Undo a container that failed, or that has ended in the foreground."""

@@ -301,6 +301,10 @@ class ImageRun(Creation):
         self.passed.close()
         return pid
 
+    def successor_can_end(self) -> bool:
+        """Return that none can: the image is undone here."""
+        return False
+
     def clean_up(self, status: int | None) -> None:
         """Undo the container; then nobody wants the image any more."""
         try:

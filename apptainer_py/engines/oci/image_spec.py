@@ -34,10 +34,11 @@ _TTY_GROUP = 5
 _UMASK = 0o022
 # What has no meaning here, or is not built: field of the request → option.
 _REFUSED = (
-    "allow_setuid", "app", "apply_cgroups", "blkio_weight", "blkio_weight_device", "cpus",
-    "cpuset_cpus", "cpuset_mems", "home", "keep_privs", "memory", "memory_reservation",
-    "memory_swap", "no_mount", "no_pid", "oom_kill_disable", "pids_limit", "underlay", "workdir",
-    "writable",
+    "allow_setuid", "app", "apply_cgroups", "blkio_weight", "blkio_weight_device", "cdi_dirs",
+    "compat32", "containlibs", "cpus", "cpuset_cpus", "cpuset_mems", "device", "home",
+    "intel_hpu", "keep_privs", "memory", "memory_reservation", "memory_swap", "network_args",
+    "no_mount", "no_pid", "nv", "nvccli", "oom_kill_disable", "pids_limit", "rocm", "security",
+    "underlay", "workdir", "writable",
 )  # fmt: skip
 _ACTIONS = "/.singularity.d/actions"
 
@@ -72,7 +73,11 @@ def check_action(action: ActionRequest) -> None:
             raise NotWithOci(option="--" + name.replace("_", "-"))
     if action.cpu_shares >= 0:
         raise NotWithOci(option="--cpu-shares")
-    for option, value in (("--trace", action.trace_file), ("--config", action.config_file)):
+    for option, value in (
+        ("--trace", action.trace_file),
+        ("--config", action.config_file),
+        ("--build-config", action.build_config),
+    ):
         if value:
             raise NotWithOci(option=option)
     if action.network and not action.net:

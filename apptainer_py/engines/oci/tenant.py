@@ -123,6 +123,7 @@ class Tenancy:
 
     def __init__(self, context: PrepareContext, call: OciCall) -> None:
         self.call = call
+        self.environment = context.environment
         self.detached = call.flag("detach")
         self.stand_in = call.number("stay")
         self.stays = bool(self.stand_in) or not self.detached
@@ -300,6 +301,7 @@ class Tenancy:
 
     def watch(self, context: MonitorContext) -> int:
         """Pass signals and the terminal on until the payload has ended."""
+        terminal.hand_over(context, self.pty, self.environment)
         return _starter.run_step(protocol.STEP_WATCHED, terminal.watch, context, self.pty)
 
     def clean_up(self, status: int | None) -> None:

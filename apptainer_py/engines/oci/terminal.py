@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from apptainer_py.runtime.contexts import MonitorContext
 
 _FIRST_EXTRA = 3
+# By which the launcher knows what it is called for (starter/lean.h).
+WATCHER_NAME = "apptainer-py-oci: watch"
 
 
 def listen_fds(environment: Mapping[str, str]) -> int:
@@ -83,6 +85,22 @@ def send_console(socket: int, pty: int) -> None:
     finally:
         os.close(socket)
         os.close(pty)
+
+
+def hand_over(
+    context: MonitorContext, pty: int, environment: Mapping[str, str], *command: str
+) -> None:
+    """Become the program that waits without an interpreter (starter/lean_watch.c).
+
+    It does `command` when the payload has ended. Comes back where there is no such program.
+    """
+    words = [WATCHER_NAME, str(context.pid), str(pty), "apptainer-py-oci", *command]
+    if pty >= 0:
+        os.set_inheritable(pty, True)  # noqa: FBT003 the function has no names
+    try:
+        os.execve(context.watcher, words, environment)
+    except OSError:
+        return
 
 
 def watch(context: MonitorContext, pty: int) -> int:

@@ -14,7 +14,14 @@ from tests.security.oci.killing import Ground
 FLAGS = ("-D_GNU_SOURCE=", "-std=gnu11", "-O1", "-w", "-static", "-DAPY_TEST_STEPS")
 PARTS = {
     "starter-init-steps": ("init*.c", "wire.c", "report.c", "process.c", "hook.c", "steps.c"),
-    "apptainer-py-oci-steps": ("lean*.c", "launcher_request.c", "hook.c", "record.c", "steps.c"),
+    "apptainer-py-oci-steps": (
+        "lean*.c",
+        "launcher_request.c",
+        "hook.c",
+        "record.c",
+        "relay.c",
+        "steps.c",
+    ),
     "starter-steps": ("*.c",),
 }
 # setup.py: what is not the starter's.

@@ -41,7 +41,7 @@ def test_options() -> None:
     assert completed("apptainer-py", "exec", "-B", "x", "--usern") == ["--userns"]
     assert completed("apptainer-py", "--tra") == ["--trace"]
     assert completed("apptainer-py", "config", "show", "--u") == ["--user"]
-    assert completed("apptainer-py", "exec", "--nv") == []
+    assert completed("apptainer-py", "exec", "--nv") == ["--nv", "--nvccli"]
 
 
 def test_values_and_arguments_are_files() -> None:

@@ -96,15 +96,9 @@ def test_hidden_options_are_not_shown() -> None:
     shown = full("exec")
     assert not [name for name in table.HIDDEN if f"--{name} " in shown]
     assert "--bind stringArray" in shown
-    assert "(not supported yet)" in shown
 
 
 def test_errors_of_launches(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(capsys, "exec", "--nv", "i", "c") == (
-        255,
-        "",
-        "FATAL:   `--nv` is not supported yet\nINFO:    leave `--nv` out\n",
-    )
     status, out, err = run(capsys, "run", "docker://x")
     assert (status, out) == (255, "")
     assert err.startswith("FATAL:   an image from `docker:` is not supported yet\nINFO:    fetch")

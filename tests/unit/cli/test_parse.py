@@ -249,7 +249,7 @@ def test_an_option_that_is_not_built_is_refused(row: Option) -> None:
 
 
 def test_an_option_that_is_switched_off_is_not_refused() -> None:
-    assert executed("--nv=false", "--network", "", "--pids-limit", "0x0") == executed()
+    assert executed("--fakeroot=false", "--network", "", "--pids-limit", "0x0") == executed()
     assert executed("--nv=false", APPTAINER_NV="1") == executed()
 
 

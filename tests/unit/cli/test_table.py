@@ -45,7 +45,7 @@ def test_a_row_has_its_form(row: table.Option) -> None:
     assert kind in KINDS
     defaults = {table.BOOL: bool, table.STRING: str, table.INT: int}
     assert type(default) is defaults.get(kind, tuple)
-    assert all(re.fullmatch("[A-Z][A-Z_]+", key) for key in keys)
+    assert all(re.fullmatch("[A-Z][A-Z0-9_]+", key) for key in keys)
     assert commands
     assert status in (table.SUPPORTED, table.REFUSED, table.FETCHING, table.OCI_ONLY)
     assert text

@@ -1,0 +1,192 @@
+"""`--security`: the payload's identity, its seccomp filter, its label; loaded when it is given."""
+
+from __future__ import annotations
+
+import os
+
+from apptainer_py.base import log
+from apptainer_py.base.errors import LaunchError, NotSupported
+from apptainer_py.base.record import Record
+from apptainer_py.engines.apptainer import capabilities
+from apptainer_py.engines.apptainer.mounts import User
+from apptainer_py.host import seccomp
+from apptainer_py.model import protocol
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from apptainer_py.engines.apptainer.prepare import Prepared
+    from apptainer_py.model.plan import Capabilities, ContainerPlan
+    from apptainer_py.model.request import ActionRequest
+    from apptainer_py.runtime.contexts import Facts
+
+KEYS = ("uid", "gid", "seccomp", "apparmor", "selinux")
+_GROUPS_MAX = protocol.LIMIT_GROUPS
+_IDS = 2**32 - 1  # the last number means "no change" in every call
+_SYS_ADMIN = 1 << 21
+
+
+class SecurityWrong(LaunchError):
+    """--security says something that cannot be."""
+
+    message = "{text}"
+    hint = "it takes " + ", ".join(f"{key}:…" for key in KEYS)
+
+
+class IdentityWrong(LaunchError):
+    """The payload cannot have the ids that were asked for."""
+
+    message = "Could not configure target UID/GID: {reason}"
+
+
+class NotApplied(LaunchError):
+    """What was asked for cannot be in force, so nothing is started."""
+
+    message = "failed to apply security configuration: {reason}"
+
+
+class Security(Record):
+    """What --security asks for; None and "" are not given."""
+
+    uid: int | None = None
+    gids: tuple[int, ...] = ()
+    seccomp: str = ""
+
+    @property
+    def changes_identity(self) -> bool:
+        """Return whether root's payload is to be somebody else's, and held like one."""
+        return bool(self.uid) or bool(self.gids)
+
+
+def read(words: tuple[str, ...], facts: Facts) -> Security:
+    """Return what the options say, as far as this caller may say it.
+
+    Raises:
+        LaunchError: a key is not known, is there twice, or cannot be applied here.
+    """
+    given: dict[str, str] = {}
+    for word in words:
+        key, _, value = word.partition(":")
+        if key not in KEYS:
+            raise SecurityWrong(text=f"--security {word}: there is no such setting")
+        if not value:
+            raise SecurityWrong(text=f"--security {word}: its value is missing")
+        if key in given:
+            raise SecurityWrong(text=f"--security: {key} is there twice")
+        given[key] = value
+    uid, gids = _identity(given, facts)
+    _check_labels(given)
+    return Security(uid=uid, gids=gids, seccomp=given.get("seccomp", ""))
+
+
+def _identity(given: dict[str, str], facts: Facts) -> tuple[int | None, tuple[int, ...]]:
+    for key in ("uid", "gid"):
+        if key not in given:
+            continue
+        if facts.flow == protocol.FLOW_SETUID:
+            reason = f"{key} security feature with suid mode requires root privileges"
+            raise IdentityWrong(reason=reason)
+        if facts.flow == protocol.FLOW_USERNS:
+            raise NotSupported(what=f"--security {key}: in a user namespace")
+    uid = _number(given["uid"], "UID") if "uid" in given else None
+    gids = tuple(_number(text, "GID") for text in given.get("gid", "").split(":") if text)
+    if len(gids) > _GROUPS_MAX:
+        log.warning(f"you can't specify more than {_GROUPS_MAX} group IDs")
+    return uid, gids[:_GROUPS_MAX]
+
+
+def _number(text: str, kind: str) -> int:
+    reason = "invalid syntax"
+    if text.isascii() and text.isdigit():
+        if len(text) <= 10 and int(text) < _IDS:
+            return int(text)
+        reason = "value out of range"
+    raise IdentityWrong(
+        reason=f'failed to parse provided {kind}: strconv.ParseUint: parsing "{text}": {reason}'
+    )
+
+
+def _check_labels(given: dict[str, str]) -> None:
+    """Refuse a label: without it, or with another one, the payload would not be what was meant."""
+    for key, sign in (
+        ("apparmor", "/sys/kernel/security/apparmor"),
+        ("selinux", "/sys/fs/selinux/enforce"),
+    ):
+        if key not in given:
+            continue
+        if not os.path.exists(sign):
+            raise NotApplied(
+                reason=f"{key} requested, but is not enabled or supported on this system"
+            )
+        raise NotSupported(what=f"--security {key}:")
+
+
+def capabilities_of(action: ActionRequest, facts: Facts) -> Capabilities:
+    """Return the sets of a payload that root starts as somebody else: what is named, no more."""
+    for option in ("keep_privs", "allow_setuid"):
+        if getattr(action, option):
+            raise capabilities.RootOnly(option="--" + option.replace("_", "-"))
+    held = capabilities.parse_names(action.add_caps, "add") & facts.permitted
+    held &= ~capabilities.parse_names(action.drop_caps, "drop")
+    return (held, held, held, held, held)
+
+
+def apply(
+    security: Security,
+    plan: ContainerPlan,
+    prepared: Prepared,
+    action: ActionRequest,
+    facts: Facts,
+) -> ContainerPlan:
+    """Return the plan with the payload's identity; fill the payload's filter and account.
+
+    Raises:
+        ApptainerError: root may not have that, or the filter is not to be had.
+    """
+    if security.changes_identity:
+        # Root's own supplementary groups are nothing for somebody else.
+        held = protocol.PLANFLAG_GROUPS | protocol.PLANFLAG_NO_NEW_PRIVS
+        plan = plan.replace(
+            uid=facts.uid if security.uid is None else security.uid,
+            gid=security.gids[0] if security.gids else facts.gid,
+            groups=security.gids if len(security.gids) > 1 else (),
+            caps=capabilities_of(action, facts),
+            flags=plan.flags | held,
+        )
+        prepared.user = _account(prepared.user, plan.uid, plan.gid)
+    if security.seccomp:
+        prepared.filter = program(security, plan.caps)
+        # Else the kernel would take no filter from this payload (seccomp(2)).
+        if not plan.caps[0] & _SYS_ADMIN:
+            plan = plan.replace(flags=plan.flags | protocol.PLANFLAG_NO_NEW_PRIVS)
+    return plan
+
+
+def _account(user: User, uid: int, gid: int) -> User:
+    """Return the payload's account: the target's name, in the caller's home."""
+    import pwd
+
+    try:
+        name = pwd.getpwuid(uid).pw_name
+    except KeyError:
+        log.warning(f"user: unknown userid {uid}")
+        name = str(uid)
+    return User(name, user.home, user.home_source, uid, gid)
+
+
+def program(security: Security, caps: Capabilities) -> list[bytes]:
+    """Return the filter for stage 2's message: the program in hexadecimal digits, and its flags.
+
+    Raises:
+        SeccompError: the profile cannot be read or compiled.
+    """
+    from apptainer_py.host import seccomp_profile
+    from apptainer_py.runtime.interpreter import load_container_module
+
+    load_container_module()
+    names = frozenset(
+        f"CAP_{name}" for bit, name in enumerate(capabilities.NAMES) if caps[3] >> bit & 1
+    )
+    profile = seccomp_profile.read(security.seccomp)
+    resolved = seccomp_profile.resolve(profile, names, os.uname().machine)
+    code, flags = seccomp.program(resolved, None)
+    return [code.hex().encode(), b"%d" % flags]

@@ -1,0 +1,274 @@
+"""CNI: networks as the administrator's files define them, and the plugins that carry them out.
+
+Everything is root's own file, and what a caller says is of a strict alphabet: CNI_ARGS has no
+quoting, so that a `;` would be one more argument.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from apptainer_py.base.errors import LaunchError
+from apptainer_py.base.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+_ENDINGS = (".conflist", ".conf", ".json")
+_FILE_BYTES_MAX = 1 << 20
+_RESULT_BYTES_MAX = 1 << 20
+_PATH = "PATH=/usr/sbin:/usr/bin:/sbin:/bin"
+_LETTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")
+_NAME = _LETTERS | frozenset("_-")
+_VALUE = _NAME | frozenset(".:/")
+_PROTOCOLS = ("tcp", "udp", "sctp")
+_NAME_MAX, _VALUE_MAX = 63, 128
+
+
+class NetworkWrong(LaunchError):
+    """A network's definition or argument cannot be used."""
+
+    message = "container creation failed: {text}"
+
+
+class PluginFailed(LaunchError):
+    message = (
+        'container creation failed: network setup failed: plugin type="{plugin}" failed (add): '
+        "{reason}"
+    )
+
+
+class Network(Record):
+    """One network: its plugins in order, as JSON objects."""
+
+    name: str
+    version: str
+    plugins: tuple[dict[str, Any], ...]
+
+
+def read_own(path: str, most: int = _FILE_BYTES_MAX) -> bytes:
+    """Return the content of a file that is root's and that nobody else can write.
+
+    Raises:
+        NetworkWrong: it is not, or cannot be read.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError as error:
+        raise NetworkWrong(text=f"open {path}: {(error.strerror or '').lower()}") from None
+    try:
+        check_own(path, os.fstat(fd), regular=True)
+        return os.read(fd, most)
+    finally:
+        os.close(fd)
+
+
+def check_own(path: str, found: os.stat_result, *, regular: bool) -> None:
+    """Refuse what somebody other than root could change.
+
+    Raises:
+        NetworkWrong: says so.
+    """
+    right_kind = stat.S_ISREG(found.st_mode) if regular else stat.S_ISDIR(found.st_mode)
+    if not right_kind or found.st_uid != 0 or found.st_mode & 0o022:
+        raise NetworkWrong(text=f"{path} must belong to root and be writable by nobody else")
+
+
+def find_networks(directory: str, names: tuple[str, ...]) -> tuple[Network, ...]:
+    """Return the networks of these names, each from the first file that defines it.
+
+    Raises:
+        NetworkWrong: there is none, or a file is not what it should be.
+    """
+    import json
+
+    try:
+        check_own(directory, os.stat(directory), regular=False)
+        files = sorted(name for name in os.listdir(directory) if name.endswith(_ENDINGS))
+    except OSError as error:
+        reason = (error.strerror or "").lower()
+        raise NetworkWrong(text=f"network setup failed: {directory}: {reason}") from None
+    known: dict[str, Network] = {}
+    for file in files:
+        path = f"{directory}/{file}"
+        try:
+            network = _network(path, json.loads(read_own(path)))
+        except (ValueError, RecursionError) as error:
+            raise NetworkWrong(text=f"{path}: {str(error).splitlines()[0].lower()}") from None
+        known.setdefault(network.name, network)
+    for name in names:
+        if name not in known:
+            text = f'network setup failed: no net configuration with name "{name}" in {directory}'
+            raise NetworkWrong(text=text)
+    return tuple(known[name] for name in names)
+
+
+def _network(path: str, found: object) -> Network:
+    if not isinstance(found, dict):
+        raise NetworkWrong(text=f"{path}: this is no network")
+    plugins = found.get("plugins", [found])
+    name, version = found.get("name"), found.get("cniVersion", "0.2.0")
+    fit = isinstance(plugins, list) and 0 < len(plugins) <= 8
+    fit = fit and all(isinstance(one, dict) and is_name(one.get("type")) for one in plugins)
+    if not fit or not is_name(name) or not isinstance(version, str):
+        raise NetworkWrong(text=f"{path}: this is no network")
+    return Network(name=str(name), version=version, plugins=tuple(plugins))
+
+
+def is_name(text: object) -> bool:
+    """Return whether something is fit to be the name of a network or plugin."""
+    return isinstance(text, str) and 0 < len(text) <= _NAME_MAX and _NAME.issuperset(text)
+
+
+class Arguments:
+    """What a caller says about one network: CNI_ARGS, and ports to pass on."""
+
+    __slots__ = ("pairs", "ports")
+
+    def __init__(self) -> None:
+        self.pairs: list[tuple[str, str]] = []
+        self.ports: list[dict[str, Any]] = []
+
+    def text(self) -> str:
+        """Return CNI_ARGS; a plugin leaves out what another one understands."""
+        return ";".join(f"{key}={value}" for key, value in (("IgnoreUnknown", "1"), *self.pairs))
+
+
+def parse_arguments(words: tuple[str, ...], networks: tuple[str, ...]) -> list[Arguments]:
+    """Return the arguments for each network from `[network:]KEY=value[;KEY=value]` words.
+
+    Raises:
+        NetworkWrong: one cannot be understood, or would be more than one argument.
+    """
+    found = [Arguments() for _ in networks]
+    for word in words:
+        before, colon, after = word.partition(":")
+        name, pairs = (before, after) if colon and "=" not in before else (networks[0], word)
+        if name not in networks:
+            raise _wrong(f"network {name} wasn't specified in --network option")
+        for pair in pairs.split(";"):
+            key, equals, value = pair.partition("=")
+            fit = 0 < len(value) <= _VALUE_MAX and _VALUE.issuperset(value)
+            if not equals or not is_name(key) or not fit:
+                raise _wrong(f"invalid argument: {pair}")
+            arguments = found[networks.index(name)]
+            if key == "portmap":
+                arguments.ports.append(port_mapping(value))
+            else:
+                arguments.pairs.append((key, value))
+    return found
+
+
+def _wrong(reason: str) -> NetworkWrong:
+    return NetworkWrong(text=f"error while setting network arguments: {reason}")
+
+
+def port_mapping(text: str) -> dict[str, Any]:
+    """Return the `portMappings` entry of `hostPort:containerPort/protocol`.
+
+    Raises:
+        NetworkWrong: it has another form, or a number is no port.
+    """
+    ports, slash, layer = text.partition("/")
+    host, colon, inside = ports.partition(":")
+    if not slash or layer not in _PROTOCOLS:
+        raise _wrong(
+            f"badly formatted portmap argument '{text}', must be of form "
+            "portmap=hostPort:containerPort/protocol"
+        )
+    numbers = []
+    for word in (host, inside if colon else host):
+        number = int(word) if word.isascii() and word.isdigit() and len(word) <= 5 else 0
+        if not 0 < number < 65536:
+            raise _wrong(f"'{word}' is no port")
+        numbers.append(number)
+    return {"hostPort": numbers[0], "containerPort": numbers[1], "protocol": layer}
+
+
+def plugin_config(
+    network: Network, number: int, arguments: Arguments, previous: dict[str, Any] | None
+) -> bytes:
+    """Return what a plugin of a network reads on stdin."""
+    import json
+
+    plugin = network.plugins[number]
+    config = {**plugin, "name": network.name, "cniVersion": network.version}
+    capabilities = config.pop("capabilities", None)
+    if isinstance(capabilities, dict) and capabilities.get("portMappings") and arguments.ports:
+        config["runtimeConfig"] = {"portMappings": arguments.ports}
+    if previous is not None:
+        config["prevResult"] = previous
+    return json.dumps(config).encode()
+
+
+def run_plugin(program: str, variables: dict[str, str], config: bytes, kept: int) -> dict[str, Any]:
+    """Run a plugin to add its part; returns what it did.
+
+    `kept` is a descriptor that the plugin holds as long as it runs.
+
+    Raises:
+        PluginFailed: it says, or shows, that it could not.
+    """
+    import json
+
+    plugin = program.rpartition("/")[2]
+    try:
+        check_own(program, os.stat(program), regular=True)
+    except OSError as error:
+        reason = f"{program}: {(error.strerror or '').lower()}"
+        raise PluginFailed(plugin=plugin, reason=reason) from None
+    stdin, stdout = (os.memfd_create(name, os.MFD_CLOEXEC) for name in ("config", "result"))
+    held = os.dup(kept)
+    os.set_inheritable(held, True)  # noqa: FBT003
+    try:
+        os.write(stdin, config)
+        os.lseek(stdin, 0, os.SEEK_SET)
+        pid = os.posix_spawn(
+            program,
+            [program],
+            dict(pair.split("=", 1) for pair in (_PATH,)) | variables,
+            file_actions=[(os.POSIX_SPAWN_DUP2, stdin, 0), (os.POSIX_SPAWN_DUP2, stdout, 1)],
+            setsigmask=[],
+        )
+        status = os.waitpid(pid, 0)[1]
+        text = os.pread(stdout, _RESULT_BYTES_MAX, 0)
+    except OSError as error:
+        raise PluginFailed(plugin=plugin, reason=(error.strerror or "").lower()) from None
+    finally:
+        for fd in (stdin, stdout, held):
+            os.close(fd)
+    try:
+        result = json.loads(text) if text.strip() or status else {}
+    except (ValueError, RecursionError):
+        result = None
+    if status != 0 or not isinstance(result, dict):
+        said = result.get("msg") if isinstance(result, dict) else None
+        reason = str(said or "it gave no reason").replace("\n", " ")
+        raise PluginFailed(plugin=plugin, reason=reason)
+    return result
+
+
+def check_ports(arguments: Arguments) -> None:
+    """Refuse a port that the caller could not bind.
+
+    Raises:
+        NetworkWrong: names it.
+    """
+    import socket
+
+    for port in arguments.ports:
+        kind = socket.SOCK_DGRAM if port["protocol"] == "udp" else socket.SOCK_STREAM
+        if port["protocol"] == "sctp":
+            continue
+        with socket.socket(socket.AF_INET, kind) as one:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                one.bind(("", port["hostPort"]))
+                if kind == socket.SOCK_STREAM:
+                    one.listen(1)
+            except OSError as error:
+                reason = (error.strerror or "").lower()
+                text = f"host port {port['hostPort']}/{port['protocol']} cannot be used: {reason}"
+                raise _wrong(text) from None

@@ -1,0 +1,164 @@
+"""What a user lays over an image gives no right that the user has not, and obeys each limit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import images, own_install
+from tests.own_install import Installation
+
+SECRET = "for the eyes of one"
+
+
+@pytest.fixture(scope="module")
+def own(require_root) -> Iterator[Installation]:
+    made = own_install.installation()
+    made.configure()
+    yield made
+    made.restore()
+
+
+@pytest.fixture
+def place(own) -> Iterator[Path]:
+    made = Path(tempfile.mkdtemp(prefix="apptainer-py-overlays-", dir="/var/tmp"))
+    os.chown(made, own.user.pw_uid, own.user.pw_gid)
+    made.chmod(0o755)
+    yield made
+    shutil.rmtree(made)
+
+
+def give(own: Installation, *paths: Path) -> None:
+    for path in paths:
+        os.chown(path, own.user.pw_uid, own.user.pw_gid, follow_symlinks=False)
+
+
+def launch(own: Installation, flow: tuple[str, ...], *words: str | Path):
+    return own.run("exec", *flow, *words)
+
+
+@pytest.fixture(params=[(), ("-u",)], ids=["setuid", "userns"])
+def flow(request) -> tuple[str, ...]:
+    return request.param
+
+
+@pytest.mark.parametrize("option", ["", ":ro"])
+@pytest.mark.parametrize("name", ["upper", "work"])
+def test_no_link_leads_elsewhere(own, place, flow, name, option):
+    """Nor does the directory that a link leads to get anything."""
+    (place / "secret").mkdir(mode=0o700)
+    (place / "secret/letter").write_text(SECRET)
+    (place / "o").mkdir()
+    (place / "o" / name).symlink_to(place / "secret")
+    give(own, place / "o", place / "o" / name)
+    sif = images.own_sif(images.shared_folder())
+    done = launch(own, flow, "--overlay", f"{place}/o{option}", sif, "cat", "/letter")
+    assert done.returncode != 0
+    assert SECRET not in done.stdout
+    assert os.listdir(place / "secret") == ["letter"]
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o755])
+def test_a_foreign_upper_is_not_written(own, place, flow, mode):
+    for name in ("o/upper", "o/work"):
+        (place / name).mkdir(parents=True)
+        (place / name).chmod(mode)
+    (place / "o").chmod(0o755)
+    (place / "o/upper/letter").write_text(SECRET)
+    sif = images.own_sif(images.shared_folder())
+    done = launch(own, flow, "--overlay", place / "o", sif, "sh", "-c", "echo x > /new")
+    assert done.returncode == 255
+    assert f"setup of overlay upper dir failed: {place}/o/upper is not writable" in done.stderr
+    assert os.listdir(place / "o/upper") == ["letter"]
+    assert os.listdir(place / "o/work") == []
+
+
+def test_a_closed_directory_in_an_own_upper_stays_closed(own, place, flow):
+    """The mount has no right to pass what its user may not."""
+    for name in ("o", "o/upper", "o/work", "o/upper/closed"):
+        (place / name).mkdir()
+    (place / "o/upper/closed/letter").write_text(SECRET)
+    (place / "o/upper/closed").chmod(0o700)
+    give(own, place / "o", place / "o/upper", place / "o/work")
+    sif = images.own_sif(images.shared_folder())
+    for script in ("cat /closed/letter", "echo x > /closed/new", "rm -r /closed", "mv /closed /o"):
+        done = launch(own, flow, "--overlay", place / "o", sif, "sh", "-c", script)
+        assert done.returncode != 0
+        assert SECRET not in done.stdout
+    assert os.listdir(place / "o/upper/closed") == ["letter"]
+
+
+@pytest.mark.parametrize("letter", ["/closed/letter", "/closed/deep/letter"])
+def test_an_own_directory_opens_nothing_below(own, place, flow, letter):
+    """One that is merged with a directory of the image that is closed to the user."""
+    tree = place / "tree"
+    shutil.copytree(images.small_tree(images.shared_folder()), tree, symlinks=True)
+    (tree / "closed/deep").mkdir(parents=True)
+    (tree / "closed/letter").write_text(SECRET)
+    (tree / "closed/deep/letter").write_text(SECRET)
+    (tree / "closed").chmod(0o700)
+    own_ones = [place / name for name in ("o", "o/upper", "o/work", "o/upper/closed")]
+    for made in (*own_ones, place / "o/upper/closed/deep"):
+        made.mkdir()
+        give(own, made)
+    done = launch(own, flow, "--overlay", place / "o", tree, "cat", letter)
+    assert done.returncode != 0
+    assert SECRET not in done.stdout
+
+
+def test_set_user_id_gives_nothing(own, place, flow):
+    """Neither a file of root's in a layer, nor one that the payload makes, changes who runs it."""
+    for name in ("o", "o/upper", "o/work", "r"):
+        (place / name).mkdir()
+        give(own, place / name)
+    for name in ("o/upper/busybox", "r/busybox"):
+        shutil.copy("/bin/busybox", place / name)
+        (place / name).chmod(0o6755)
+    tree = images.small_tree(images.shared_folder())
+    for overlay in (place / "o", f"{place}/r:ro"):
+        done = launch(own, flow, "--overlay", overlay, tree, "/busybox", "id", "-u")
+        assert done.stdout == f"{own.user.pw_uid}\n", done.stderr
+
+
+LIMITS = {
+    "limit container owners = root": "not owned by required user(s)",
+    "limit container groups = root": "not owned by required group(s)",
+    "limit container paths = /opt": "not in an allowed configured path",
+    "allow container dir = no": "configuration disallows users from running sandbox containers",
+}
+
+
+@pytest.mark.parametrize("limit", list(LIMITS))
+def test_a_limit_holds_for_an_overlay_too(own, place, limit):
+    (place / "o").mkdir()
+    give(own, place / "o")
+    sif = shutil.copy(images.own_sif(images.shared_folder()), own.place / "limited.sif")
+    own.configure(limit)
+    try:
+        plain = own.run("exec", sif, "/bin/true")
+        done = own.run("exec", "--overlay", f"{place}/o:ro", sif, "/bin/true")
+    finally:
+        own.configure()
+        Path(sif).unlink()
+    assert plain.returncode == 0, plain.stderr
+    assert done.returncode == 255
+    assert LIMITS[limit] in done.stderr
+
+
+def test_nothing_of_the_making_is_left(own, place, flow):
+    """No namespace of the child's survives, and no mount is seen outside."""
+    (place / "o").mkdir()
+    give(own, place / "o")
+    before = Path("/proc/self/mountinfo").read_text()
+    sif = images.own_sif(images.shared_folder())
+    script = "readlink /proc/self/ns/user; readlink /proc/self/ns/mnt"
+    done = launch(own, flow, "--overlay", place / "o", sif, "sh", "-c", script)
+    assert done.returncode == 0, done.stderr
+    if not flow:
+        assert done.stdout.splitlines()[0] == os.readlink("/proc/self/ns/user")
+    assert Path("/proc/self/mountinfo").read_text() == before
