@@ -35,9 +35,6 @@ _FILE_TESTS = ("-d", "-e", "-f", "-h", "-L", "-r", "-s", "-x")
 _FORGOTTEN = "PATH PS1 PS2 PS4 SHLVL OLDPWD TERM SHELL HOSTNAME HOSTTYPE MACHTYPE OSTYPE".split()
 # Length and checksum of 95-apps.sh as Apptainer 1.4 writes it.
 _FOR_APPS = {3052: 0xB03D1540}
-# Escapes of a Go string; those with a number of hexadecimal digits behind them.
-_GO_ESCAPES = dict(zip('abfnrtv\\"', '\a\b\f\n\r\t\v\\"', strict=True))
-_GO_DIGITS = {"x": 2, "u": 4, "U": 8}
 # Every host has these, and they say nothing that a shell could mind.
 _HARMLESS = ("_", "SHLVL", "OLDPWD")
 
@@ -304,8 +301,7 @@ def environment(
         if name == "90-environment.sh" and "PATH" not in variables:
             _fix_path(reader)
         if not _is_for_apps(text) or variables.get("SINGULARITY_APPNAME"):
-            broken = name == "10-docker2singularity.sh" and "\\" in text
-            reader.read(mended(text) if broken else text)
+            reader.read(text)
         if name in ("10-docker2singularity.sh", "10-docker.sh", "environment"):
             _fix_path(reader)
         elif name == "99-base.sh":
@@ -318,61 +314,6 @@ def environment(
     _forward(reader, forwarded)
     _finish(reader)
     return {name: value for name, value in variables.items() if name in reader.exported}
-
-
-def mended(text: str) -> str:
-    """Return what Apptainer meant to write for an image from a registry.
-
-    It escapes a value for the shell, then once more as a Go string, and puts that between quotes
-    inside of quotes: no shell reads it back. The lines that have such a value are undone exactly.
-    """
-    return "".join(_mended_line(line) for line in text.splitlines(keepends=True))
-
-
-def _mended_line(line: str) -> str:
-    name, equals, value = line.removeprefix("export ").partition("=")
-    head, tail = f'"${{{name}:-"', '"}"\n'
-    whole = line.startswith("export ") and value.startswith(head) and value.endswith(tail)
-    body = value[len(head) : -len(tail)]
-    if not whole or "\\" not in body or len(value) < len(head) + len(tail):
-        return line
-    once = _unescaped(body)
-    if once is None or equals != "=" or "\0" in once:
-        return line
-    meant = "".join(_unescaped_for_shell(once)).replace("'", "'\\''")
-    return f"[ -n \"${name}\" ] || {name}='{meant}'; export {name}\n"
-
-
-def _unescaped(body: str) -> str | None:
-    found, parts = [], iter(body)
-    for letter in parts:
-        if letter != "\\":
-            found.append(letter)
-            continue
-        code = next(parts, "")
-        if code in _GO_DIGITS:
-            digits = "".join(next(parts, "") for _ in range(_GO_DIGITS[code]))
-            if len(digits) < _GO_DIGITS[code] or digits.strip("0123456789abcdef"):
-                return None
-            number = int(digits, 16)
-            byte = code == "x" and number >= 0x80  # no text: as Python keeps such a byte
-            found.append(chr(number + 0xDC00 * byte) if number < 0x110000 else "?")
-        elif code in _GO_ESCAPES:
-            found.append(_GO_ESCAPES[code])
-        else:
-            return None
-    return "".join(found)
-
-
-def _unescaped_for_shell(text: str) -> list[str]:
-    found, parts = [], iter(text)
-    for letter in parts:
-        if letter != "\\":
-            found.append(letter)
-            continue
-        code = next(parts, "")
-        found.append(code if code and code in '\\"$`' else letter + code)
-    return found
 
 
 def _is_for_apps(text: str) -> bool:
