@@ -40,6 +40,7 @@ MEANINGS = {
     "hostname": "OPT_UTS",
     "ipc": "OPT_IPC",
     "net": "OPT_UNFORESEEN",
+    "netns-path": "OPT_UNFORESEEN",
     "network": "OPT_UNFORESEEN",
     "network-args": "OPT_UNFORESEEN",
     "no-init": "OPT_NO_INIT",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from apptainer_py.engines.apptainer.drivers import Drivers
     from apptainer_py.engines.apptainer.environ import Environment
+    from apptainer_py.engines.apptainer.joined import Existing, UserNetwork
     from apptainer_py.engines.apptainer.layers import Shown
     from apptainer_py.engines.apptainer.limits import Limits
     from apptainer_py.engines.apptainer.network import Networks
@@ -126,7 +127,7 @@ class Prepared:
         self.hostname = ""
         self.limits: Limits | None = None
         self.janitor: Janitor | None = None
-        self.networks: Networks | None = None
+        self.networks: Existing | Networks | UserNetwork | None = None
         self.shim = False
         self.session_mib = 0
         self.writable_root = False
@@ -155,7 +156,7 @@ def prepare(context: PrepareContext) -> Prepared:
     if wants_network(action):
         from apptainer_py.engines.apptainer import network
 
-        networks = network.judge(action, facts)
+        networks = network.judge(action, context)
     limits = find_limits(action, context)
     security = read_security(action, facts)
     image = open_file(action)
@@ -184,6 +185,8 @@ def judge(
         layers.add_overlays(prepared, action, facts)
     spaces, flags = choose_spaces(prepared, action, facts)
     prepared.shim = bool(flags & protocol.PLANFLAG_SHIM)
+    if prepared.networks is not None:
+        flags |= prepared.networks.flags
     prepared.user = mounts.find_user(facts, action, context.environment)
     plan = ContainerPlan(
         image=prepared.image.realpath,
@@ -409,7 +412,7 @@ def choose_spaces(prepared: Prepared, action: ActionRequest, facts: Facts) -> tu
 
 def wants_network(action: ActionRequest) -> bool:
     """Return whether the container is to have a network of its own."""
-    return action.net or bool(action.network) or bool(action.network_args)
+    return any((action.net, action.network, action.network_args, action.netns_path))
 
 
 def check_hostname(name: str) -> str:

@@ -36,9 +36,9 @@ _UMASK = 0o022
 _REFUSED = (
     "allow_setuid", "app", "apply_cgroups", "blkio_weight", "blkio_weight_device", "cdi_dirs",
     "compat32", "containlibs", "cpus", "cpuset_cpus", "cpuset_mems", "device", "home",
-    "intel_hpu", "keep_privs", "memory", "memory_reservation", "memory_swap", "network_args",
-    "no_mount", "no_pid", "nv", "nvccli", "oom_kill_disable", "pids_limit", "rocm", "security",
-    "underlay", "workdir", "writable",
+    "intel_hpu", "keep_privs", "memory", "memory_reservation", "memory_swap", "netns_path",
+    "network_args", "no_mount", "no_pid", "nv", "nvccli", "oom_kill_disable", "pids_limit", "rocm",
+    "security", "underlay", "workdir", "writable",
 )  # fmt: skip
 _ACTIONS = "/.singularity.d/actions"
 
