@@ -393,7 +393,8 @@ class BuildProduct(Command):
         compiler.program("starter", own)
         if self.steps:
             compiler.program("starter-steps", own, "-DAPY_TEST_STEPS")
-        compiler.program("apptainer-py", sorted(folder.glob("launcher*.c")))
+        launcher = [*sorted(folder.glob("launcher*.c")), folder / "subids.c"]
+        compiler.program("apptainer-py", launcher)
         shared = [folder / f"{stem}.c" for stem in LEAN_SHARED]
         lean = [*sorted(folder.glob("lean*.c")), *shared]
         compiler.static_program("apptainer-py-oci", lean)

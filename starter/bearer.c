@@ -14,7 +14,8 @@
 #include "starter.h"
 
 bool bearer_needed(const struct launch *l) {
-    return l->flow == FLOW_SETUID && l->plan.caps[CAP_SET_PERMITTED] != 0;
+    return l->flow == FLOW_SETUID && !fakeroot_wanted(l) &&
+           l->plan.caps[CAP_SET_PERMITTED] != 0;
 }
 
 static void close_fd(int *fd) {

@@ -64,6 +64,10 @@ struct config_error {
 int config_open(const char *path, bool require_root_owned, struct config_error *why)
     __attribute__((warn_unused_result));
 
+/* The same for root's other files, which may be larger. */
+int config_open_trusted(const char *path, uint32_t most, struct config_error *why)
+    __attribute__((warn_unused_result));
+
 /* Reads a file from its beginning. A directive that is wrong keeps its default and is added to why.
  * Returns 0, or -errno: -EINVAL when anything is wrong in the text. */
 int config_parse_fd(int fd, struct config *out, struct config_error *why)

@@ -65,21 +65,22 @@ static int failed(const char *path, int error, struct config_error *why)
     return -error;
 }
 
-static int check_file(const char *path, const struct stat *st, struct config_error *why)
+static int check_file(const char *path, const struct stat *st, uint32_t most,
+                      struct config_error *why)
 {
     if (!S_ISREG(st->st_mode)) {
         config_problem_add(why, 0, path, NULL, "is not a regular file");
         return -EINVAL;
     }
-    if (st->st_size > (off_t)CONFIG_FILE_BYTES) {
-        config_problem_add(why, 0, path, NULL, "is larger than %u bytes", CONFIG_FILE_BYTES);
+    if (st->st_size > (off_t)most) {
+        config_problem_add(why, 0, path, NULL, "is larger than %u bytes", most);
         return -EFBIG;
     }
     return 0;
 }
 
 /* O_NONBLOCK: a FIFO in its place must not make us wait. */
-static int open_file(int dir, const char *name, const char *path, int flags,
+static int open_file(int dir, const char *name, const char *path, int flags, uint32_t most,
                      struct config_error *why)
 {
     struct stat st;
@@ -88,7 +89,7 @@ static int open_file(int dir, const char *name, const char *path, int flags,
 
     if (fd < 0)
         return failed(path, errno, why);
-    result = fstat(fd, &st) == 0 ? check_file(path, &st, why) : failed(path, errno, why);
+    result = fstat(fd, &st) == 0 ? check_file(path, &st, most, why) : failed(path, errno, why);
     if (result == 0)
         return fd;
     close(fd);
@@ -118,7 +119,8 @@ static int step_into(int *dir, const char *name, const char *path, struct config
 }
 
 /* The last component, judged before it is opened: a device must not notice us. */
-static int open_trusted(int dir, const char *name, const char *path, struct config_error *why)
+static int open_trusted(int dir, const char *name, const char *path, uint32_t most,
+                        struct config_error *why)
 {
     struct stat st;
     int result;
@@ -130,14 +132,14 @@ static int open_trusted(int dir, const char *name, const char *path, struct conf
         return -ELOOP;
     }
     check_writers(path, &st, why);
-    result = check_file(path, &st, why);
+    result = check_file(path, &st, most, why);
     if (result == 0 && why->count != 0)
         result = -EPERM;
-    return result == 0 ? open_file(dir, name, path, O_NOFOLLOW, why) : result;
+    return result == 0 ? open_file(dir, name, path, O_NOFOLLOW, most, why) : result;
 }
 
 /* `path` is cut and mended as the walk goes on, so that each message names the part at fault. */
-static int walk(char *path, int *dir, struct config_error *why)
+static int walk(char *path, int *dir, uint32_t most, struct config_error *why)
 {
     char *name = path + 1;
     char *end;
@@ -149,7 +151,7 @@ static int walk(char *path, int *dir, struct config_error *why)
         *end = '/';
         name = end + 1;
     }
-    return result == 0 ? open_trusted(*dir, name, path, why) : result;
+    return result == 0 ? open_trusted(*dir, name, path, most, why) : result;
 }
 
 /* Only /a/b/c: what "//", "." and ".." would mean is not worth a rule. */
@@ -165,18 +167,23 @@ static bool is_plain_path(const char *path)
 
 int config_open(const char *path, bool require_root_owned, struct config_error *why)
 {
+    if (!require_root_owned)
+        return open_file(AT_FDCWD, path, path, 0, CONFIG_FILE_BYTES, why);
+    return config_open_trusted(path, CONFIG_FILE_BYTES, why);
+}
+
+int config_open_trusted(const char *path, uint32_t most, struct config_error *why)
+{
     char copy[PATH_MAX];
     int dir = -1;
     int result;
 
-    if (!require_root_owned)
-        return open_file(AT_FDCWD, path, path, 0, why);
     if (!is_plain_path(path)) {
         config_problem_add(why, 0, path, NULL, "is not an absolute path without dots");
         return -EINVAL;
     }
     memcpy(copy, path, strlen(path) + 1);
-    result = walk(copy, &dir, why);
+    result = walk(copy, &dir, most, why);
     if (dir >= 0)
         close(dir);
     return result;

@@ -42,6 +42,7 @@ static void close_fuse(struct launch *l) {
 static void close_outer_ends(struct launch *l) {
     close_fd(&l->keeper_socket[0]);
     close_fd(&l->keeper_socket[1]);
+    close_fd(&l->fakeroot_socket[0]);
     close_fd(&l->rpc_socket[1]);
     close_fd(&l->start_socket[1]);
     close_fd(&l->methods_socket[1]);
@@ -184,6 +185,8 @@ NO_RETURN static void container_main(struct launch *l) {
     container_pid = getpid();
     (void)prctl(PR_SET_PDEATHSIG, SIGKILL);
     close_outer_ends(l);
+    if (fakeroot_wanted(l) && fakeroot_enter(l) < 0)
+        _exit(255);
     const struct raised *raised = privs_raise(CAP_BIT(CAP_SYS_ADMIN) | CAP_BIT(CAP_NET_ADMIN));
     if (!raised)
         raised = privs_raise(CAP_BIT(CAP_SYS_ADMIN));
@@ -208,19 +211,19 @@ NO_RETURN static void container_main(struct launch *l) {
     become_stage2(l);
 }
 
-pid_t container_start(struct launch *l, int *err) {
-    unsigned long flags = CLONE_NEWNS | SIGCHLD;
-    for (size_t i = 0; i < ARRAY_SIZE(spaces); i++)
-        if (l->plan.spaces & spaces[i].space &&
-            !(spaces[i].space == SPACE_NET && l->plan.flags & PLAN_JOIN_NET))
-            flags |= (unsigned long)spaces[i].flag;
-    const struct raised *raised = privs_raise(CAP_BIT(CAP_SYS_ADMIN));
-    if (!raised) {
+static pid_t clone_container(struct launch *l, unsigned long flags, int *err) {
+    /* Who makes a user namespace needs no right, but for having root mapped in it later. */
+    bool needs_none = fakeroot_wanted(l) && l->flow == FLOW_USERNS;
+    uint64_t caps = CAP_BIT(CAP_SYS_ADMIN);
+    if (fakeroot_wanted(l) && l->uid == 0)
+        caps |= CAP_BIT(CAP_SETFCAP);
+    const struct raised *raised = needs_none ? NULL : privs_raise(caps);
+    if (!raised && !needs_none) {
         *err = EPERM;
         return -1;
     }
     step_begin(STEP_FORK_CONTAINER);
-    /* SAFE: new namespaces only, from a mask of five known kinds; a single-threaded process. */
+    /* SAFE: new namespaces only, from a mask of six known kinds; a single-threaded process. */
     pid_t pid = (pid_t)syscall(SYS_clone, flags, NULL, NULL, NULL, NULL);
     *err = errno;
     if (pid == 0) {
@@ -229,5 +232,25 @@ pid_t container_start(struct launch *l, int *err) {
     }
     step_end(STEP_FORK_CONTAINER);
     privs_lower(raised);
+    return pid;
+}
+
+pid_t container_start(struct launch *l, int *err) {
+    unsigned long flags = CLONE_NEWNS | SIGCHLD;
+    for (size_t i = 0; i < ARRAY_SIZE(spaces); i++)
+        if (l->plan.spaces & spaces[i].space &&
+            !(spaces[i].space == SPACE_NET && l->plan.flags & PLAN_JOIN_NET))
+            flags |= (unsigned long)spaces[i].flag;
+    if (!fakeroot_wanted(l))
+        return clone_container(l, flags, err);
+    step_begin(STEP_OWN_NAMESPACE);
+    /* SAFE: a right less, for as long as the clone takes. */
+    pid_t pid = -1;
+    if (privs_own_as_caller(l) < 0)
+        *err = errno;
+    else
+        pid = clone_container(l, flags | CLONE_NEWUSER, err);
+    privs_own_as_before(l);
+    step_end(STEP_OWN_NAMESPACE);
     return pid;
 }

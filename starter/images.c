@@ -30,10 +30,12 @@ int image_fuse(struct launch *l, uint64_t device, const char *source, uint32_t f
     (void)set_string(fs, "rootmode", "40000");
     int result = 0;
     if (set_number(fs, "fd", (uint64_t)l->fuse_fds[device]) < 0 ||
-        set_number(fs, "user_id", l->uid) < 0 || set_number(fs, "group_id", l->gid) < 0)
+        set_number(fs, "user_id", fakeroot_wanted(l) ? 0 : l->uid) < 0 ||
+        set_number(fs, "group_id", fakeroot_wanted(l) ? 0 : l->gid) < 0)
         result = -1;
     /* In a user namespace this would shut the master out, which stays outside of it. */
-    if (result == 0 && l->flow != FLOW_USERNS && set_flag(fs, "allow_other") < 0)
+    if (result == 0 && l->flow != FLOW_USERNS && !fakeroot_wanted(l) &&
+        set_flag(fs, "allow_other") < 0)
         result = -1;
     /* What such a server answers for owners and modes, the kernel enforces. */
     if (result == 0 && flags & BIND_EXTFS && set_flag(fs, "default_permissions") < 0)
@@ -97,7 +99,7 @@ static int loop_device(int image_fd, uint64_t offset, uint64_t size, uint32_t fl
 /* Which images the kernel may parse is the administrator's to say, for each kind of its own. */
 static bool kernel_may(const struct launch *l, uint32_t flags) {
     uint32_t needed = flags & BIND_EXTFS ? PLAN_KERNEL_EXTFS : PLAN_KERNEL_IMAGE;
-    return l->plan.flags & needed && l->flow != FLOW_USERNS;
+    return l->plan.flags & needed && l->flow != FLOW_USERNS && !fakeroot_wanted(l);
 }
 
 static int parse_loop(const struct launch *l, int device, uint32_t flags) {
@@ -185,8 +187,9 @@ static int directory_image(const struct launch *l, const struct op_request *q, b
     int image = open_judged(q, O_RDONLY | O_DIRECTORY, a, code);
     if (image < 0)
         return -1;
+    /* Inside, the owner of a file is whoever the caller's ranges make of it. */
     if (l->flow == FLOW_SETUID)
-        *code = policy_image(l, image);
+        *code = fakeroot_wanted(l) && policy_limits_images(l) ? ERR_OWNER : policy_image(l, image);
     if (*code == ERR_OK && (fstat(image, &st) < 0 || stat("/", &host) < 0 ||
                             (st.st_dev == host.st_dev && st.st_ino == host.st_ino)))
         *code = answer(a, ERR_KIND, 0); /* the host's root is no image */

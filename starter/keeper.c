@@ -52,6 +52,7 @@ static void open_channels(struct launch *l) {
             l->life_pipe[i] = -1;
     for (size_t i = 0; i < LIMIT_FUSE_DEVICES; i++)
         l->fuse_fds[i] = -1;
+    l->fakeroot_socket[0] = l->fakeroot_socket[1] = l->fuse_node = -1;
     bool builtin = l->request.total - l->request.engine_file_off == 1;
     if (wire_pair(l->keeper_socket) < 0 || wire_pair(l->rpc_socket) < 0 ||
         wire_pair(l->start_socket) < 0 || pipe2(l->seal_pipe, O_CLOEXEC) < 0 ||
@@ -184,11 +185,24 @@ static int enter_userns(struct keeper *k, int *error) {
     return result < 0 ? ERR_NAMESPACE : ERR_OK;
 }
 
+static void end_child(pid_t *pid) {
+    int status;
+    if (*pid > 0 && kill(*pid, SIGKILL) == 0)
+        (void)waitpid(*pid, &status, 0);
+    *pid = 0;
+}
+
+/* What the container needs before it is cloned; with --fakeroot keeper stays where it is. */
+static int prepare_container(struct keeper *k, int *error) {
+    if (fakeroot_wanted(k->launch))
+        return k->in_userns ? ERR_NAMESPACE : fakeroot_prepare(k->launch, error);
+    int code = enter_userns(k, error);
+    return code == ERR_OK ? open_fuse_devices(k->launch, error) : code;
+}
+
 static int start_container(struct keeper *k, int *error) {
     struct launch *l = k->launch;
-    int code = enter_userns(k, error);
-    if (code == ERR_OK)
-        code = open_fuse_devices(l, error);
+    int code = prepare_container(k, error);
     if (code != ERR_OK)
         return code;
     if (l->early_fuse)
@@ -200,18 +214,17 @@ static int start_container(struct keeper *k, int *error) {
     }
     k->container = container_start(l, error);
     close_fd(&l->life_pipe[1]);
-    if (k->container < 0)
+    if (k->container < 0) {
+        fakeroot_close(l);
         return *error == EAGAIN ? ERR_FORK : ERR_NAMESPACE;
+    }
+    if (fakeroot_wanted(l) && (code = fakeroot_map(l, k->container, error)) != ERR_OK) {
+        end_child(&k->container);
+        return code;
+    }
     *error = 0;
     k->container_alive = true;
     return ERR_OK;
-}
-
-static void end_child(pid_t *pid) {
-    int status;
-    if (*pid > 0 && kill(*pid, SIGKILL) == 0)
-        (void)waitpid(*pid, &status, 0);
-    *pid = 0;
 }
 
 /* A process that is only about to die could still take a request meant for the next container. */
@@ -703,6 +716,8 @@ static void drop_and_go(struct keeper *k) {
     struct target_identity target = {.uid = l->uid, .gid = l->gid, .no_new_privs = true};
     if (k->phase != RUN)
         return;
+    /* Outside of the container's namespace it cannot be trimmed; no_new_privs makes it void. */
+    target.keep_bounding = l->flow == FLOW_USERNS && fakeroot_wanted(l);
     step_begin(STEP_DROP_KEEPER);
     /* SAFE: irrevocable and verified, before the payload may exist. */
     if (l->flow != FLOW_ROOT && privs_drop(&target) < 0) {

@@ -123,8 +123,11 @@ int main(int argc, char *argv[], char *envp[]) {
     if (oci) {
         choose_oci(&c, &s, argv);
     } else {
-        flow_choose(&c, scan_asks_userns(&s, envp));
-        c.forecast = scan_forecast(&s);
+        struct fakeroot_options o = {0};
+        bool fakeroot = scan_asks_fakeroot(&s, envp, &o);
+        flow_choose(&c, scan_asks_userns(&s, envp) || (fakeroot && fakeroot_by_userns(&o)));
+        if (!fakeroot)
+            c.forecast = scan_forecast(&s);
     }
     if (s.trace != NULL && *s.trace != '\0')
         c.trace_fd = open_trace(s.trace);

@@ -37,11 +37,20 @@ struct choice {
     struct forecast forecast;
 };
 
+/* What --fakeroot shall act as if it were not there. */
+struct fakeroot_options {
+    bool no_subids, no_userns;
+};
+
 /* launcher_scan.c */
 void scan_arguments(struct scan *s, int argc, char *const argv[]);
 struct forecast scan_forecast(const struct scan *s);
 bool scan_asks_userns(const struct scan *s, char *const envp[]);
+bool scan_asks_fakeroot(const struct scan *s, char *const envp[], struct fakeroot_options *o);
 bool scan_asks_oci(const struct scan *s, char *const envp[]);
+
+/* launcher_fakeroot.c */
+bool fakeroot_by_userns(const struct fakeroot_options *o);
 
 /* launcher_flow.c */
 void flow_choose(struct choice *c, bool userns_asked);

@@ -60,7 +60,7 @@ static bool take(struct scan *s, const struct option_row *row, const char *value
     if (on == 1)
         s->on |= row->flags;
     else
-        s->on &= ~(unsigned)row->flags;
+        s->on &= ~row->flags;
     return on >= 0;
 }
 
@@ -223,13 +223,21 @@ static bool variable_on(char *const envp[], const char *const keys[], size_t cou
     return false;
 }
 
+static bool asks(const struct scan *s, char *const envp[], unsigned flag,
+                 const char *const keys[], size_t count) {
+    return (s->on & flag) != 0 || ((s->given & flag) == 0 && variable_on(envp, keys, count));
+}
+
 bool scan_asks_userns(const struct scan *s, char *const envp[]) {
-    if ((s->on & (OPT_USERNS | OPT_FAKEROOT)) != 0)
-        return true;
-    if ((s->given & OPT_USERNS) == 0 && variable_on(envp, userns_keys, COUNT(userns_keys)))
-        return true;
-    return (s->given & OPT_FAKEROOT) == 0 &&
-           variable_on(envp, fakeroot_keys, COUNT(fakeroot_keys));
+    return asks(s, envp, OPT_USERNS, userns_keys, COUNT(userns_keys));
+}
+
+bool scan_asks_fakeroot(const struct scan *s, char *const envp[], struct fakeroot_options *o) {
+    if (!asks(s, envp, OPT_FAKEROOT, fakeroot_keys, COUNT(fakeroot_keys)))
+        return false;
+    o->no_subids = asks(s, envp, OPT_IGNORE_SUBUID, ignore_subuid_keys, COUNT(ignore_subuid_keys));
+    o->no_userns = asks(s, envp, OPT_IGNORE_USERNS, ignore_userns_keys, COUNT(ignore_userns_keys));
+    return true;
 }
 
 bool scan_asks_oci(const struct scan *s, char *const envp[]) {

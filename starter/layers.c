@@ -75,13 +75,17 @@ void layers_below(const struct rpc *r, struct layers *out) {
 static int overlay_read_only(const struct rpc *r) {
     struct layers these;
     layers_below(r, &these);
-    return layers_mount(r->launch, &these, false, 0);
+    /* Root of the container's own namespace reads what belongs to its other users. */
+    return layers_mount(r->launch, &these, false,
+                        fakeroot_wanted(r->launch) ? privs_last_cap_mask() : 0);
 }
 
 /* What copying a file up takes: the work directory of the kernel's has mode 0, and root's own
  * overlay keeps the owner of each file. */
 static uint64_t writing_caps(const struct launch *l) {
     uint64_t caps = CAP_BIT(CAP_SYS_ADMIN) | CAP_BIT(CAP_DAC_OVERRIDE);
+    if (fakeroot_wanted(l))
+        return privs_last_cap_mask();
     return l->flow == FLOW_ROOT ? caps | (ROOT_LAYER_CAPS & l->permitted) : caps;
 }
 
@@ -95,7 +99,8 @@ static int overlay_writable(struct rpc *r, int upper, int work) {
         return -1;
     struct layers these = {.lowers = {below}, .count = 1, .upper = upper, .work = work};
     /* The layer below checks every access again with the user's rights. */
-    return layers_mount(r->launch, &these, r->launch->flow == FLOW_USERNS,
+    return layers_mount(r->launch, &these,
+                        r->launch->flow == FLOW_USERNS || fakeroot_wanted(r->launch),
                         writing_caps(r->launch));
 }
 
@@ -118,8 +123,9 @@ static int make_layer(struct rpc *r, enum layer_kind kind) {
         return overlay_writable(r, r->places[PLACE_UPPER], r->places[PLACE_WORK]);
     case LAYER_OVERLAY_USER:
         /* Not with more rights than who owns the directory has. */
-        return r->launch->flow == FLOW_SETUID ? layers_in_userns(r)
-                                              : overlay_writable(r, r->upper_fd, r->work_fd);
+        return r->launch->flow == FLOW_SETUID && !fakeroot_wanted(r->launch)
+                   ? layers_in_userns(r)
+                   : overlay_writable(r, r->upper_fd, r->work_fd);
     case LAYER_UNDERLAY:
         return clone_tree(r->places[PLACE_UNDERLAY],
                           nosuid(r->launch) | MOUNT_ATTR_NODEV | MOUNT_ATTR_RDONLY, 0, true);

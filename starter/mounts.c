@@ -51,7 +51,7 @@ int op_session(struct rpc *r, const struct op_request *q, struct op_reply *a, in
     if (l->flow == FLOW_SETUID && most != 0 && (size == 0 || size > most))
         return ERR_REFUSED;
     bool ramfs = config_enum(&l->config, CONFIG_MEMORY_FS_TYPE) == MEMORY_FS_RAMFS &&
-                 l->flow != FLOW_USERNS;
+                 l->flow != FLOW_USERNS && !fakeroot_wanted(l);
     /* SAFE: new memory in a private namespace; the administrator bounds its size. */
     int fs = sys_fsopen(ramfs ? "ramfs" : "tmpfs");
     if (fs < 0)
@@ -198,7 +198,7 @@ int op_mount(struct rpc *r, const struct op_request *q, struct op_reply *a, int 
     if (fs >= 0 && q->num[0] == KERNELFS_DEVPTS) {
         (void)set_string(fs, "mode", "0620");
         (void)set_string(fs, "ptmxmode", "0666");
-        if (l->flow != FLOW_USERNS && q->num[1] < 65536)
+        if (l->flow != FLOW_USERNS && !fakeroot_wanted(l) && q->num[1] < 65536)
             (void)set_number(fs, "gid", q->num[1]);
     } else if (fs >= 0 && q->num[0] == KERNELFS_TMPFS) {
         uint64_t most = config_uint(&l->config, CONFIG_SESSIONDIR_MAX_SIZE);

@@ -165,3 +165,69 @@ uint64_t names_granted_caps(const struct launch *l) {
         return 0;
     return granted;
 }
+
+/* A file of accounts or ranges that nobody but root could have written. */
+static char *read_trusted(const char *path, size_t *size) {
+    static struct config_error why;
+    char *text = malloc(SUBIDS_FILE_BYTES);
+    int fd = text ? config_open_trusted(path, SUBIDS_FILE_BYTES, &why) : -1;
+    ssize_t got = 0;
+    *size = 0;
+    while (fd >= 0 && (got = read(fd, text + *size, SUBIDS_FILE_BYTES - *size)) > 0)
+        *size += (size_t)got;
+    if (fd >= 0 && got == 0 && *size < SUBIDS_FILE_BYTES)
+        return text;
+    free(text);
+    return NULL;
+}
+
+/* One of the two ranges; -1: there is none that is the caller's alone. */
+static int read_subids(const char *file, const char *accounts, const char *name, uint32_t id,
+                       uint32_t own, struct subid_range *range) {
+    size_t size, others;
+    char *text = read_trusted(file, &size), *table = read_trusted(accounts, &others);
+    int result = -1;
+    if (text && table && subids_find(text, size, name, id, range) == SUBIDS_FOUND &&
+        range->first > 0 && !subids_taken(text, size, name, id, range) &&
+        !subids_accounts(table, others, range) &&
+        (own < range->first || own - range->first >= range->count))
+        result = 0;
+    free(text);
+    free(table);
+    return result;
+}
+
+static int read_both(const struct launch *l, struct subid_range range[2]) {
+    const struct passwd *account = getpwuid(l->uid);
+    const char *name = account ? account->pw_name : "";
+    return read_subids(SUBUID_FILE, "/etc/passwd", name, l->uid, l->uid, &range[0]) == 0 &&
+                   read_subids(SUBGID_FILE, "/etc/group", name, l->uid, l->gid, &range[1]) == 0
+               ? 0
+               : -1;
+}
+
+/* The child that has dropped reads the files; what comes back is judged once more. */
+int names_subids(const struct launch *l, struct subid_range range[2]) {
+    int answer[2];
+    if (pipe2(answer, O_CLOEXEC) < 0)
+        return -1;
+    pid_t pid = fork_asker(l);
+    if (pid == 0) {
+        bool told = read_both(l, range) == 0 &&
+                    write(answer[1], range, 2 * sizeof(*range)) == (ssize_t)(2 * sizeof(*range));
+        _exit(told ? 0 : 1);
+    }
+    close(answer[1]);
+    ssize_t got = pid < 0 ? -1 : read(answer[0], range, 2 * sizeof(*range));
+    close(answer[0]);
+    if (pid < 0 || wait_for_asker(pid) != 0 || got != (ssize_t)(2 * sizeof(*range)))
+        return -1;
+    for (int i = 0; i < 2; i++) {
+        uint32_t own = i == 0 ? l->uid : l->gid;
+        if (range[i].first == 0 || range[i].count < SUBIDS_WANTED ||
+            (uint64_t)range[i].first + range[i].count > UINT32_MAX ||
+            (own >= range[i].first && own - range[i].first < range[i].count))
+            return -1;
+    }
+    return 0;
+}

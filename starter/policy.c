@@ -49,6 +49,8 @@ static bool wants_capabilities(const struct container_plan *plan) {
 
 /* A user has what the administrator's own file grants, whatever master made of that file. */
 static uint64_t most_capabilities(const struct launch *l, const struct container_plan *plan) {
+    if (plan->flags & PLAN_FAKEROOT)
+        return privs_last_cap_mask(); /* of a namespace that the caller owns */
     switch (l->flow) {
     case FLOW_ROOT:
         return l->permitted;
@@ -70,34 +72,55 @@ static bool whole_grant(const struct container_plan *plan) {
     return true;
 }
 
+/* Root of a namespace of the caller's own: nothing in it reaches beyond what the caller has, and
+ * what the caller was given in /etc/subuid and /etc/subgid, which fakeroot.c looks up. */
+static int fakeroot_plan(const struct launch *l, const struct container_plan *plan) {
+    const struct config *c = &l->config;
+    if (plan->uid != 0 || plan->gid != 0 || plan->group_count != 0 ||
+        plan->flags & (PLAN_SETUID | PLAN_KERNEL_IMAGE | PLAN_KERNEL_EXTFS | PLAN_METHODS |
+                       PLAN_GROUPS))
+        return ERR_MALFORMED;
+    if (l->flow == FLOW_USERNS)
+        return ERR_OK;
+    /* One id needs no right of ours: then the user-namespace flow serves. */
+    if (!(plan->flags & PLAN_SUBIDS) || !(plan->flags & PLAN_NO_NEW_PRIVS))
+        return ERR_MALFORMED;
+    return l->flow == FLOW_SETUID && !config_bool(c, CONFIG_ALLOW_USER_NS) ? ERR_REFUSED : ERR_OK;
+}
+
 /* A caller other than root gets its own ids, and in the setuid flow no capability but granted
  * ones. */
 int policy_plan(const struct launch *l, const struct container_plan *plan) {
     const uint32_t spaces = SPACE_PID | SPACE_IPC | SPACE_UTS | SPACE_NET | SPACE_CGROUP;
     const uint32_t flags = PLAN_SHIM | PLAN_WRITABLE_LAYER | PLAN_KERNEL_IMAGE | PLAN_SLAVE |
                            PLAN_NO_NEW_PRIVS | PLAN_METHODS | PLAN_SETUID | PLAN_USER_LAYER |
-                           PLAN_KERNEL_EXTFS | PLAN_GROUPS | PLAN_JOIN_NET;
+                           PLAN_KERNEL_EXTFS | PLAN_GROUPS | PLAN_FAKEROOT | PLAN_SUBIDS |
+                           PLAN_JOIN_NET;
     const struct config *c = &l->config;
     if ((plan->spaces & ~spaces) || (plan->flags & ~flags) ||
         plan->fuse_count > LIMIT_FUSE_DEVICES || plan->group_count > LIMIT_GROUPS)
         return ERR_MALFORMED;
-    if (plan->flags & PLAN_JOIN_NET && (l->netns_fd < 0 || !(plan->spaces & SPACE_NET)))
+    if (plan->flags & PLAN_JOIN_NET &&
+        (l->netns_fd < 0 || !(plan->spaces & SPACE_NET) || plan->flags & PLAN_FAKEROOT))
         return ERR_MALFORMED;
     uint64_t most = most_capabilities(l, plan);
     for (int set = 0; set < CAP_SETS; set++)
         if (plan->caps[set] & ~most)
             return ERR_CAPABILITY;
-    if (l->flow == FLOW_SETUID && !whole_grant(plan))
+    bool fakeroot = (plan->flags & PLAN_FAKEROOT) != 0;
+    if ((l->flow == FLOW_SETUID && !fakeroot && !whole_grant(plan)) ||
+        (!fakeroot && plan->flags & PLAN_SUBIDS))
         return ERR_MALFORMED;
     uint64_t most_ambient = plan->caps[CAP_SET_PERMITTED] & plan->caps[CAP_SET_INHERITABLE];
     if (plan->caps[CAP_SET_EFFECTIVE] & ~plan->caps[CAP_SET_PERMITTED] ||
         plan->caps[CAP_SET_AMBIENT] & ~most_ambient)
         return ERR_MALFORMED;
-    if (l->flow == FLOW_ROOT)
-        return ERR_OK;
+    int code = fakeroot ? fakeroot_plan(l, plan) : ERR_OK;
+    if (code != ERR_OK || l->flow == FLOW_ROOT)
+        return code;
     /* Root's payload in a namespace of its own may gain what that namespace has. */
-    bool root_inside = l->flow == FLOW_USERNS && l->uid == 0;
-    if (plan->uid != l->uid || plan->gid != l->gid || plan->group_count != 0 ||
+    bool root_inside = l->flow == FLOW_USERNS && (l->uid == 0 || fakeroot);
+    if ((!fakeroot && (plan->uid != l->uid || plan->gid != l->gid)) || plan->group_count != 0 ||
         plan->flags & (PLAN_SETUID | PLAN_GROUPS) ||
         (!(plan->flags & PLAN_NO_NEW_PRIVS) && !root_inside))
         return ERR_REFUSED;

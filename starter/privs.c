@@ -307,22 +307,19 @@ int privs_map_layer_userns(pid_t pid) {
     return result;
 }
 
-/* Maps the caller onto itself, one id; no privilege of the host is involved. */
-int privs_make_userns(const struct launch *l) {
-    char uid_line[64] = "", gid_line[64] = "";
-    append_number(uid_line, sizeof(uid_line), l->uid);
-    append_text(uid_line, sizeof(uid_line), " ");
-    append_number(uid_line, sizeof(uid_line), l->uid);
-    append_text(uid_line, sizeof(uid_line), " 1\n");
-    append_number(gid_line, sizeof(gid_line), l->gid);
-    append_text(gid_line, sizeof(gid_line), " ");
-    append_number(gid_line, sizeof(gid_line), l->gid);
-    append_text(gid_line, sizeof(gid_line), " 1\n");
-    /* The kernel maps root for nobody who could not have set file capabilities. */
-    if (l->permitted & CAP_BIT(CAP_SETFCAP) && !privs_raise(CAP_BIT(CAP_SETFCAP)))
-        return -1;
-    if (unshare(CLONE_NEWUSER) < 0)
-        return -1;
+static void one_id(char *out, size_t size, uint32_t inside, uint32_t outside) {
+    out[0] = '\0';
+    append_number(out, size, inside);
+    append_text(out, size, " ");
+    append_number(out, size, outside);
+    append_text(out, size, " 1\n");
+}
+
+/* The maps of this process's own new namespace: one id each, which takes no privilege. */
+static int map_one(uint32_t inside[2], uint32_t outside[2]) {
+    char uid_line[64], gid_line[64];
+    one_id(uid_line, sizeof(uid_line), inside[0], outside[0]);
+    one_id(gid_line, sizeof(gid_line), inside[1], outside[1]);
     /* A non-dumpable process's map files belong to root; a tracer finds nothing to take here. */
     (void)prctl(PR_SET_DUMPABLE, 1);
     int result = write_map("/proc/self/setgroups", "deny");
@@ -334,6 +331,103 @@ int privs_make_userns(const struct launch *l) {
     (void)prctl(PR_SET_DUMPABLE, 0);
     errno = error;
     return result;
+}
+
+/* Maps the caller onto itself, one id; no privilege of the host is involved. */
+int privs_make_userns(const struct launch *l) {
+    uint32_t own[2] = {l->uid, l->gid};
+    /* The kernel maps root for nobody who could not have set file capabilities. */
+    if (l->permitted & CAP_BIT(CAP_SETFCAP) && !privs_raise(CAP_BIT(CAP_SETFCAP)))
+        return -1;
+    if (unshare(CLONE_NEWUSER) < 0)
+        return -1;
+    return map_one(own, own);
+}
+
+/* The same with the caller as root, for --fakeroot of those who have no ranges of ids. */
+int privs_map_self(uid_t uid, gid_t gid) {
+    uint32_t inside[2] = {0, 0}, outside[2] = {uid, gid};
+    return map_one(inside, outside);
+}
+
+/* In the user-namespace flow newuidmap must see whose process it is; nothing here is worth a
+ * tracer's while. */
+void privs_show_maps(bool shown) {
+    (void)prctl(PR_SET_DUMPABLE, shown ? 1 : 0);
+}
+
+/* A namespace belongs to the effective id of who makes it, and its owner has every right in it from
+ * outside: that must be the caller, who shall be able to end what runs there, and never root. */
+int privs_own_as_caller(const struct launch *l) {
+    if (l->flow != FLOW_SETUID)
+        return 0;
+    if (setresuid((uid_t)-1, l->uid, (uid_t)-1) < 0)
+        return -1;
+    (void)prctl(PR_SET_DUMPABLE, 0);
+    return geteuid() == l->uid && prctl(PR_GET_DUMPABLE) == 0 ? 0 : -1;
+}
+
+/* Back to (user, 0, 0, user), with nothing effective. */
+void privs_own_as_before(const struct launch *l) {
+    uid_t uid[3];
+    if (l->flow != FLOW_SETUID)
+        return;
+    if (setresuid((uid_t)-1, 0, (uid_t)-1) < 0 || caps_set(0, l->permitted, 0) < 0)
+        fail("cannot take the identity for the start", errno);
+    (void)setfsuid(l->uid);
+    (void)prctl(PR_SET_DUMPABLE, 0);
+    if (getresuid(&uid[0], &uid[1], &uid[2]) < 0 || uid[0] != l->uid || uid[1] != 0 ||
+        uid[2] != 0 || (uid_t)setfsuid((uid_t)-1) != l->uid || prctl(PR_GET_DUMPABLE) != 0)
+        fail("cannot take the identity for the start", 0);
+}
+
+static int write_map_of(int process, const char *name, const char *text) {
+    int fd = openat(process, name, O_WRONLY | O_CLOEXEC | O_NOFOLLOW);
+    if (fd < 0)
+        return -1;
+    ssize_t wrote = write(fd, text, strlen(text));
+    int error = errno;
+    close(fd);
+    errno = error;
+    return wrote == (ssize_t)strlen(text) ? 0 : -1;
+}
+
+/* Both maps of a child of ours that has not been reaped, so its number is nobody else's. */
+int privs_map_ids(pid_t pid, const char *uid_map, const char *gid_map, bool with_root) {
+    char path[32] = "/proc/";
+    uint64_t caps = CAP_BIT(CAP_DAC_OVERRIDE) | CAP_BIT(CAP_SYS_ADMIN) | CAP_BIT(CAP_SETUID) |
+                    CAP_BIT(CAP_SETGID) | (with_root ? CAP_BIT(CAP_SETFCAP) : 0);
+    append_number(path, sizeof(path), (uint64_t)pid);
+    const struct raised *raised = privs_raise(caps);
+    if (!raised) {
+        errno = EPERM;
+        return -1;
+    }
+    int process = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    int result = process < 0 ? -1 : write_map_of(process, "gid_map", gid_map);
+    if (result == 0)
+        result = write_map_of(process, "uid_map", uid_map);
+    int error = errno;
+    privs_lower(raised);
+    if (process >= 0)
+        close(process);
+    errno = error;
+    return result;
+}
+
+/* In the new namespace, once it is mapped: its root in every id, and nothing effective. */
+int privs_become_inner_root(void) {
+    struct identity who;
+    (void)prctl(PR_SET_DUMPABLE, 0);
+    if (setresgid(0, 0, 0) < 0 || setresuid(0, 0, 0) < 0)
+        return -1;
+    (void)prctl(PR_SET_DUMPABLE, 0);
+    if (caps_set(0, privs_last_cap_mask(), 0) < 0 || privs_identify(&who, false) < 0)
+        return -1;
+    for (int i = 0; i < 4; i++)
+        if (who.uid[i] != 0 || who.gid[i] != 0)
+            return -1;
+    return who.dumpable == 0 && (who.securebits & SECUREBITS_OLD) == 0 ? 0 : -1;
 }
 
 /* The administrator's own files: created for root, never for the caller. */

@@ -24,11 +24,17 @@ static struct identity caller_identity; /* flow CALLER: at the start, and in eac
 /* What a user was granted on the host is the payload's alone.  It becomes effective with the
  * payload's execve, by the ambient set. */
 static void limit_to_bearer(const struct launch *l, enum role role, struct target_identity *t) {
-    if (l->flow != FLOW_SETUID)
-        return;
+    if (l->flow != FLOW_SETUID || fakeroot_wanted(l))
+        return; /* there it is worth nothing outside of the container's namespace */
     t->caps[CAP_SET_EFFECTIVE] = 0;
     if (role != ROLE_BEARER)
         memset(t->caps, 0, sizeof(t->caps));
+}
+
+/* With --fakeroot the container's processes are root of its namespace, which is the caller. */
+static bool is_inside(enum role role) {
+    return role == ROLE_RPC || role == ROLE_METHODS || role == ROLE_READER ||
+           (role == ROLE_TRACER && container_pid != 0);
 }
 
 /* The identity table of docs/architecture.md, section "Identities". */
@@ -37,6 +43,8 @@ void stage_target(const struct launch *l, enum role role, struct target_identity
     t->uid = l->uid;
     t->gid = l->gid;
     t->no_new_privs = true;
+    if (fakeroot_wanted(l) && is_inside(role))
+        t->uid = t->gid = 0;
     switch (role) {
     case ROLE_STAGE2:
     case ROLE_SHIM:
@@ -61,6 +69,9 @@ void stage_target(const struct launch *l, enum role role, struct target_identity
         if (l->flow == FLOW_ROOT && l->plan.flags & layers)
             caps |= ROOT_LAYER_CAPS & l->permitted;
         t->caps[CAP_SET_EFFECTIVE] = CAP_BIT(21);
+        /* Root of the container's own namespace: files of the caller's ranges are its own. */
+        if (fakeroot_wanted(l))
+            caps = t->caps[CAP_SET_EFFECTIVE] = privs_last_cap_mask();
         t->caps[CAP_SET_PERMITTED] = t->caps[CAP_SET_BOUNDING] = caps;
         t->no_new_privs = false;
         break;
@@ -84,7 +95,9 @@ void stage_target(const struct launch *l, enum role role, struct target_identity
         break;
     case ROLE_IMAGE_SERVER:
         /* A caller without that right cannot trim it; no_new_privs makes it void. */
-        t->keep_bounding = l->flow == FLOW_CALLER && !(l->permitted & CAP_BIT(8) /* SETPCAP */);
+        t->keep_bounding =
+            (l->flow == FLOW_CALLER || (l->flow == FLOW_USERNS && fakeroot_wanted(l))) &&
+            !(l->permitted & CAP_BIT(8) /* SETPCAP */);
         break;
     case ROLE_KEEPER:
     case ROLE_CONTAINER:
@@ -93,7 +106,7 @@ void stage_target(const struct launch *l, enum role role, struct target_identity
     default:
         break;
     }
-    if (l->flow == FLOW_ROOT && l->uid == 0 &&
+    if (l->flow == FLOW_ROOT && l->uid == 0 && !(fakeroot_wanted(l) && role == ROLE_RPC) &&
         (role == ROLE_MASTER || role == ROLE_HOST_HELPER || role == ROLE_RPC)) {
         /* root's own hooks keep root's rights: there is nobody above to protect.  So does whoever
          * mounts for root, who may bind what is closed to others and copies files up as their
@@ -124,7 +137,8 @@ static bool right_spaces(const struct launch *l, const struct identity *who) {
                                 l->plan.spaces & SPACE_CGROUP, 0};
     bool inside = stage_role == ROLE_STAGE2 || stage_role == ROLE_METHODS;
     for (int i = 0; i < 8; i++) {
-        bool differs = inside && (i == 0 ? l->flow == FLOW_USERNS : wanted[i] != 0);
+        bool userns = l->flow == FLOW_USERNS || fakeroot_wanted(l);
+        bool differs = inside && (i == 0 ? userns : wanted[i] != 0);
         if (who->spaces[i] != 0 && l->host_spaces[i] != 0 &&
             differs != (who->spaces[i] != l->host_spaces[i]))
             return false;

@@ -15,6 +15,7 @@
 #include "config.h"
 #include "protocol.h"
 #include "request.h"
+#include "subids.h"
 
 #define MUST_USE __attribute__((warn_unused_result))
 #define NO_RETURN __attribute__((noreturn))
@@ -70,6 +71,8 @@ struct launch {
      * for reading may open it for writing (/proc/self/fd), and say it in keeper's place. */
     int go_socket[2];
     int fuse_fds[LIMIT_FUSE_DEVICES];
+    int fakeroot_socket[2];            /* [0] keeper, [1] container; -1 without --fakeroot */
+    int fuse_node;                     /* a device node of ours for that container, or -1 */
     bool early_fuse;                   /* the image is mounted and served before it is asked for */
     int life_pipe[2];                  /* closes when the last process of the container ends */
     int serve_pipe[2];                 /* rpc → early image server: the mount is there */
@@ -111,6 +114,12 @@ void privs_lower(const struct raised *token);
 MUST_USE int privs_drop(const struct target_identity *target);
 MUST_USE int privs_identify(struct identity *who, bool with_spaces);
 MUST_USE int privs_make_userns(const struct launch *l);
+MUST_USE int privs_own_as_caller(const struct launch *l);
+void privs_own_as_before(const struct launch *l);
+MUST_USE int privs_map_ids(pid_t pid, const char *uid_map, const char *gid_map, bool with_root);
+MUST_USE int privs_map_self(uid_t uid, gid_t gid);
+void privs_show_maps(bool shown);
+MUST_USE int privs_become_inner_root(void);
 MUST_USE int privs_enter_layer_userns(void);
 MUST_USE int privs_map_layer_userns(pid_t pid);
 void privs_new_keyring(void);
@@ -142,6 +151,8 @@ MUST_USE int names_match(const struct launch *l, enum config_id key, bool group,
                          size_t count);
 MUST_USE int names_home(const struct launch *l, char *out, size_t size);
 uint64_t names_granted_caps(const struct launch *l);
+/* The caller's ranges of subordinate ids: [0] of users, [1] of groups. */
+MUST_USE int names_subids(const struct launch *l, struct subid_range range[2]);
 
 /* policy_mounts.c: decisions about single mounts, for rpc */
 bool policy_bind(const struct launch *l, const char *source, const char *target, int source_fd);
@@ -174,6 +185,13 @@ extern pid_t stage_rpc_pid, container_pid;
 
 /* container.c: clone(namespaces) and what the child does before it is the payload */
 MUST_USE pid_t container_start(struct launch *l, int *err);
+
+/* fakeroot.c: a user namespace of the container's own, in which the caller is root */
+bool fakeroot_wanted(const struct launch *l);
+MUST_USE int fakeroot_prepare(struct launch *l, int *error);
+MUST_USE int fakeroot_map(struct launch *l, pid_t container, int *error);
+void fakeroot_close(struct launch *l);
+MUST_USE int fakeroot_enter(struct launch *l);
 
 /* rpc.c, and the files with its operations: mounts.c, images.c, layers.c, underlay.c */
 NO_RETURN void rpc_main(struct launch *l);

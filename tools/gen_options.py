@@ -38,6 +38,8 @@ MEANINGS = {
     "fakeroot": "OPT_FAKEROOT",
     "help": "OPT_HELP",
     "hostname": "OPT_UTS",
+    "ignore-subuid": "OPT_IGNORE_SUBUID",
+    "ignore-userns": "OPT_IGNORE_USERNS",
     "ipc": "OPT_IPC",
     "net": "OPT_UNFORESEEN",
     "netns-path": "OPT_UNFORESEEN",
@@ -76,13 +78,15 @@ enum option_flag {
     OPT_NO_INIT = 4096,
     OPT_WRITABLE_TMPFS = 8192,
     OPT_UNFORESEEN = 16384, /* changes the plan in ways that the launcher does not know */
-    OPT_OCI = 32768     /* the other engine */
+    OPT_OCI = 32768,    /* the other engine */
+    OPT_IGNORE_SUBUID = 1 << 28,
+    OPT_IGNORE_USERNS = 1 << 29
 };
 
 struct option_row {
     const char *name;
     char letter;             /* or NUL */
-    unsigned short flags;    /* enum option_flag */
+    unsigned flags;          /* enum option_flag */
     unsigned char commands;  /* bit n: action_commands[n]; 0: stands before the command */
 };
 
@@ -102,6 +106,8 @@ def header() -> str:
         _strings("prefixes", PREFIXES),
         _strings("userns_keys", _keys("userns")),
         _strings("fakeroot_keys", _keys("fakeroot")),
+        _strings("ignore_subuid_keys", _keys("ignore-subuid")),
+        _strings("ignore_userns_keys", _keys("ignore-userns")),
         _strings("oci_keys", _keys("oci")),
         _strings("transports", TRANSPORTS),
         _strings("layouts", LAYOUTS),

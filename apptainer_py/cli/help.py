@@ -193,7 +193,9 @@ def _commands(path: str) -> str:
 def _options(path: str) -> str:
     name = path.rpartition(" ")[2] or PROGRAM
     rows: list[tuple[str, str]] = [
-        (_left(row), _right(row, path)) for row in options_of(path) if row[0] not in HIDDEN
+        (_left(row), _right(row, path))
+        for row in options_of(path)
+        if row[0] not in HIDDEN and row[6] != REFUSED
     ]
     rows.append(("  -h, --help", f"help for {name}"))
     rows.sort(key=lambda row: row[0][6:])
@@ -217,8 +219,8 @@ def _right(row: Option, path: str) -> str:
         default = f' (default "{row[3]}")'
     elif row[2] == INT and row[3]:
         default = f" (default {row[3]})"
-    notes = {REFUSED: " (not supported yet)", OCI_ONLY: f" ({OCI_ONLY})"}
-    return text + default + notes.get(row[6], "")
+    note = f" ({OCI_ONLY})" if row[6] == OCI_ONLY else ""
+    return text + default + note
 
 
 def _columns(left: str, right: str, width: int) -> str:

@@ -147,7 +147,7 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "files with variables to set in the container"),
     ("environment", "e", BOOL, False, (), ("inspect",), SUPPORTED,
      "show the environment that the image sets"),
-    ("fakeroot", "f", BOOL, False, ("FAKEROOT",), _ALL, REFUSED,
+    ("fakeroot", "f", BOOL, False, ("FAKEROOT",), _ALL, SUPPORTED,
      "appear as root inside the container"),
     ("force", "f", BOOL, False, (), ("oci delete",), SUPPORTED,
      "kill the container first if it runs"),
@@ -165,11 +165,11 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "home directory: source, or source:target where the container shall see it elsewhere"),
     ("hostname", "", STRING, "", ("HOSTNAME",), _ALL, SUPPORTED,
      "host name inside the container"),
-    ("ignore-fakeroot-command", "", BOOL, False, ("IGNORE_FAKEROOT_COMMAND",), _ALL, REFUSED,
+    ("ignore-fakeroot-command", "", BOOL, False, ("IGNORE_FAKEROOT_COMMAND",), _ALL, SUPPORTED,
      "act as if there were no fakeroot command"),
-    ("ignore-subuid", "", BOOL, False, ("IGNORE_SUBUID",), _ALL, REFUSED,
+    ("ignore-subuid", "", BOOL, False, ("IGNORE_SUBUID",), _ALL, SUPPORTED,
      "act as if /etc/subuid were empty"),
-    ("ignore-userns", "", BOOL, False, ("IGNORE_USERNS",), _ALL, REFUSED,
+    ("ignore-userns", "", BOOL, False, ("IGNORE_USERNS",), _ALL, SUPPORTED,
      "act as if there were no user namespaces"),
     ("intel-hpu", "", BOOL, False, ("INTEL_HPU",), _ALL, SUPPORTED,
      "Intel Gaudi support: the devices that HABANA_VISIBLE_DEVICES names, all without it"),
@@ -209,6 +209,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
     ("no-descriptions", "", BOOL, False, (),
      ("completion bash", "completion fish", "completion zsh"), SUPPORTED,
      "complete names only, without explanations"),
+    ("no-env", "", LIST, (), ("NOENV",), _ALL, SUPPORTED,
+     "variables of the host that do not reach the container"),
     ("no-eval", "", BOOL, False, ("NO_EVAL",), _ALL, SUPPORTED,
      "do not let a shell expand variables, nor the OCI command and its arguments"),
     ("no-home", "", BOOL, False, ("NO_HOME",), _ALL, SUPPORTED,
@@ -332,8 +334,9 @@ OPTIONS: Final[tuple[Option, ...]] = (
 )  # fmt: skip
 
 HIDDEN: Final = frozenset((
-    "containlibs", "docker-password", "docker-username", "ignore-fakeroot-command",
-    "ignore-subuid", "ignore-userns", "no-nv", "no-rocm", "nohttps", "pwd", "tmpdir", "underlay",
+    "containlibs", "dmtcp-launch", "dmtcp-restart", "docker-password", "docker-username",
+    "ignore-fakeroot-command", "ignore-subuid", "ignore-userns", "no-nv", "no-rocm", "nohttps",
+    "pwd", "tmpdir", "underlay",
 ))  # fmt: skip
 DEPRECATED: Final = {
     "nohttps": "use --no-https",
@@ -436,7 +439,7 @@ COMMANDS: Final[tuple[Command, ...]] = (
     ("version", "", 0, -1, SUPPORTED, "Print the version of this program"),
 )  # fmt: skip
 
-HIDDEN_COMMANDS: Final = ("buildcfg", "confgen")
+HIDDEN_COMMANDS: Final = ("buildcfg", "checkpoint", "confgen")
 # Elsewhere the first argument ends the options.
 INTERSPERSED: Final = (
     *_SIF, "sif", "completion", "help", "oci attach", "oci create", "oci delete", "oci kill",

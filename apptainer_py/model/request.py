@@ -73,8 +73,12 @@ class ActionRequest(Invocation):
     drop_caps: str = ""
     env: tuple[tuple[str, str], ...] = ()
     env_file: tuple[str, ...] = ()
+    fakeroot: bool = False
     home: str = ""
     hostname: str = ""
+    ignore_fakeroot_command: bool = False
+    ignore_subuid: bool = False
+    ignore_userns: bool = False
     intel_hpu: bool = False
     ipc: bool = False
     keep_privs: bool = False
@@ -86,6 +90,7 @@ class ActionRequest(Invocation):
     netns_path: str = ""
     network: str = ""
     network_args: tuple[str, ...] = ()
+    no_env: tuple[str, ...] = ()
     no_eval: bool = False
     no_home: bool = False
     no_init: bool = False

@@ -6,7 +6,7 @@ import os
 import pwd
 from pathlib import Path
 
-FLOWS = {"setuid": [], "userns": ["-u"], "root": []}
+FLOWS = {"setuid": [], "userns": ["-u"], "root": [], "fakeroot": ["-f"]}
 NAMESPACES = ("user", "mnt", "pid", "ipc", "uts", "net", "cgroup", "time")
 PAYLOAD_BIRTH = "EXEC_PAYLOAD"
 
@@ -14,7 +14,8 @@ PAYLOAD_BIRTH = "EXEC_PAYLOAD"
 # payload after its execve is dumpable; no set is inheritable or ambient. Words: mixed is (user, 0,
 # 0, user); all is what the caller's bounding set, or root, permits; own the caller's bounding set;
 # admin is CAP_SYS_ADMIN. Namespaces: those of the host, of the container, or the host's but for the
-# user namespace (inner).
+# user namespace (inner). Of fakeroot, which is the setuid flow with -f: inner ids are root's of the
+# container's namespace, the user's outside; every is all that the kernel knows, in all five sets.
 TABLE = """
 flow    process       ids    effective  permitted  bounding  no_new_privs  namespaces
 setuid  KEEPER        mixed  none       all        all       no            host
@@ -47,6 +48,14 @@ root    IMAGE_SERVER  user   none       none       none      yes           host
 root    SHIM          user   all        all        all       no            container
 root    STAGE2        user   all        all        all       no            container
 root    payload       user   all        all        all       no            container
+fakeroot KEEPER       mixed  none       all        all       no            host
+fakeroot dropped      user   none       none       none      yes           host
+fakeroot MASTER       user   none       none       none      yes           host
+fakeroot RPC          inner  every      every      every     no            container
+fakeroot IMAGE_SERVER user   none       none       none      yes           host
+fakeroot SHIM         inner  every      every      every     yes           container
+fakeroot STAGE2       inner  every      every      every     yes           container
+fakeroot payload      inner  every      every      every     yes           container
 """
 
 
@@ -70,17 +79,31 @@ def host_namespaces() -> list[int]:
     return [os.stat(f"/proc/self/ns/{name}").st_ino for name in NAMESPACES]
 
 
-def expected(row: dict[str, str], who: pwd.struct_passwd, differing: set[str]) -> dict[str, object]:
-    """Return a row in the words of the trace; `differing` are the container's own namespaces."""
-    sets = {"none": 0, "all": own_capabilities(), "own": own_capabilities(), "admin": 1 << 21}
-    user, group = who.pw_uid, who.pw_gid
+def expected(
+    row: dict[str, str], who: pwd.struct_passwd, differing: set[str], *, outside: bool = False
+) -> dict[str, object]:
+    """Return a row in the words of the trace; `differing` are the container's own namespaces.
+
+    `outside` is how the host sees it.
+    """
+    every = (2 << int(Path("/proc/sys/kernel/cap_last_cap").read_text())) - 1
+    more = every if row["permitted"] == "every" and row["process"] != "RPC" else 0
+    sets = {
+        "every": every,
+        "none": 0,
+        "all": own_capabilities(),
+        "own": own_capabilities(),
+        "admin": 1 << 21,
+    }
+    inner = row["ids"] == "inner" and not outside
+    user, group = (0, 0) if inner else (who.pw_uid, who.pw_gid)
     spaces = {"host": set(), "inner": {"user"}, "container": set(differing)}[row["namespaces"]]
-    if row["flow"] == "userns" and row["namespaces"] == "container":
+    if row["flow"] in ("userns", "fakeroot") and row["namespaces"] == "container":
         spaces |= {"user"}
     return {
         "uid": [user, 0, 0, user] if row["ids"] == "mixed" else [user] * 4,
         "gid": [group] * 4,
-        "caps": [sets[row["effective"]], sets[row["permitted"]], 0, sets[row["bounding"]], 0],
+        "caps": [sets[row["effective"]], sets[row["permitted"]], more, sets[row["bounding"]], more],
         "no_new_privs": int(row["no_new_privs"] == "yes"),
         "securebits": 0,
         "dumpable": 0,

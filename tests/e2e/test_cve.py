@@ -212,7 +212,6 @@ def test_devices_are_not_the_images(launch, sandbox, canary, kind):
 ABSENT = [
     ["instance", "start", "{sif}", "x"],
     ["exec", "--security", "selinux:x", "{sif}", "true"],
-    ["exec", "--fakeroot", "{sif}", "true"],
     ["exec", "-n", "--network", "bridge", "{sif}", "true"],
     ["exec", "instance://x", "true"],
     ["exec", "docker://alpine", "true"],

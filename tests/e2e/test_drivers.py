@@ -298,3 +298,24 @@ def test_intel_hpu_brings_the_devices_that_are_named(launch: Run, sif: Path) -> 
         shutil.rmtree(folder)
     done = launch("setuid", "exec", "--intel-hpu", sif, "true")
     assert "WARNING: Could not find any intel-hpu devices on this host!" in done.stderr
+
+
+# ---- --build-config ----
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_a_launch_as_of_a_build_has_none_of_the_hosts_files(
+    installed: Installation, sif: Path, flow: str
+) -> None:
+    words = ["exec", "-c", sif, "cat", "/proc/self/mountinfo"]
+    if flow == "userns":
+        words.insert(1, "-u")
+    as_root = flow == "root"
+    found = {}
+    for options in ((), ("--build-config",)):
+        done = installed.run(*options, *words, root=as_root)
+        found[options] = {line.split()[4] for line in ran(done).splitlines()}
+    home = "/root" if as_root else installed.user.pw_dir
+    gone = found[()] - found["--build-config",]
+    assert {"/etc/hosts", "/dev/pts", home} <= gone
+    assert {"/proc", "/dev", "/tmp"} <= found["--build-config",]

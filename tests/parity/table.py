@@ -469,14 +469,66 @@ PROCESS = [
     payload("-e", env={"APPTAINERENV_X": "y", "Z": "1"}),
 ]  # fmt: skip
 
+LIBS = "sh -c 'ls /.singularity.d/libs'"
+LATER = "the real one says which file of its own session it could not mount"
+NO_CLI = "a hint how to go on follows"
+DRIVERS = [
+    *(
+        Case(f"exec {option} {{sif}} {LIBS}")
+        for option in (
+            "--nv",
+            "--rocm",
+            "--nv --rocm",
+            "-c --nv",
+            "--nv --no-nv",
+            "--nv --no-rocm",
+            "--containlibs /lib/x86_64-linux-gnu/libm.so.6",
+            "--containlibs /lib/x86_64-linux-gnu/libm.so.6,/lib/x86_64-linux-gnu/libc.so.6",
+            "--nv --containlibs /lib/x86_64-linux-gnu/libm.so.6",
+        )
+    ),
+    environment("exec --nv {sif} env"),
+    environment("exec {sif} env", env={"APPTAINER_NV": "1"}),
+    Case(f"exec {{sif}} {LIBS}", env={"SINGULARITY_ROCM": "1"}),
+    Case(f"exec {{sif}} {LIBS}", env={"SINGULARITY_ROCM": "true", "APPTAINER_ROCM": "false"}),
+    Case("exec --nvccli {sif} true", flows=BOTH),
+    Case("exec -c --nvccli {sif} true", flows=BOTH),
+    Case("exec --containlibs /nonexistent {sif} true", differs={"said": LATER}),
+]
+RUN_HELP = [
+    *(
+        Case(f"run-help {words}", flows=(SETUID,))
+        for words in (
+            "{sif}",
+            "--app foo {sif}",
+            "--app nope {sif}",
+            "{zstd}",
+            "{squash}",
+            "{sandbox}",
+            "{plain}",
+            "/nonexistent",
+        )
+    ),
+]
+
 GROUPS = {
+    "drivers": DRIVERS, "run-help": RUN_HELP,
     "images": IMAGES, "status": STATUS, "environment": ENVIRONMENT, "files": FILES,
     "directory": DIRECTORY, "binds": BINDS, "flags": FLAGS, "mounts": MOUNTS, "process": PROCESS,
     "spellings": SPELLINGS, "bad": BAD, "outside": OUTSIDE,
 }  # fmt: skip
 # These groups run by default, in this flow; the others take minutes.
 QUICK = frozenset({("process", SETUID), ("process", USERNS), ("images", SETUID), ("bad", SETUID)})
-WITHOUT_CONTAINER = ("inspect", "sif", "config", "version", "buildcfg", "help", "completion")
+WITHOUT_CONTAINER = (
+    "inspect",
+    "sif",
+    "run-help",
+    "config",
+    "version",
+    "buildcfg",
+    "help",
+    "completion",
+)
 # What differs in every line: flow ("" for each), field of /proc/self/status, reason.
 EVERYWHERE: tuple[tuple[str, str, str], ...] = (
     (ROOT, "CapInh", INH),

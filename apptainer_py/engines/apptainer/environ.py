@@ -25,7 +25,13 @@ _NOT_OVERRIDABLE = (
     "APPTAINER_APPNAME",
     "SINGULARITY_APPNAME",
 )
-_PATH_EDITS = ("PREPEND_PATH", "APPEND_PATH", "PATH")
+_PATH_EDITS = (
+    "PREPEND_PATH", "APPEND_PATH", "PATH", "PREPEND_LD_LIBRARY_PATH", "APPEND_LD_LIBRARY_PATH",
+)  # fmt: skip
+_LIBRARY_PATHS = (
+    ("PREPEND_LD_LIBRARY_PATH", '"$__path${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"'),
+    ("APPEND_LD_LIBRARY_PATH", '"${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$__path"'),
+)
 # Bash has these for itself, and ends where one is assigned; other shells only pass them on.
 OF_BASH = ("UID", "GID")
 _OF_THE_SHELL = frozenset(
@@ -84,7 +90,7 @@ def collect(action: ActionRequest, environment: Mapping[str, str]) -> Environmen
     result = Environment()
     overrides = _prefixed(environment)
     for name, value in environment.items():
-        if name.startswith(_OWN_PREFIXES) or name in _NEVER_FORWARDED:
+        if name.startswith(_OWN_PREFIXES) or name in _NEVER_FORWARDED or name in action.no_env:
             continue
         if not action.cleanenv or name in _KEPT_CLEAN:
             result.forwarded[name] = value
@@ -252,6 +258,10 @@ def path_lines(environment: Environment, *, evaluate: bool) -> str:
         if edits.get(edit):
             lines.append(_assignment("__path", edits[edit], evaluate=evaluate))
             lines.append(f"PATH={form}")
+    for edit, form in _LIBRARY_PATHS:
+        if edits.get(edit):
+            lines.append(_assignment("__path", edits[edit], evaluate=evaluate))
+            lines.append(f"export LD_LIBRARY_PATH={form}")
     if lines:
         lines.append("unset __path")
     return "\n".join([*lines, "export PATH", *environment.last])

@@ -136,7 +136,7 @@ def _file(
             reason=f"failed to open overlay image {image.path}: {fs} is not supported yet"
         )
     device = -1
-    if not policy.kernel_may_mount(facts):
+    if prepared.inner or not policy.kernel_may_mount(facts):
         device = prepared.fuse_count
         prepared.fuse_count += 1
     return Shown(

@@ -49,8 +49,12 @@ class User:
         self.gid = gid
 
 
-def find_user(facts: Facts, action: ActionRequest, environment: Mapping[str, str]) -> User:
+def find_user(
+    facts: Facts, action: ActionRequest, environment: Mapping[str, str], *, as_root: bool = False
+) -> User:
     """Return the caller's account as the host knows it, with --home applied.
+
+    `as_root` makes it root's, with the caller's own home directory as /root.
 
     Raises:
         NotPermitted: the administrator lets no user choose what is bound.
@@ -62,7 +66,7 @@ def find_user(facts: Facts, action: ActionRequest, environment: Mapping[str, str
         name, source = str(facts.uid), environment.get("HOME", "/")
     else:
         name, source = entry.pw_name, entry.pw_dir
-    target = source
+    target = "/root" if as_root else source
     if action.home:
         if not facts.configuration["user bind control"]:
             raise NotPermitted(
@@ -84,7 +88,8 @@ def find_user(facts: Facts, action: ActionRequest, environment: Mapping[str, str
         )
     if any(mark in target for mark in "\n:"):
         raise LaunchError(text="home must be an absolute path, without ':' and line breaks")
-    return User(name, os.path.normpath(target), source, facts.uid, facts.gid)
+    uid, gid = (0, 0) if as_root else (facts.uid, facts.gid)
+    return User(name, os.path.normpath(target), source, uid, gid)
 
 
 class Plan:
@@ -126,12 +131,19 @@ class Plan:
         )  # fmt: skip
 
     def session(
-        self, name: str, target: str, tag: str, *, create: str = "directory", required: bool = True
+        self,
+        name: str,
+        target: str,
+        tag: str,
+        *,
+        create: str = "directory",
+        required: bool = True,
+        flags: int = 0,
     ) -> None:
         """Add a bind of something in the session directory."""
         self.mounts.append(
             Mount(kind="bind", source="/" + name, target=target, tag=tag, create=create,
-                  area=protocol.AREA_SESSION, required=required)
+                  area=protocol.AREA_SESSION, required=required, flags=flags)
         )  # fmt: skip
 
     def wanted(self, name: str, directive: str) -> bool:
@@ -158,6 +170,7 @@ def plan(prepared: Prepared, action: ActionRequest, context: PrepareContext) -> 
     """
     p = Plan(prepared, action, context)
     user_binds = _user_binds(p)
+    shown = [bind.target for bind in user_binds]
     _dev(p)
     if prepared.drivers:
         prepared.drivers.plan_devices(p)
@@ -170,6 +183,8 @@ def plan(prepared: Prepared, action: ActionRequest, context: PrepareContext) -> 
     _files(p)
     if prepared.drivers:
         prepared.drivers.plan_files(p, user_binds)
+    if prepared.fakeroot is not None:
+        shown = _fakeroot(p) + shown
     for bind in sorted(user_binds, key=lambda bind: bind.target.count("/")):
         stage_device(p, bind.source, bind.target)
         flags = protocol.BINDFLAG_READ_ONLY if bind.read_only else 0
@@ -177,7 +192,21 @@ def plan(prepared: Prepared, action: ActionRequest, context: PrepareContext) -> 
             flags |= protocol.BINDFLAG_DEVICES
         p.bind(bind.source, bind.target, USER, flags=flags)
     _cwd(p)
-    return ",".join(bind.target for bind in user_binds)
+    return ",".join(shown)
+
+
+def _fakeroot(p: Plan) -> list[str]:
+    """Bind what the fakeroot command needs; returns the targets."""
+    from apptainer_py.engines.apptainer import fakeroot
+
+    pairs = fakeroot.binds(p.prepared)
+    if pairs and not any(name == "libs" for _, name, _, _ in p.staged):
+        p.staged.append(("directory", "libs", "", 0o755))
+        p.session("libs", fakeroot.LIBS, FILES, flags=protocol.BINDFLAG_READ_ONLY)
+    for source, target in pairs:
+        p.staged.append(("file", f"libs/{target.rpartition('/')[2]}", b"", 0o755))
+        p.bind(source, target, FILES, flags=protocol.BINDFLAG_READ_ONLY, create="file")
+    return [target for _, target in pairs]
 
 
 def _user_binds(p: Plan) -> list[binds.Bind]:
@@ -343,7 +372,7 @@ def _kernel(p: Plan) -> None:
     if p.wanted("sys", "mount sys"):
         # The kernel shows a network's devices in sysfs only to who owns the network.
         own = p.action.net or p.action.network or p.action.network_args
-        if p.facts.flow == protocol.FLOW_USERNS and not own:
+        if (p.facts.flow == protocol.FLOW_USERNS or p.prepared.inner) and not own:
             p.bind("/sys", "/sys", KERNEL, create="directory")
         else:
             p.kernel("sysfs", "/sys")

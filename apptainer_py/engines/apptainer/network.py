@@ -6,7 +6,7 @@ import os
 import time
 
 from apptainer_py.base import build, log
-from apptainer_py.base.errors import LaunchError
+from apptainer_py.base.errors import LaunchError, NotSupported
 from apptainer_py.engines.apptainer.policy import NotPermitted
 from apptainer_py.host import cni
 from apptainer_py.model import protocol
@@ -68,6 +68,9 @@ def judge(
         NetworkWrong: there is no such network, or an argument is wrong.
     """
     facts = context.facts
+    if action.fakeroot and (action.netns_path or action.network.strip() == USER):
+        option = "--netns-path" if action.netns_path else "--network user"
+        raise NotSupported(what=f"`{option}` with --fakeroot")
     if action.netns_path:
         from apptainer_py.engines.apptainer.joined import Existing
 

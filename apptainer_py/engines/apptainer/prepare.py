@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from apptainer_py.engines.apptainer.drivers import Drivers
     from apptainer_py.engines.apptainer.environ import Environment
+    from apptainer_py.engines.apptainer.fakeroot import Degree
     from apptainer_py.engines.apptainer.joined import Existing, UserNetwork
     from apptainer_py.engines.apptainer.layers import Shown
     from apptainer_py.engines.apptainer.limits import Limits
@@ -86,6 +87,7 @@ class Prepared:
 
     __slots__ = (
         "drivers",
+        "fakeroot",
         "filter",
         "fuse",
         "fuse_count",
@@ -112,6 +114,7 @@ class Prepared:
 
     def __init__(self, image: OpenImage) -> None:
         self.image = image
+        self.fakeroot: Degree | None = None
         self.offset = 0
         self.size_bytes = 0
         self.fuse = False
@@ -135,6 +138,11 @@ class Prepared:
         self.user = mounts.User("", "", "", 0, 0)
         self.what = ""
         self.drivers: Drivers | None = None
+
+    @property
+    def inner(self) -> bool:
+        """Whether the container has a user namespace in which the caller is root."""
+        return self.fakeroot is not None and self.fakeroot.namespace
 
 
 def prepare(context: PrepareContext) -> Prepared:
@@ -177,6 +185,7 @@ def judge(
     """Choose root, layer, namespaces, mounts and process of an image that may be run."""
     facts = context.facts
     action = choose_drivers(prepared, action, context)
+    degree = choose_fakeroot(prepared, action, facts)
     choose_root(prepared, action, facts)
     choose_layer(prepared, action, facts)
     if action.overlay:
@@ -184,28 +193,47 @@ def judge(
 
         layers.add_overlays(prepared, action, facts)
     spaces, flags = choose_spaces(prepared, action, facts)
+    if degree:
+        flags = degree.flags | flags & ~protocol.PLANFLAG_NO_NEW_PRIVS
     prepared.shim = bool(flags & protocol.PLANFLAG_SHIM)
     if prepared.networks is not None:
         flags |= prepared.networks.flags
-    prepared.user = mounts.find_user(facts, action, context.environment)
+    prepared.user = mounts.find_user(facts, action, context.environment, as_root=degree is not None)
     plan = ContainerPlan(
         image=prepared.image.realpath,
-        uid=facts.uid,
-        gid=facts.gid,
+        uid=0 if degree else facts.uid,
+        gid=0 if degree else facts.gid,
         spaces=spaces,
         flags=flags,
-        caps=choose_capabilities(action, facts),
+        caps=degree.capabilities(action) if degree else choose_capabilities(action, facts),
     )
     if security is not None:
+        if degree and security.changes_identity:
+            raise LaunchError(
+                text="--security uid and gid cannot be used with --fakeroot: inside one is root"
+            )
         from apptainer_py.engines.apptainer.security import apply
 
         plan = apply(security, plan, prepared, action, facts)
     binds = mounts.plan(prepared, action, context)
     environment = environ.collect(action, context.environment)
     add_variables(prepared, environment)
+    if prepared.fakeroot and prepared.fakeroot.command:
+        # What a file's owner shall be is remembered; the kernel is not even asked.
+        environment.forwarded["FAKEROOTDONTTRYCHOWN"] = "1"
     context.tell_start(process.spec(action, context, prepared, environment, binds))
     context.plan(plan.replace(fuse_count=prepared.fuse_count))
     return prepared
+
+
+def choose_fakeroot(prepared: Prepared, action: ActionRequest, facts: Facts) -> Degree | None:
+    """Return the degree of --fakeroot where it has a namespace of its own."""
+    if not action.fakeroot:
+        return None
+    from apptainer_py.engines.apptainer import fakeroot
+
+    prepared.fakeroot = fakeroot.choose(action, facts, prepared.image.kind)
+    return prepared.fakeroot if prepared.fakeroot.namespace else None
 
 
 def tell_flow(facts: Facts) -> None:
@@ -321,7 +349,8 @@ def choose_root(prepared: Prepared, action: ActionRequest, facts: Facts) -> None
         if image.kind == "sif":
             raise ImageUnusable(reason=f"no SIF writable overlay partition found in {image.path}")
         raise NotWritable(image=image.path)
-    prepared.fuse = not policy.kernel_may_mount(facts)
+    # The kernel mounts nothing by a device in a namespace of the user's.
+    prepared.fuse = prepared.inner or not policy.kernel_may_mount(facts)
     if prepared.fuse and not os.path.exists(IMAGE_SERVER):
         raise ServerMissing(path=IMAGE_SERVER)
     prepared.fuse_count = 1 if prepared.fuse else 0

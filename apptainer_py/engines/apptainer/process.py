@@ -10,6 +10,8 @@ from apptainer_py.engines.apptainer.message import LIBRARY_MISSING, pack
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from apptainer_py.engines.apptainer.environ import Environment
     from apptainer_py.engines.apptainer.prepare import Prepared
     from apptainer_py.model.request import ActionRequest
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 # image's own is touched: through a fresh image server each costs milliseconds.
 # Arguments: this text, how many NAME=VALUE follow, these, then the command.
 _SOURCE = r"""
+#@DOCKER@
 unset PATH PS1 PS2 PS4 SHLVL OLDPWD TERM SHELL HOSTNAME HOSTTYPE MACHTYPE OSTYPE
 __pwd=$PWD
 __say() { printf '%s\n' "$1" >&2; }
@@ -56,7 +59,10 @@ elif [ -x /bin/bash ]; then
 fi
 __source() {
     __done=
-    if command eval '. "$__file"; __done=1'; then :; fi
+    case "$__file" in
+    */10-docker2singularity.sh) if [ -n "${__docker-}" ]; then eval "$__docker"; __done=1; fi ;;
+    esac
+    if [ -z "$__done" ] && command eval '. "$__file"; __done=1'; then :; fi
     set +aefu
 }
 # Bash ends at a variable that is not set with 127, where other shells have a status below that.
@@ -109,7 +115,7 @@ elif [ -f /environment ]; then
 fi
 unalias -a
 trap - EXIT
-unset __again __done
+unset __again __done __docker
 [ -n "${__injected-}" ] || __inject
 @PATH@
 [ "$PWD" = "$__pwd" ] || cd "$__pwd" || :
@@ -212,7 +218,7 @@ if [ -n "${BASH_VERSION-}" ]; then
 fi
 __become() {
     __found=$1
-    trap '__say "FATAL:   exec $__found failed: @FAILED@"; exit 255' EXIT
+@PREFIX@    trap '__say "FATAL:   exec $__found failed: @FAILED@"; exit 255' EXIT
 @ODD@
     exec "$@"
     exit 255
@@ -231,9 +237,11 @@ _ACTIONS = {"exec": _EXEC, "shell": _SHELL, "run": _RUN, "test": _TEST}
 _NOTHING = ": || "
 
 
-def script(action: ActionRequest, environment: Environment) -> str:
-    """Return the text that the image's shell runs."""
-    body = _FORWARD + _BECOME + _ACTIONS[action.command]
+def script(action: ActionRequest, environment: Environment, prefix: Sequence[str] = ()) -> str:
+    """Return the text that the image's shell runs; `prefix` stands before the program's name."""
+    words = " ".join([environ.quoted(word) for word in prefix])
+    become = _BECOME.replace("@PREFIX@", f'    set -- {words} "$@"\n' if prefix else "")
+    body = _FORWARD + become + _ACTIONS[action.command]
     level = action.message_level
     text = (
         (_SOURCE + body)
@@ -295,6 +303,10 @@ def _has_console(prepared: Prepared) -> bool:
     return any(name == "dev/console" for _, name, _, _ in prepared.staged)
 
 
+def _prefix(prepared: Prepared) -> list[str]:
+    return prepared.fakeroot.prefix if prepared.fakeroot else []
+
+
 def spec(
     action: ActionRequest,
     context: PrepareContext,
@@ -325,7 +337,7 @@ def spec(
         {
             b"action": [action.command.encode()],
             b"arguments": [os.fsencode(word) for word in _command(action)],
-            b"script": [os.fsencode(script(action, environment))],
+            b"script": [os.fsencode(script(action, environment, _prefix(prepared)))],
             b"values": [os.fsencode(environ.injection(environment, evaluate=evaluate))],
             b"paths": [os.fsencode(environ.path_lines(environment, evaluate=evaluate))],
             b"app": [action.app.encode()] if action.app else [],
@@ -334,6 +346,7 @@ def spec(
             b"plain": _entries(plain),
             b"odd": _entries(odd_names(environment)),
             b"cwd": [os.fsencode(path) for path in _directories(action, context, prepared)],
+            b"prefix": [os.fsencode(word) for word in _prefix(prepared)],
             b"cwd_required": [b"yes"] if action.cwd else [],
             b"umask": [b"%d" % (0o022 if action.no_umask else context.facts.umask)],
             b"console": [b"yes"] if _has_console(prepared) else [],

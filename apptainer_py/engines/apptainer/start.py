@@ -9,6 +9,7 @@ import time
 
 from apptainer_py.base import log
 from apptainer_py.base.errors import ImageGone, LaunchError, is_gone
+from apptainer_py.engines.apptainer import dockerenv
 from apptainer_py.engines.apptainer.message import LIBRARY_MISSING, unpack
 from apptainer_py.engines.apptainer.shellenv import NotSimple, environment
 
@@ -59,7 +60,7 @@ def start(context: StartContext) -> None:
     shell = _interpreter(message)
     if shell:
         forwarded = message[b"forwarded"]
-        words = [shell, b"-c", b'eval "$1"', b"apptainer-py", message[b"script"][0]]
+        words = [shell, b"-c", b'eval "$1"', b"apptainer-py", _script(message)]
         words += [b"%d" % len(forwarded), *forwarded, *message[b"arguments"]]
         problem = context.execve(shell, words, [*message[b"environment"], b"PWD=" + directory])
         if message[b"action"][0] != b"exec":
@@ -110,7 +111,25 @@ def _environment_files() -> list[tuple[str, str]]:
         paths = [f"{_FOLDER}/{name}" for name in names]
     except FileNotFoundError:
         paths = ["/environment"]
-    return [(path, text) for path in paths if (text := _read_text(path)) is not None]
+    found = [(path, text) for path in paths if (text := _read_text(path)) is not None]
+    return [(path, _meant(path, text)) for path, text in found]
+
+
+def _meant(path: str, text: str) -> str:
+    return (path.endswith(dockerenv.NAME) and dockerenv.rewritten(text)) or text
+
+
+def _script(message: dict[bytes, list[bytes]]) -> bytes:
+    """Return the script, with the variables of an OCI image as they were meant."""
+    script = message[b"script"][0]
+    try:
+        text = _read_text(f"{_FOLDER}/{dockerenv.NAME}")
+        better = dockerenv.rewritten(text) if text else None
+    except (NotSimple, OSError):
+        better = None
+    if better is None:
+        return script
+    return script.replace(b"#@DOCKER@", os.fsencode(dockerenv.assignment(better)), 1)
 
 
 def _read_text(path: str) -> str | None:
@@ -154,6 +173,9 @@ def _start_directly(
         arguments = [_RUNSCRIPT, *arguments]
     path = next((entry[5:] for entry in entries if entry.startswith(b"PATH=")), b"")
     program = _find(arguments[0], path)
+    if message[b"prefix"]:
+        arguments = [*message[b"prefix"], program, *arguments[1:]]
+        program = arguments[0]
     problem = context.execve(program, [program, *arguments[1:]], entries)
     if problem.errno == errno.ENOEXEC:
         problem = context.execve(_SHELL, [_SHELL, program, *arguments[1:]], entries)

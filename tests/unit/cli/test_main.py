@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -96,6 +97,35 @@ def test_hidden_options_are_not_shown() -> None:
     shown = full("exec")
     assert not [name for name in table.HIDDEN if f"--{name} " in shown]
     assert "--bind stringArray" in shown
+
+
+def test_help_has_no_option_that_does_not_work() -> None:
+    for command in table.ACTIONS:
+        shown = full(command)
+        refused = [row[0] for row in table.options_of(command) if row[6] == table.REFUSED]
+        assert not [name for name in refused if f"--{name} " in shown or f"--{name}\n" in shown]
+        assert "not supported yet" not in shown
+
+
+def test_run_help(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    two_lines = "    two\n    lines\n"
+    meta = tmp_path / "box/.singularity.d"
+    meta.mkdir(parents=True)
+    nothing = (0, "No help sections were defined for this image\n", "")
+    assert run(capsys, "run-help", str(tmp_path / "box")) == nothing
+    (meta / "runscript.help").write_text(two_lines)
+    app = tmp_path / "box/scif/apps/foo/scif"
+    app.mkdir(parents=True)
+    (app / "runscript.help").write_text("of foo")
+    box = str(tmp_path / "box")
+    assert run(capsys, "run-help", box) == (0, two_lines, "")
+    assert run(capsys, "run-help", "--app", "foo", box) == (0, "of foo\n", "")
+    assert run(capsys, "run-help", "--app", "bar", box) == nothing
+    assert run(capsys, "run-help", "/nonexist") == (
+        255,
+        "",
+        "FATAL:   container not found: stat /nonexist: no such file or directory\n",
+    )
 
 
 def test_errors_of_launches(capsys: pytest.CaptureFixture[str]) -> None:

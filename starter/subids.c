@@ -1,0 +1,128 @@
+/* Ranges of subordinate ids, read from the administrator's files.  Changes nothing and opens
+ * nothing; whoever asks has no privilege. */
+#include "subids.h"
+
+#include <string.h>
+
+struct line {
+    const char *name;
+    size_t name_length;
+    bool off;                          /* `!name:...`: switched off by `config fakeroot -d` */
+    struct subid_range range;
+};
+
+/* A number of one spelling that fits; what follows it must be `end`. */
+static bool to_number(const char *text, size_t length, uint64_t *number) {
+    *number = 0;
+    if (length == 0 || length > 10)
+        return false;
+    for (size_t i = 0; i < length; i++) {
+        if (text[i] < '0' || text[i] > '9')
+            return false;
+        *number = *number * 10 + (uint64_t)(text[i] - '0');
+    }
+    return *number <= UINT32_MAX;
+}
+
+/* name:first:count; the last id that there is stands for none. */
+static bool read_line(const char *text, size_t length, struct line *out) {
+    const char *first = memchr(text, ':', length);
+    if (!first)
+        return false;
+    size_t left = length - (size_t)(first + 1 - text);
+    const char *second = memchr(first + 1, ':', left);
+    uint64_t start, count;
+    if (!second)
+        return false;
+    size_t start_length = (size_t)(second - first) - 1, count_length = left - start_length - 1;
+    if (!to_number(first + 1, start_length, &start) ||
+        !to_number(second + 1, count_length, &count) || count == 0 ||
+        start + count > UINT32_MAX)
+        return false;
+    *out = (struct line){.name = text, .name_length = (size_t)(first - text),
+                         .range = {(uint32_t)start, (uint32_t)count}};
+    if (out->name_length > 0 && text[0] == '!') {
+        out->off = true;
+        out->name++;
+        out->name_length--;
+    }
+    return out->name_length > 0;
+}
+
+static bool is_owner(const struct line *l, const char *name, uint32_t id) {
+    uint64_t number;
+    if (strlen(name) == l->name_length && memcmp(name, l->name, l->name_length) == 0)
+        return true;
+    return to_number(l->name, l->name_length, &number) && number == id;
+}
+
+static const char *next_line(const char **at, const char *end, size_t *length) {
+    const char *line = *at;
+    if (line >= end)
+        return NULL;
+    const char *stop = memchr(line, '\n', (size_t)(end - line));
+    *length = (size_t)((stop ? stop : end) - line);
+    *at = stop ? stop + 1 : end;
+    return line;
+}
+
+/* As Apptainer chooses: the first range of just the wanted size, else the largest. */
+enum subids_answer subids_find(const char *text, size_t size, const char *name, uint32_t id,
+                               struct subid_range *found) {
+    enum subids_answer answer = SUBIDS_NONE;
+    const char *at = text, *end = text + size, *line;
+    size_t length;
+    struct line l;
+    while ((line = next_line(&at, end, &length)) != NULL) {
+        if (!read_line(line, length, &l) || l.off || !is_owner(&l, name, id))
+            continue;
+        if (l.range.count < SUBIDS_WANTED) {
+            answer = answer == SUBIDS_FOUND ? answer : SUBIDS_SMALL;
+            continue;
+        }
+        if (answer != SUBIDS_FOUND || (found->count != SUBIDS_WANTED &&
+                                       (l.range.count == SUBIDS_WANTED ||
+                                        l.range.count > found->count)))
+            *found = l.range;
+        answer = SUBIDS_FOUND;
+    }
+    return answer;
+}
+
+static bool overlap(const struct subid_range *a, const struct subid_range *b) {
+    return a->first < (uint64_t)b->first + b->count && b->first < (uint64_t)a->first + a->count;
+}
+
+/* Does somebody else's line, switched off or not, have an id of this range? */
+bool subids_taken(const char *text, size_t size, const char *name, uint32_t id,
+                  const struct subid_range *range) {
+    const char *at = text, *end = text + size, *line;
+    size_t length;
+    struct line l;
+    while ((line = next_line(&at, end, &length)) != NULL)
+        if (read_line(line, length, &l) && !is_owner(&l, name, id) && overlap(&l.range, range))
+            return true;
+    return false;
+}
+
+/* Does an account of /etc/passwd, or a group of /etc/group, have an id of this range? */
+bool subids_accounts(const char *text, size_t size, const struct subid_range *range) {
+    const char *at = text, *end = text + size, *line;
+    size_t length;
+    while ((line = next_line(&at, end, &length)) != NULL) {
+        const char *stop = line + length, *field = line;
+        uint64_t number;
+        for (int skipped = 0; field && skipped < 2; skipped++) {
+            field = memchr(field, ':', (size_t)(stop - field));
+            field = field ? field + 1 : NULL;
+        }
+        if (!field)
+            continue;
+        const char *close = memchr(field, ':', (size_t)(stop - field));
+        size_t digits = (size_t)((close ? close : stop) - field);
+        if (to_number(field, digits, &number) && number >= range->first &&
+            number < (uint64_t)range->first + range->count)
+            return true;
+    }
+    return false;
+}
