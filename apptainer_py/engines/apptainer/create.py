@@ -95,7 +95,10 @@ class Creation:
 
         assert self.prepared.networks is not None
         self.mounting.settle()
-        network.join(self.prepared.networks, self.janitor())
+        if isinstance(self.prepared.networks, network.Networks):
+            network.join(self.prepared.networks, self.janitor())
+        else:
+            self.prepared.networks.connect(self.mounting)
 
     def limit(self) -> None:
         """Put the container into control groups, which the janitor removes in the end."""
