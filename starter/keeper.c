@@ -48,6 +48,7 @@ static void open_channels(struct launch *l) {
     l->methods_socket[0] = l->methods_socket[1] = -1;
     l->bearer_socket[0] = l->bearer_socket[1] = -1;
     l->overlay_socket[0] = l->overlay_socket[1] = -1;
+    l->netns_fd = -1;
     for (int i = 0; i < 2; i++)
         l->helper_sockets[i][0] = l->helper_sockets[i][1] = l->serve_pipe[i] = l->probe_pipe[i] =
             l->life_pipe[i] = -1;
@@ -440,6 +441,23 @@ static int op_serve_image(struct keeper *k, const union keeper_request *request,
     close_fd(device); /* with our copy open, the server's death would hang every access */
     if (k->servers[q->num[0]] < 0)
         return ERR_FORK;
+    a->error = 0;
+    return ERR_OK;
+}
+
+/* NETNS and a network namespace, which the container is to join: judged on that descriptor. */
+static int op_netns(struct keeper *k, const union keeper_request *request, size_t size, int passed,
+                    struct op_reply *a) {
+    struct launch *l = k->launch;
+    if (no_fields(request, size) < 0 || passed < 0)
+        return ERR_MALFORMED;
+    int code = policy_netns(l, passed);
+    if (code != ERR_OK)
+        return code;
+    l->netns_fd = fcntl(passed, F_DUPFD_CLOEXEC, 3);
+    a->error = errno;
+    if (l->netns_fd < 0)
+        return ERR_SETUP;
     a->error = 0;
     return ERR_OK;
 }

@@ -242,6 +242,19 @@ int op_hostname(struct rpc *r, const struct op_request *q, struct op_reply *a, i
     return ERR_OK;
 }
 
+/* SPACE(which): the container's own network (0) or user namespace (1), for who connects it. */
+int op_space(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out) {
+    static const char *const paths[] = {"/proc/self/ns/net", "/proc/self/ns/user"};
+    if (q->flags || q->num[0] >= ARRAY_SIZE(paths) || q->num[1] || q->num[2] || q->num[3] ||
+        q->num[4] || q->num[5] || q->length[0] || q->length[1])
+        return ERR_MALFORMED;
+    /* In the setuid flow the network is not the user's to hold. */
+    if (r->launch->flow != FLOW_USERNS || !(r->launch->plan.spaces & SPACE_NET))
+        return ERR_REFUSED;
+    *fd_out = open(paths[q->num[0]], O_RDONLY | O_CLOEXEC);
+    return *fd_out < 0 ? answer(a, ERR_NAMESPACE, errno) : ERR_OK;
+}
+
 /* PIVOT: waits until stage 2 will load nothing more, then the host's tree is gone. */
 int op_pivot(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out) {
     char byte;

@@ -78,6 +78,7 @@ struct launch {
     int life_pipe[2];                  /* closes when the last process of the container ends */
     int serve_pipe[2];                 /* rpc → early image server: the mount is there */
     int overlay_socket[2];             /* rpc → overlay server: its directories; -1 without */
+    int netns_fd;                      /* the network that the container joins, or -1 */
     int probe_pipe[2];                 /* early image server → keeper: what it opened */
     struct container_plan plan;
 };
@@ -144,6 +145,7 @@ const char *wire_string(const struct op_request *q, int which);
 MUST_USE int policy_caller(const struct launch *l, const char **why);
 MUST_USE int policy_plan(const struct launch *l, const struct container_plan *plan);
 MUST_USE int policy_image(const struct launch *l, int image_fd);
+MUST_USE int policy_netns(const struct launch *l, int fd);
 bool policy_limits_images(const struct launch *l);
 bool policy_on_fuse(int fd);
 MUST_USE bool policy_root_lies_on_nothing(void);
@@ -234,6 +236,7 @@ int op_layer(struct rpc *r, const struct op_request *q, struct op_reply *a, int 
 int op_bind(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
 int op_mount(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
 int op_hostname(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
+int op_space(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
 int op_pivot(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
 enum rpc_phase { PHASE_SESSION = 1, PHASE_ROOT, PHASE_LAYER, PHASE_ASSEMBLE, PHASE_DONE };
 

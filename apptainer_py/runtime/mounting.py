@@ -151,6 +151,11 @@ class Mounting:
 
         return Janitor(self._keeper_fd, self.container_pid)
 
+    def space(self, which: int) -> int:
+        """Return a descriptor of the container's network (0) or user namespace (1)."""
+        what = "cannot have the container's network"
+        return self._ask(what, protocol.OP_SPACE, numbers=(which,))
+
     def root_fuse(self, device: int, what: str, flags: int = 0) -> int:
         """Mount the served image; returns a descriptor of its root."""
         return self._ask(what, protocol.OP_ROOT_FUSE, flags=flags, numbers=(device,))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from apptainer_py.engines.apptainer.environ import Environment
     from apptainer_py.engines.apptainer.fakeroot import Degree
     from apptainer_py.engines.apptainer.instance import Service
+    from apptainer_py.engines.apptainer.joined import Existing, UserNetwork
     from apptainer_py.engines.apptainer.joining import Joined
     from apptainer_py.engines.apptainer.layers import Shown
     from apptainer_py.engines.apptainer.limits import Limits
@@ -138,7 +139,7 @@ class Prepared:
         self.hostname = ""
         self.limits: Limits | None = None
         self.janitor: Janitor | None = None
-        self.networks: Networks | None = None
+        self.networks: Existing | Networks | UserNetwork | None = None
         self.shim = False
         self.session_mib = 0
         self.service: Service | None = None
@@ -173,7 +174,7 @@ def prepare(context: PrepareContext) -> Prepared:
     if wants_network(action):
         from apptainer_py.engines.apptainer import network
 
-        networks = network.judge(action, facts)
+        networks = network.judge(action, context)
     limits = find_limits(action, context)
     security = read_security(action, facts)
     image = open_file(action)
@@ -223,6 +224,8 @@ def judge(
     if degree:
         flags = degree.flags | flags & ~protocol.PLANFLAG_NO_NEW_PRIVS
     prepared.shim = bool(flags & protocol.PLANFLAG_SHIM)
+    if prepared.networks is not None:
+        flags |= prepared.networks.flags
     prepared.user = mounts.find_user(facts, action, context.environment, as_root=degree is not None)
     if action.instance:
         from apptainer_py.engines.apptainer.instance import Service
@@ -500,7 +503,7 @@ def first_process(action: ActionRequest, spaces: int) -> int:
 
 def wants_network(action: ActionRequest) -> bool:
     """Return whether the container is to have a network of its own."""
-    return action.net or bool(action.network) or bool(action.network_args)
+    return any((action.net, action.network, action.network_args, action.netns_path))
 
 
 def check_hostname(name: str) -> str:
