@@ -62,7 +62,7 @@ _ABOUT = {
     "config": "Reads, checks and changes the administrator's configuration file.",
     "config global": "Reads or changes one directive of the configuration file; a directive that "
     "may stand several times has all its values separated by commas.",
-    "config fakeroot": "Gives users their ranges of subordinate ids in /etc/subuid and /etc/subgid, "
+    "config fakeroot": "Gives users ranges of subordinate ids in /etc/subuid and /etc/subgid, "
     "and takes them away, for --fakeroot; all other lines stay as they are.",
     "config check": "Lists what is wrong with the configuration file, what in it is not enforced, "
     "and why the setuid flow is refused.",
