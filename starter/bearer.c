@@ -175,17 +175,33 @@ static int unpack_program(const struct bearer_request *q, int fd, struct program
 }
 
 NO_RETURN static void malformed(void) {
-    report("FATAL:   ", "stage 2 has asked for its payload in a malformed way; the launch is "
-                        "abandoned");
+    report("FATAL:   ", "a payload was asked for in a malformed way; the launch is abandoned");
     _exit(255);
 }
 
 NO_RETURN static void nothing_asked(void) {
-    report("FATAL:   ", "stage 2 has ended before it could say what to run");
+    report("FATAL:   ", "who says what to run has ended before");
     _exit(255);
 }
 
-static void run_program(const struct launch *l, const struct bearer_request *q, int fd) {
+static void answer(int socket, int error) {
+    struct bearer_reply a = {.error = error};
+    if (wire_send(socket, &a, sizeof(a), -1) < 0)
+        _exit(255);
+}
+
+/* A directory of the container, for a master that has no way to open it. */
+static void enter_place(const struct bearer_request *q, int fd, int socket) {
+    struct program p = {NULL, NULL};
+    if (q->argc != 0 || q->envc != 0 || q->number != 0 || unpack_program(q, fd, &p) < 0)
+        malformed();
+    close(fd);
+    answer(socket, chdir(p.vector[0]) < 0 ? errno : 0);
+    forget(&p);
+}
+
+static void run_program(const struct launch *l, const struct bearer_request *q, int fd,
+                        int socket) {
     struct program p = {NULL, NULL};
     if (q->argc == 0 || q->number & ~0777u || unpack_program(q, fd, &p) < 0)
         malformed();
@@ -198,9 +214,7 @@ static void run_program(const struct launch *l, const struct bearer_request *q, 
     filter_load();
     /* SAFE: this user's program with what this user was granted; in the container's own root. */
     (void)execve(p.vector[0], p.vector + 1, p.vector + 2 + q->argc);
-    struct bearer_reply a = {.error = errno};
-    if (wire_send(l->bearer_socket[1], &a, sizeof(a), -1) < 0)
-        _exit(255);
+    answer(socket, errno);
     forget(&p);
 }
 
@@ -214,7 +228,8 @@ static void take_filter(const struct bearer_request *q, int fd) {
     close(fd);
 }
 
-static void take_part(const struct launch *l, const struct bearer_request *q, int fd) {
+static void take_part(const struct launch *l, const struct bearer_request *q, int fd,
+                      int socket) {
     bool plain = q->argc == 0 && q->envc == 0 && fd >= 0;
     switch (q->part) {
     case BEARER_STREAM:
@@ -233,7 +248,12 @@ static void take_part(const struct launch *l, const struct bearer_request *q, in
         take_filter(q, fd);
         break;
     case BEARER_PROGRAM:
-        run_program(l, q, fd);
+        run_program(l, q, fd, socket);
+        break;
+    case BEARER_PLACE:
+        if (!(l->plan.flags & PLAN_JOIN))
+            malformed();
+        enter_place(q, fd, socket);
         break;
     case BEARER_NOTHING:
         _exit(255);
@@ -252,6 +272,20 @@ static void close_others(struct launch *l) {
     close_fd(&l->trace_file);
 }
 
+/* Until it becomes the payload, or is told that there is none. */
+NO_RETURN void bearer_serve(const struct launch *l, int socket) {
+    for (;;) {
+        struct bearer_request q;
+        int passed;
+        ssize_t got = wire_receive(socket, &q, sizeof(q), &passed);
+        if (got == 0)
+            nothing_asked();
+        if (got != (ssize_t)sizeof(q))
+            malformed();
+        take_part(l, &q, passed, socket);
+    }
+}
+
 NO_RETURN static void bearer_main(struct launch *l) {
     struct target_identity target;
     close_others(l);
@@ -267,16 +301,7 @@ NO_RETURN static void bearer_main(struct launch *l) {
     /* Not before keeper has dropped may anything of the user's run, whatever stage 2 says. */
     if ((stage_rpc_pid > 0 && stage_wait_for_rpc(l, stage_rpc_pid) < 0) || stage_wait_for_go(l) < 0)
         _exit(255);
-    for (;;) {
-        struct bearer_request q;
-        int passed;
-        ssize_t got = wire_receive(l->bearer_socket[1], &q, sizeof(q), &passed);
-        if (got == 0)
-            nothing_asked();
-        if (got != (ssize_t)sizeof(q))
-            malformed();
-        take_part(l, &q, passed);
-    }
+    bearer_serve(l, l->bearer_socket[1]);
 }
 
 /* Returns in a new process, which is stage 2; the caller waits to become the payload.  They are

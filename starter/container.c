@@ -39,7 +39,7 @@ static void close_fuse(struct launch *l) {
 }
 
 /* What neither rpc, shim nor stage 2 may hold: keeper's and master's ends. */
-static void close_outer_ends(struct launch *l) {
+void container_close_outer_ends(struct launch *l) {
     close_fd(&l->keeper_socket[0]);
     close_fd(&l->keeper_socket[1]);
     close_fd(&l->fakeroot_socket[0]);
@@ -47,6 +47,7 @@ static void close_outer_ends(struct launch *l) {
     close_fd(&l->start_socket[1]);
     close_fd(&l->methods_socket[1]);
     close_fd(&l->go_socket[1]);
+    close_fd(&l->waiter_fd);
     close_fd(&l->ready_pipe[0]);
     close_fd(&l->life_pipe[0]);
     close_fd(&l->serve_pipe[0]);
@@ -184,7 +185,7 @@ NO_RETURN static void container_main(struct launch *l) {
     trace_set_role(ROLE_CONTAINER);
     container_pid = getpid();
     (void)prctl(PR_SET_PDEATHSIG, SIGKILL);
-    close_outer_ends(l);
+    container_close_outer_ends(l);
     if (fakeroot_wanted(l) && fakeroot_enter(l) < 0)
         _exit(255);
     const struct raised *raised = privs_raise(CAP_BIT(CAP_SYS_ADMIN) | CAP_BIT(CAP_NET_ADMIN));

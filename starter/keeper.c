@@ -135,6 +135,7 @@ static pid_t start_helper(struct keeper *k, int which) {
     if (pid == 0) {
         close_inner_ends(l);
         close_fd(&k->signals);
+        close_fd(&l->waiter_fd);
         close_fd(&l->helper_sockets[1 - which][0]);
         stage_run(l, which == 0 ? STAGE_POST_START_HOST : STAGE_CLEANUP_HOST);
     }
@@ -281,12 +282,19 @@ static void close_container_ends(struct launch *l) {
     close_fd(&l->go_socket[0]);
 }
 
+/* In place of a container of its own: a process in one that runs (join.c). */
+static int join_container(struct keeper *k, int process_fd, int *error) {
+    int code = join_start(k->launch, process_fd, &k->container, error);
+    k->container_alive = code == ERR_OK;
+    k->in_userns = k->launch->flow == FLOW_USERNS;
+    return code;
+}
+
 /* CONTAINER: the plan is judged again, recorded, and carried out. */
 static int op_container(struct keeper *k, const union keeper_request *request, size_t size,
                         int passed, struct op_reply *a) {
     struct launch *l = k->launch;
     const struct container_request *q = &request->container;
-    (void)passed;
     _Static_assert(sizeof(q->image) < sizeof(k->image), "with its NUL");
     if (size != sizeof(*q) || q->image_length > sizeof(q->image))
         return ERR_MALFORMED;
@@ -310,7 +318,8 @@ static int op_container(struct keeper *k, const union keeper_request *request, s
     if (!k->container_alive || memcmp(&l->plan, &q->plan, sizeof(l->plan)) != 0) {
         undo_early(k);
         l->plan = q->plan;
-        code = start_container(k, &a->error);
+        code = l->plan.flags & PLAN_JOIN ? join_container(k, passed, &a->error)
+                                         : start_container(k, &a->error);
     }
     if (code != ERR_OK)
         return code;
@@ -665,7 +674,8 @@ static void turn(struct keeper *k) {
     struct launch *l = k->launch;
     struct pollfd fds[] = {{.fd = k->signals, .events = POLLIN},
                            {.fd = l->keeper_socket[0], .events = POLLIN},
-                           {.fd = k->phase == SETUP ? l->ready_pipe[0] : -1, .events = POLLIN}};
+                           {.fd = k->phase == SETUP ? l->ready_pipe[0] : -1, .events = POLLIN},
+                           {.fd = l->waiter_fd, .events = 0}};
     if (poll(fds, ARRAY_SIZE(fds), -1) < 0 && errno != EINTR)
         fail("poll", errno);
     if (fds[0].revents) {
@@ -674,6 +684,10 @@ static void turn(struct keeper *k) {
     }
     if (fds[1].revents && l->keeper_socket[0] >= 0)
         serve(k);
+    if (fds[3].revents && l->waiter_fd >= 0) {
+        close_fd(&l->waiter_fd); /* nobody waits for this instance any more */
+        give_up(k, SIGTERM);
+    }
     if (fds[2].revents) {
         char byte;
         ssize_t got = read(l->ready_pipe[0], &byte, 1);
@@ -714,6 +728,8 @@ static void drop_and_go(struct keeper *k) {
     close_fd(&l->request_fd);
     close_fd(&l->config_fd);
     close_fd(&l->trace_file);
+    if (l->plan.flags & PLAN_INSTANCE)
+        detach_streams(l);
     step_begin(STEP_GO);
     tell_master(k, EVENT_GO, k->container, 0);
     /* One for stage 2, one for bearer; a dead reader shows as an ended child. */

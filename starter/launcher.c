@@ -5,6 +5,8 @@
  */
 #include <errno.h>
 #include <fcntl.h>
+#include <pwd.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -81,11 +83,21 @@ static char *number_text(char *end, int number) {
     return end;
 }
 
+/* What ps(1) shows of keeper.  `instance list`, Apptainer's too, knows an instance by it. */
+static void write_title(char title[TITLE_BYTES], const char *image, const char *name) {
+    const struct passwd *user = name != NULL ? getpwuid(getuid()) : NULL;
+    if (name == NULL)
+        (void)snprintf(title, TITLE_BYTES, "Apptainer runtime parent: %s", image);
+    else
+        (void)snprintf(title, TITLE_BYTES, "Apptainer instance: %s [%s]",
+                       user != NULL ? user->pw_name : "?", name);
+}
+
 __attribute__((noreturn)) static void run_starter(const struct choice *c, const char *image,
-                                                  int request_fd) {
+                                                  const char *name, int request_fd) {
     const char *starter = c->flow == FLOW_SETUID ? APY_STARTER_SUID : APY_STARTER;
-    char title[TITLE_BYTES] = "Apptainer runtime parent: ", number[16], word[] = "caller";
-    strncat(title, image, sizeof(title) - strlen(title) - 1);
+    char title[TITLE_BYTES], number[16], word[] = "caller";
+    write_title(title, image, c->instance ? name : NULL);
     char *arguments[] = {title, number_text(number + sizeof(number), request_fd),
                          c->flow == FLOW_CALLER ? word : NULL, NULL};
     char *environment[] = {NULL};
@@ -132,8 +144,9 @@ int main(int argc, char *argv[], char *envp[]) {
     if (s.trace != NULL && *s.trace != '\0')
         c.trace_fd = open_trace(s.trace);
     c.image_arg = s.image_arg;
+    c.instance = s.instance != NULL;
     int fd = request_make(&c, argc, argv, envp, &why);
     if (fd < 0)
         fatal("the request to the starter", why);
-    run_starter(&c, s.image, fd);
+    run_starter(&c, s.image, s.instance, fd);
 }

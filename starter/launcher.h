@@ -14,12 +14,14 @@
 struct scan {
     const char *image;   /* NULL: not a launch, or not of a local image */
     const char *layout;  /* an image that only the oci engine can start, or NULL */
+    const char *instance; /* the name that it will have, if it will be one; or NULL */
     const char *trace;   /* file name or NULL */
     unsigned given;      /* enum option_flag: was on the command line */
     unsigned on;         /* ... and its last value was true, or not empty */
     unsigned image_arg;  /* which argument the image is */
     bool is_oci;         /* `oci` ...: another program's */
     bool is_exec;        /* the word after it is a program of the image */
+    bool joins;          /* the image is `instance://NAME` */
 };
 
 /* What stage 1 will probably plan (request.h). */
@@ -33,6 +35,7 @@ struct choice {
     enum reason reason;
     const char *engine;
     int trace_fd;        /* or -1 */
+    bool instance;
     unsigned image_arg;
     struct forecast forecast;
 };

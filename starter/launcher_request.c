@@ -93,7 +93,8 @@ static struct request_header describe(const struct choice *c, struct extent args
         .build_id = APY_BUILD_ID,
         .flow = c->flow,
         .reason = c->reason,
-        .flags = c->trace_fd >= 0 ? REQUEST_TRACE : 0,
+        .flags = (c->trace_fd >= 0 ? REQUEST_TRACE : 0) |
+                 (c->instance ? REQUEST_INSTANCE : 0),
         .trace_fd = c->trace_fd,
         .argc = (uint32_t)args.count,
         .envc = (uint32_t)env.count,

@@ -5,6 +5,8 @@
 #include "launcher.h"
 #include "options.h"
 
+#define INSTANCE "instance://"
+
 /* The words that are left.  A false answer means: the plain interpreter answers, or complains. */
 struct words {
     int left;
@@ -137,14 +139,27 @@ static bool is_path(const char *image) {
     return true;
 }
 
+/* How many words of the line a command's name takes, one or two; 0: it is another command. */
+static int words_of(const char *name, const struct words *w) {
+    size_t length = strcspn(name, " ");
+    if (strncmp(name, *w->at, length) != 0 || (*w->at)[length] != '\0')
+        return 0;
+    if (name[length] == '\0')
+        return 1;
+    return w->left > 1 && strcmp(name + length + 1, w->at[1]) == 0 ? 2 : 0;
+}
+
 static bool read_command(struct scan *s, struct words *w) {
     for (size_t i = 0; i < COUNT(action_commands); i++) {
-        if (strcmp(action_commands[i].name, *w->at) != 0)
+        int length = words_of(action_commands[i].name, w);
+        if (length == 0)
             continue;
-        w->at++;
-        w->left--;
+        w->at += length;
+        w->left -= length;
         s->is_exec = strcmp(action_commands[i].name, "exec") == 0;
-        return read_options(s, w, 1U << i) && w->left >= action_commands[i].arguments;
+        bool good = read_options(s, w, 1U << i) && w->left >= action_commands[i].arguments;
+        s->instance = good && length > 1 ? w->at[1] : NULL;
+        return good;
     }
     return false;
 }
@@ -156,7 +171,8 @@ void scan_arguments(struct scan *s, int argc, char *const argv[]) {
         return;
     s->is_oci = strcmp(*w.at, "oci") == 0;
     if (read_command(s, &w) && (s->on & OPT_HELP) == 0) {
-        s->image = is_path(*w.at) ? *w.at : NULL;
+        s->joins = s->instance == NULL && strncmp(*w.at, INSTANCE, strlen(INSTANCE)) == 0;
+        s->image = s->joins || is_path(*w.at) ? *w.at : NULL;
         s->layout = is_layout(*w.at) ? *w.at : NULL;
     }
     s->image_arg = (unsigned)(w.at - argv);
@@ -167,12 +183,16 @@ struct forecast scan_forecast(const struct scan *s) {
     struct forecast f = {.what = FORECAST_CONTAINER};
     struct stat st;
     bool all = (s->on & (OPT_CONTAINALL | OPT_COMPAT)) != 0;
-    if ((s->on & OPT_UNFORESEEN) != 0)
+    if ((s->on & OPT_UNFORESEEN) != 0 || s->joins)
         return (struct forecast){0};
     if ((all || (s->on & OPT_PID) != 0) && (s->on & OPT_NO_PID) == 0) {
         f.spaces |= SPACE_PID;
         if ((s->on & (OPT_NO_INIT | OPT_COMPAT)) == 0)
             f.flags |= PLAN_SHIM;
+    }
+    if (s->instance != NULL) {
+        f.spaces |= SPACE_PID;
+        f.flags |= PLAN_SHIM | PLAN_INSTANCE;
     }
     if (all || (s->on & OPT_IPC) != 0)
         f.spaces |= SPACE_IPC;

@@ -72,6 +72,15 @@ static bool whole_grant(const struct container_plan *plan) {
     return true;
 }
 
+/* An instance lives as long as the first process of its own pid namespace.  Who joins one makes
+ * nothing: what it enters is found out from that process alone (join.c). */
+static bool fits_instance(const struct container_plan *plan) {
+    const uint32_t joining = PLAN_JOIN | PLAN_NO_NEW_PRIVS;
+    if (plan->flags & PLAN_JOIN)
+        return plan->spaces == 0 && plan->fuse_count == 0 && !(plan->flags & ~joining);
+    return !(plan->flags & PLAN_INSTANCE) || (plan->flags & PLAN_SHIM && plan->spaces & SPACE_PID);
+}
+
 /* Root of a namespace of the caller's own: nothing in it reaches beyond what the caller has, and
  * what the caller was given in /etc/subuid and /etc/subgid, which fakeroot.c looks up. */
 static int fakeroot_plan(const struct launch *l, const struct container_plan *plan) {
@@ -94,10 +103,12 @@ int policy_plan(const struct launch *l, const struct container_plan *plan) {
     const uint32_t spaces = SPACE_PID | SPACE_IPC | SPACE_UTS | SPACE_NET | SPACE_CGROUP;
     const uint32_t flags = PLAN_SHIM | PLAN_WRITABLE_LAYER | PLAN_KERNEL_IMAGE | PLAN_SLAVE |
                            PLAN_NO_NEW_PRIVS | PLAN_METHODS | PLAN_SETUID | PLAN_USER_LAYER |
-                           PLAN_KERNEL_EXTFS | PLAN_GROUPS | PLAN_FAKEROOT | PLAN_SUBIDS;
+                           PLAN_KERNEL_EXTFS | PLAN_GROUPS | PLAN_FAKEROOT | PLAN_SUBIDS |
+                           PLAN_INSTANCE | PLAN_JOIN;
     const struct config *c = &l->config;
     if ((plan->spaces & ~spaces) || (plan->flags & ~flags) ||
-        plan->fuse_count > LIMIT_FUSE_DEVICES || plan->group_count > LIMIT_GROUPS)
+        plan->fuse_count > LIMIT_FUSE_DEVICES || plan->group_count > LIMIT_GROUPS ||
+        !fits_instance(plan))
         return ERR_MALFORMED;
     uint64_t most = most_capabilities(l, plan);
     for (int set = 0; set < CAP_SETS; set++)

@@ -31,7 +31,7 @@ static int check_header(const struct request_header *h, off_t size) {
                                 h->engine_off, h->engine_file_off, h->total};
     if (memcmp(h->magic, REQUEST_MAGIC, sizeof(h->magic)) != 0 || h->version != REQUEST_VERSION ||
         h->header_size != sizeof(*h) || h->argc < 1 || h->argc > REQUEST_ARGC_MAX ||
-        h->envc > REQUEST_ENVC_MAX || h->flags & ~(uint32_t)REQUEST_TRACE ||
+        h->envc > REQUEST_ENVC_MAX || h->flags & ~(uint32_t)(REQUEST_TRACE | REQUEST_INSTANCE) ||
         h->image_arg >= h->argc ||
         h->forecast & ~(uint32_t)(FORECAST_CONTAINER | FORECAST_FUSE | FORECAST_COMMAND))
         return -1;
@@ -72,8 +72,11 @@ void request_open(struct launch *l, int argc, char *const argv[]) {
         fail("the setuid flow accepts built-in engines only", 0);
     l->reason = l->request.reason <= REASON_POLICY ? (enum reason)l->request.reason : REASON_NONE;
     /* A starter that keeper fell back to is told so by keeper, in words of its own. */
-    if (argc > 2 && strcmp(argv[2], "policy") == 0)
+    if (argc > 2 && strcmp(argv[2], "policy") == 0) {
         l->reason = REASON_POLICY;
+        if (l->flow == FLOW_ROOT)
+            l->flow = FLOW_USERNS; /* exec has brought back what keeper had given up */
+    }
     l->trace_file = -1;
     if (l->request.flags & REQUEST_TRACE && l->request.trace_fd >= 3 &&
         l->request.trace_fd != l->request_fd &&

@@ -31,7 +31,8 @@
 #define REQUEST_SEALS (F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE)
 
 enum request_flag {
-    REQUEST_TRACE = 1                    /* trace_fd is open for writing, opened as the caller */
+    REQUEST_TRACE = 1,                   /* trace_fd is open for writing, opened as the caller */
+    REQUEST_INSTANCE = 2                 /* keeper leaves its caller's session once all stands */
 };
 
 enum forecast_kind {

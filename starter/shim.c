@@ -1,5 +1,6 @@
 /* pid 1 of a pid namespace: forwards signals, reaps, and ends with the payload's status. */
 #include <errno.h>
+#include <poll.h>
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/signalfd.h>
@@ -13,25 +14,38 @@ static void close_all_but(int keep) {
     (void)close_range((unsigned)keep + 1, ~0U, 0);
 }
 
+enum { ENDING_MS = 20 };
+static int ending; /* the signal that an instance is to end by, or 0 */
+
 static int exit_code(int status) {
     return WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
 }
 
-/* Ends the shim with its payload; the kernel then ends everything else in the namespace. */
-static void reap(pid_t payload) {
+/* Ends the shim with its payload; the kernel then ends everything else in the namespace.  An
+ * instance goes on: its start script may have left services, and commands come to join it. */
+static void reap(pid_t payload, bool instance) {
     int status;
     pid_t pid;
     while ((pid = waitpid(-1, &status, WNOHANG)) > 0)
-        if (pid == payload)
+        if (pid == payload && !instance)
             _exit(exit_code(status));
-    if (pid < 0 && errno == ECHILD)
+    if (pid < 0 && errno == ECHILD && !instance)
         _exit(255);
 }
 
-static void forward(const struct signalfd_siginfo *info, pid_t payload) {
+static void forward(const struct signalfd_siginfo *info, pid_t payload, bool instance) {
+    int number = (int)info->ssi_signo;
+    bool ends = number == SIGINT || number == SIGTERM || number == SIGQUIT;
+    /* All that is in the instance, of which shim is not a part; it ends when nothing is left. */
+    if (instance) {
+        (void)kill(-1, number);
+        if (ends)
+            ending = number;
+        return;
+    }
     /* What the terminal sends reaches the payload by itself: both are in the foreground group. */
     if (info->ssi_code != SI_KERNEL)
-        (void)kill(payload, (int)info->ssi_signo);
+        (void)kill(payload, number);
 }
 
 NO_RETURN void shim_main(struct launch *l, pid_t rpc, pid_t stage2) {
@@ -55,15 +69,26 @@ NO_RETURN void shim_main(struct launch *l, pid_t rpc, pid_t stage2) {
     int fd = signalfd(-1, &all, SFD_CLOEXEC);
     if (fd < 0)
         _exit(255);
+    /* Its user must open its namespaces to join them, and holds every right that there is in this
+     * user namespace.  Whoever is inside finds no more in it than a program that is busy. */
+    bool instance = (l->plan.flags & PLAN_INSTANCE) != 0;
+    if (instance && l->flow == FLOW_USERNS)
+        (void)prctl(PR_SET_DUMPABLE, 1);
     trace_fd = -1;
     close_all_but(fd);
     for (int i = 0; i < 3; i++)
         close(i); /* a pipe of the caller's must see its end when the payload closes it */
     for (;;) {
-        reap(stage2);
+        /* Who has joined is nobody's child here, and its end tells nobody. */
+        struct pollfd signals = {.fd = fd, .events = POLLIN};
+        reap(stage2, instance);
+        if (ending && kill(-1, 0) < 0 && errno == ESRCH)
+            _exit(128 + ending);
+        if (ending && poll(&signals, 1, ENDING_MS) == 0)
+            continue;
         struct signalfd_siginfo info;
         ssize_t got = read(fd, &info, sizeof(info));
         if (got == (ssize_t)sizeof(info) && info.ssi_signo != SIGCHLD)
-            forward(&info, stage2);
+            forward(&info, stage2, instance);
     }
 }

@@ -305,7 +305,7 @@ static struct stage_info describe(const struct launch *l, enum stage stage) {
         .init_fd = l->flow == FLOW_CALLER ? l->init_socket[1] : -1, .init_pid = l->init_pid,
         .server_fd = l->flow == FLOW_CALLER ? l->server_socket[1] : -1,
         .server_pid = l->server_pid,
-        .ready_fd = l->flow == FLOW_CALLER ? l->ready_fd : -1,
+        .ready_fd = l->flow == FLOW_CALLER ? l->ready_fd : master ? l->waiter_fd : -1,
         .watcher = l->flow == FLOW_CALLER ? WATCHER_FILE : NULL,
         .forecast = l->request.forecast,
         .trace_fd = trace_fd, .permitted = l->permitted, .enter_hook = enter_hook,

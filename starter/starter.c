@@ -88,6 +88,9 @@ int main(int argc, char *argv[]) {
     request_open(l, argc, argv);
     sanitize_descriptors(l);
     step_end(STEP_SANITIZED);
+    l->waiter_fd = -1;
+    if (l->request.flags & REQUEST_INSTANCE)
+        detach(l);
     record_host_spaces(l);
     read_config(l);
     if (l->trace_file >= 0 && trace_start(l, l->trace_file) < 0)

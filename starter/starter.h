@@ -70,6 +70,7 @@ struct launch {
     /* keeper → stage 2, bearer: nothing privileged is left.  No pipe: whoever holds the end of one
      * for reading may open it for writing (/proc/self/fd), and say it in keeper's place. */
     int go_socket[2];
+    int waiter_fd;                     /* of an instance: who called waits at its other end; -1 */
     int fuse_fds[LIMIT_FUSE_DEVICES];
     int fakeroot_socket[2];            /* [0] keeper, [1] container; -1 without --fakeroot */
     int fuse_node;                     /* a device node of ours for that container, or -1 */
@@ -182,6 +183,7 @@ MUST_USE int audit_launch(const struct launch *l, const struct container_plan *p
 extern pid_t stage_rpc_pid, container_pid;
 
 /* container.c: clone(namespaces) and what the child does before it is the payload */
+void container_close_outer_ends(struct launch *l);
 MUST_USE pid_t container_start(struct launch *l, int *err);
 
 /* fakeroot.c: a user namespace of the container's own, in which the caller is root */
@@ -281,11 +283,19 @@ void bearer_dismiss(const struct launch *l);
 MUST_USE int bearer_ask(const struct launch *l, const char *path, char *const argv[],
                         char *const envp[]);
 
+NO_RETURN void bearer_serve(const struct launch *l, int socket);
 /* janitor.c: undoes what outlives a launch of root's */
 MUST_USE pid_t janitor_start(struct launch *l, pid_t container, int socket, int signals);
 
 /* shim.c */
 NO_RETURN void shim_main(struct launch *l, pid_t rpc, pid_t stage2);
+
+/* detach.c: an instance outlives its caller */
+void detach(struct launch *l);
+void detach_streams(struct launch *l);
+
+/* join.c: a process in an instance's namespaces; enum err */
+MUST_USE int join_start(struct launch *l, int process_fd, pid_t *pid, int *error);
 
 /* caller.c: the flow CALLER, where this process is master and starter-init its child */
 bool caller_asked(int argc, char *const argv[]);

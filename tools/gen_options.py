@@ -15,6 +15,7 @@ if __name__ == "__main__":
 from apptainer_py.cli.table import (
     ACTIONS,
     BOOL,
+    INSTANCES,
     LAYOUTS,
     OPTIONS,
     PREFIXES,
@@ -56,6 +57,8 @@ MEANINGS = {
     "writable-tmpfs": "OPT_WRITABLE_TMPFS",
 }
 
+_LAUNCHES = ACTIONS + INSTANCES
+
 _HEAD = """\
 /* Made by tools/gen_options.py from apptainer_py/cli/table.py. */
 #ifndef APY_OPTIONS_H
@@ -90,7 +93,7 @@ struct option_row {
 };
 
 struct action_command {
-    const char *name;
+    const char *name;        /* "instance start" is two words */
     int arguments;           /* fewest, the image among them */
 };
 """
@@ -100,7 +103,7 @@ def header() -> str:
     """Return the text of options.h."""
     parts = [
         _HEAD,
-        _table("struct action_command", "action_commands", (_action(name) for name in ACTIONS)),
+        _table("struct action_command", "action_commands", (_action(name) for name in _LAUNCHES)),
         _table("struct option_row", "option_rows", _options()),
         _strings("prefixes", PREFIXES),
         _strings("userns_keys", _keys("userns")),
@@ -123,11 +126,11 @@ def _action(name: str) -> str:
 
 
 def _options() -> Iterable[str]:
-    everywhere = sum(1 << i for i in range(len(ACTIONS)))
+    everywhere = sum(1 << i for i in range(len(_LAUNCHES)))
     for mask in (0, everywhere):
         yield f"{{\"help\", 'h', {MEANINGS['help']}, {mask}}}"
     for row in OPTIONS:
-        mask = sum(1 << i for i, name in enumerate(ACTIONS) if name in row[5])
+        mask = sum(1 << i for i, name in enumerate(_LAUNCHES) if name in row[5])
         if mask or "" in row[5]:
             letter = f"'{row[1]}'" if row[1] else "'\\0'"
             yield f'{{"{row[0]}", {letter}, {_flags(row)}, {mask}}}'

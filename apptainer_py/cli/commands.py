@@ -24,7 +24,7 @@ def run(parsed: Parsed) -> int:
     Raises:
         ApptainerError: it cannot be done.
     """
-    if parsed.command == "capability" and not parsed.help:
+    if parsed.command in ("capability", "instance") and not parsed.help:
         raise UsageError(text="invalid command")
     if parsed.help or (parsed.command in GROUPS):
         from apptainer_py.cli import help as texts
@@ -96,6 +96,63 @@ def _inspect(parsed: Parsed) -> int:
     sys.stdout.write(found.text)
     for warning in found.warnings:
         log.warning(warning)
+    return 0
+
+
+def _instance_list(parsed: Parsed) -> int:
+    import os
+
+    from apptainer_py.verbs import instance_list
+
+    options = parsed.options
+    text = instance_list.instance_list(
+        pattern="".join(parsed.arguments),
+        user=str(options["user"]),
+        uid=os.getuid(),
+        as_json=bool(options["json"]),
+        with_logs=bool(options["logs"]),
+        with_shared=bool(options["all"]),
+    )
+    sys.stdout.write(text)
+    return 0
+
+
+def _instance_stats(parsed: Parsed) -> int:
+    import os
+
+    from apptainer_py.verbs import instance_stats
+
+    options = parsed.options
+    pages = instance_stats.instance_stats(
+        name=parsed.arguments[0],
+        user=str(options["user"]),
+        uid=os.getuid(),
+        as_json=bool(options["json"]),
+        once=bool(options["no-stream"]),
+        clear=sys.stdout.isatty(),
+    )
+    for page in pages:
+        sys.stdout.write(page)
+        sys.stdout.flush()
+    return 0
+
+
+def _instance_stop(parsed: Parsed) -> int:
+    import os
+
+    from apptainer_py.verbs import instance_stop
+
+    options = parsed.options
+    timeout = options["timeout"]
+    instance_stop.instance_stop(
+        pattern="".join(parsed.arguments),
+        everything=bool(options["all"]),
+        user=str(options["user"]),
+        uid=os.getuid(),
+        number=str(options["signal"]),
+        force=bool(options["force"]),
+        timeout_s=timeout if isinstance(timeout, int) else 0,
+    )
     return 0
 
 
@@ -236,6 +293,9 @@ _COMMANDS: dict[str, Callable[[Parsed], int]] = {
     "config show": _config_show,
     "help": _help,
     "inspect": _inspect,
+    "instance list": _instance_list,
+    "instance stats": _instance_stats,
+    "instance stop": _instance_stop,
     "run-help": _run_help,
     "sif dump": _sif_dump,
     "sif header": _sif_header,

@@ -14,6 +14,7 @@ from apptainer_py.cli.table import (
     FETCHING,
     GROUPS,
     IMPLIED,
+    INSTANCES,
     LAYOUTS,
     PREFIXES,
     PROGRAM,
@@ -92,7 +93,7 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str]) -> ActionRequest
     outer.refuse()
     inner.refuse()
     general = _general(outer.values, environ, notes)
-    if command in ACTIONS:
+    if command in ACTIONS or command in INSTANCES:
         return _action(command, inner.values, rest, general)
     return Parsed(command=command, options=inner.values, arguments=tuple(rest), **general)
 
@@ -166,26 +167,32 @@ def _action(
 ) -> ActionRequest:
     image, *arguments = rest
     kind = transport(image)
-    if kind == "instance":
-        raise NotSupported(what="joining an instance")
-    if kind:
+    if kind and not (kind == "instance" and command in ACTIONS):
         if kind not in TRANSPORTS:
             raise UnknownTransport(name=plain(kind))
         if kind not in LAYOUTS or image.startswith(f"{kind}://"):
             raise NotFetched(name=kind, image=plain(image))
-        if not values["oci"]:
+        if not values.get("oci"):
             raise NeedsOci(name=kind)
     wanted = dict(values)
+    if command in INSTANCES:
+        wanted["instance"], *arguments = arguments
     for name, others in IMPLIED:
         if wanted[name]:
             wanted.update(dict.fromkeys(others, True))
     if wanted["no-pid"]:
         wanted["pid"] = False
-    fields = {
+    if command in INSTANCES:
+        wanted["pid"] = True  # an instance lives as long as its first process
+    fields = {name: wanted[name] for name in ("instance",) if name in wanted} | {
         row[0].replace("-", "_"): wanted[row[0]]
         for row in options_of(command)
         if row[0] in wanted and row[6] not in (REFUSED, FETCHING)
     }
     return ActionRequest(
-        command=command, image=image, arguments=tuple(arguments), **general, **fields
+        command=command.removeprefix("instance "),
+        image=image,
+        arguments=tuple(arguments),
+        **general,
+        **fields,
     )

@@ -41,8 +41,8 @@ FETCHING: Final = "fetching"
 
 ROOT: Final = ("",)
 ACTIONS: Final = ("exec", "run", "shell", "test")
-_INSTANCES: Final = ("instance start", "instance run")
-_ALL: Final = ACTIONS + _INSTANCES
+INSTANCES: Final = ("instance start", "instance run")
+_ALL: Final = ACTIONS + INSTANCES
 _SIF: Final = ("sif list", "sif header", "sif info", "sif dump")
 
 _OCI_MAKE: Final = ("oci create", "oci run")
@@ -59,6 +59,10 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "capabilities to add, separated by commas"),
     ("all", "", BOOL, False, (), ("inspect",), SUPPORTED,
      "show everything there is, as JSON"),
+    ("all", "a", BOOL, False, ("ALL",), ("instance list",), SUPPORTED,
+     "list instances too that only share namespaces"),
+    ("all", "a", BOOL, False, ("ALL",), ("instance stop",), SUPPORTED,
+     "stop all instances of the user"),
     ("allow-setuid", "", BOOL, False, ("ALLOW_SETUID",), _ALL, SUPPORTED,
      "let setuid programs of the container work (root only)"),
     ("app", "", STRING, "", ("APP", "APPNAME"), _ALL, SUPPORTED,
@@ -76,7 +80,7 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "relative weight of block input and output, 10 to 1000, 0 for none"),
     ("blkio-weight-device", "", LIST, (), ("BLKIO_WEIGHT_DEVICE",), _ALL, SUPPORTED,
      "the same for one device, path:weight"),
-    ("boot", "", BOOL, False, ("BOOT",), _INSTANCES, REFUSED,
+    ("boot", "", BOOL, False, ("BOOT",), INSTANCES, REFUSED,
      "start the container's own init (root only)"),
     ("build-config", "", BOOL, False, (), ROOT, SUPPORTED,
      "launch as a build does: without the host's bind paths, home, devpts and resolv.conf"),
@@ -123,9 +127,9 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "switch a user's ranges off; they stay the user's"),
     ("disable-cache", "", BOOL, False, ("DISABLE_CACHE",), _ALL, FETCHING,
      "neither use nor fill the cache of fetched images"),
-    ("dmtcp-launch", "", STRING, "", ("DMTCP_LAUNCH",), _INSTANCES, REFUSED,
+    ("dmtcp-launch", "", STRING, "", ("DMTCP_LAUNCH",), INSTANCES, REFUSED,
      "checkpoint to start under"),
-    ("dmtcp-restart", "", STRING, "", ("DMTCP_RESTART",), _INSTANCES, REFUSED,
+    ("dmtcp-restart", "", STRING, "", ("DMTCP_RESTART",), INSTANCES, REFUSED,
      "checkpoint to start from"),
     ("dns", "", STRING, "", ("DNS",), _ALL, SUPPORTED,
      "name servers for resolv.conf, separated by commas"),
@@ -159,6 +163,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "kill the container first if it runs"),
     ("force", "f", BOOL, False, ("FORCE",), _OCI_ONE, SUPPORTED,
      "send SIGKILL"),
+    ("force", "F", BOOL, False, ("FORCE",), ("instance stop",), SUPPORTED,
+     "kill the instance at once"),
     ("fusemount", "", LIST, (), ("FUSESPEC",), _ALL, REFUSED,
      "mount a FUSE file system: type:command mountpoint"),
     ("get", "g", BOOL, False, (), ("config global",), SUPPORTED,
@@ -185,6 +191,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
      ("inspect", "sif list", "capability avail", "capability list", "config check",
       "config show"), SUPPORTED,
      "print JSON in place of text"),
+    ("json", "j", BOOL, False, ("JSON",), ("instance list", "instance stats"), SUPPORTED,
+     "print JSON in place of text"),
     ("keep-privs", "", BOOL, False, ("KEEP_PRIVS",), _ALL, SUPPORTED,
      "let root keep its capabilities in the container (root only)"),
     ("labels", "l", BOOL, False, (), ("inspect",), SUPPORTED,
@@ -195,6 +203,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "format of the log: basic, kubernetes or json"),
     ("log-path", "l", STRING, "", ("LOG_PATH",), _OCI_MAKE, SUPPORTED,
      "file of the log"),
+    ("logs", "l", BOOL, False, ("LOGS",), ("instance list",), SUPPORTED,
+     "show the files with the output of the instances"),
     ("memory", "", STRING, "", ("MEMORY",), _ALL, SUPPORTED,
      "memory limit in bytes"),
     ("memory-reservation", "", STRING, "", ("MEMORY_RESERVATION",), _ALL, SUPPORTED,
@@ -239,6 +249,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "let root drop all capabilities in the container"),
     ("no-rocm", "", BOOL, False, ("ROCM_OFF", "NO_ROCM"), _ALL, SUPPORTED,
      "no ROCm support, even if the configuration asks for it"),
+    ("no-stream", "", BOOL, False, (), ("instance stats",), SUPPORTED,
+     "print the numbers once"),
     ("no-umask", "", BOOL, False, ("NO_UMASK",), _ALL, SUPPORTED,
      "start with umask 0022 in place of the caller's"),
     ("nocolor", "", BOOL, False, ("NOCOLOR",), ROOT, SUPPORTED,
@@ -263,7 +275,7 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "RSA key of an encrypted image"),
     ("pid", "p", BOOL, False, ("PID", "UNSHARE_PID"), _ALL, SUPPORTED,
      "a new PID namespace"),
-    ("pid-file", "", STRING, "", ("PID_FILE",), _INSTANCES, REFUSED,
+    ("pid-file", "", STRING, "", ("PID_FILE",), INSTANCES, SUPPORTED,
      "write the process number of the instance to this file"),
     ("pid-file", "", STRING, "", ("PID_FILE",), _OCI_MAKE, SUPPORTED,
      "file for the number of the first process"),
@@ -300,6 +312,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "shell to start"),
     ("signal", "s", STRING, "SIGTERM", ("SIGNAL",), _OCI_ONE, SUPPORTED,
      "signal to send"),
+    ("signal", "s", STRING, "", ("SIGNAL",), ("instance stop",), SUPPORTED,
+     "signal to send, by name or number (SIGINT, or what the image's label says)"),
     ("silent", "s", BOOL, False, ("SILENT",), ROOT, SUPPORTED,
      "print errors only"),
     ("startscript", "s", BOOL, False, (), ("inspect",), SUPPORTED,
@@ -310,6 +324,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "show what `test` starts"),
     ("timeout", "t", INT, 0, (), _OCI_ONE, SUPPORTED,
      "seconds after which SIGKILL follows"),
+    ("timeout", "t", INT, 10, (), ("instance stop",), SUPPORTED,
+     "seconds after which the instance is killed"),
     ("tmpdir", "", STRING, "", ("TMPDIR",), _ALL, FETCHING,
      "directory for temporary files while an image is fetched"),
     ("trace", "", STRING, "", (), ROOT, SUPPORTED,
@@ -322,6 +338,9 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "unpack the image to a directory first"),
     ("user", "", STRING, "", (), ("config show",), SUPPORTED,
      "show what applies to this user"),
+    ("user", "u", STRING, "", ("USER",),
+     ("instance list", "instance stats", "instance stop"), SUPPORTED,
+     "instances of this user (root only)"),
     ("user", "u", STRING, "", ("CAP_USER",), _GRANTING, SUPPORTED,
      "user whose capabilities change"),
     ("userns", "u", BOOL, False, ("USERNS", "UNSHARE_USERNS"), _ALL, SUPPORTED,
@@ -394,7 +413,16 @@ COMMANDS: Final[tuple[Command, ...]] = (
     ("help", "[command]", 0, -1, SUPPORTED, "Help about any command"),
     ("inspect", "[inspect options...] <image path>", 1, 1, SUPPORTED,
      "Show what an image says about itself"),
-    ("instance", "<command>", 0, -1, REFUSED, "Manage containers that run as services"),
+    ("instance", "<command>", 0, -1, SUPPORTED, "Manage containers that run as services"),
+    ("instance list", "[list options...] [<instance name glob>]", 0, 1, SUPPORTED,
+     "List all running and named instances"),
+    ("instance run", "[run options...] <container path> <instance name> [args...]", 2, -1,
+     SUPPORTED, "Run a named instance of a container: its runscript"),
+    ("instance start", "[start options...] <container path> <instance name> [args...]", 2, -1,
+     SUPPORTED, "Start a named instance of a container"),
+    ("instance stats", "[stats options...] <instance name>", 1, 1, SUPPORTED,
+     "Show what a named instance uses"),
+    ("instance stop", "[stop options...] [instance]", 0, 1, SUPPORTED, "Stop a named instance"),
     ("key", "", 0, -1, REFUSED, "Manage OpenPGP keys"),
     ("keyserver", "", 0, -1, REFUSED, "Manage key servers"),
     ("oci", "<command>", 0, -1, SUPPORTED, "Manage OCI containers"),
@@ -450,12 +478,13 @@ COMMANDS: Final[tuple[Command, ...]] = (
 HIDDEN_COMMANDS: Final = ("buildcfg", "checkpoint", "confgen")
 # Elsewhere the first argument ends the options.
 INTERSPERSED: Final = (
-    *_SIF, "sif", "completion", "help", "oci attach", "oci create", "oci delete", "oci kill",
+    *_SIF, "sif", "completion", "help", "instance list", "instance stats", "instance stop",
+    "oci attach", "oci create", "oci delete", "oci kill",
     "oci mount", "oci pause", "oci resume", "oci run", "oci start", "oci state", "oci umount",
     "oci update",
 )  # fmt: skip
 # Groups that explain themselves when the command after them is missing or unknown.
-GROUPS: Final = ("sif", "config", "capability", "completion", "oci")
+GROUPS: Final = ("sif", "config", "capability", "completion", "instance", "oci")
 
 # `name:` without slashes is a transport only if it is one of these (uri.Split of Apptainer).
 TRANSPORTS: Final = (

@@ -84,7 +84,25 @@ cdef extern from "protocol.h":
         int (*set_filter)(const void *code, size_t size, uint32_t flags)
 
 
+cdef extern from *:
+    """
+    #include <fcntl.h>
+    #include <sys/mman.h>
+    #include <unistd.h>
+    """
+    enum:
+        F_ADD_SEALS
+        MFD_ALLOW_SEALING
+        MFD_CLOEXEC
+    int close(int fd)
+    int fcntl(int fd, int command, ...)
+    int memfd_create(const char *name, unsigned flags)
+    ssize_t write(int fd, const void *data, size_t size)
+
+
 cdef extern from "request.h":
+    enum:
+        REQUEST_SEALS
     struct request_header:
         uint32_t argc
         uint32_t envc
@@ -355,7 +373,7 @@ def receive_rows_answer(int fd):
 
 def send_container(int fd, unsigned int op, bytes image, unsigned int spaces, unsigned int flags,
                    unsigned int fuse_count, unsigned int uid, unsigned int gid, tuple groups,
-                   tuple caps):
+                   tuple caps, int passed=-1):
     """Send the plan of a container; its reply is fetched by receive_reply."""
     cdef container_request q
     cdef Py_ssize_t i
@@ -374,7 +392,7 @@ def send_container(int fd, unsigned int op, bytes image, unsigned int spaces, un
     image = image[:sizeof(q.image)]
     q.image_length = len(image)
     memcpy(q.image, PyBytes_AS_STRING(image), len(image))
-    if wire_send(fd, &q, sizeof(q), -1) < 0:
+    if wire_send(fd, &q, sizeof(q), passed) < 0:
         raise OSError(errno, "the starter is gone")
 
 
@@ -393,6 +411,18 @@ def receive_event(int fd):
     if got < 0:
         raise OSError(errno, "the starter is gone")
     return frame.event, frame.pid, frame.status
+
+
+def sealed_file(bytes data):
+    """Return a file in memory that nobody can change any more; close-on-exec."""
+    cdef int fd = memfd_create(b"apptainer-py program", MFD_CLOEXEC | MFD_ALLOW_SEALING)
+    if fd < 0:
+        raise OSError(errno, "no file in memory could be made")
+    if (write(fd, PyBytes_AS_STRING(data), len(data)) != len(data) or
+            fcntl(fd, F_ADD_SEALS, REQUEST_SEALS) < 0):
+        close(fd)
+        raise OSError(errno, "a file in memory could not be filled")
+    return fd
 
 
 def send_bytes(int fd, bytes data, int passed=-1):

@@ -43,11 +43,13 @@ class ActionRequest(Invocation):
     Options that imply others are resolved: `compat` has set `containall`, `no_init`, `no_umask`,
     `no_eval` and `writable_tmpfs`; `containall` has set `contain`, `cleanenv`, `ipc` and `pid`;
     `hostname` has set `uts`; `no_pid` has cleared `pid`. Empty text means "not given".
-    `bind` and `mount` are as typed: commas inside one entry are not split yet.
+    `instance` is the name that an instance will have, or the one that is joined; its command is
+    `start` or `run`. `bind` and `mount` are as typed: commas inside one entry are not split yet.
     """
 
     image: str
     arguments: tuple[str, ...] = ()
+    instance: str = ""
 
     add_caps: str = ""
     allow_setuid: bool = False
@@ -56,6 +58,7 @@ class ActionRequest(Invocation):
     bind: tuple[str, ...] = ()
     blkio_weight: int = 0
     blkio_weight_device: tuple[str, ...] = ()
+    boot: bool = False
     cdi_dirs: tuple[str, ...] = ()
     cleanenv: bool = False
     compat: bool = False
@@ -105,6 +108,7 @@ class ActionRequest(Invocation):
     oom_kill_disable: bool = False
     overlay: tuple[str, ...] = ()
     pid: bool = False
+    pid_file: str = ""
     pids_limit: int = 0
     rocm: bool = False
     scratch: tuple[str, ...] = ()

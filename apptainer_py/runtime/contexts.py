@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from apptainer_py.model.oci_call import OciCall
     from apptainer_py.model.plan import ContainerPlan
     from apptainer_py.model.request import ActionRequest
+    from apptainer_py.runtime.joining import Joining
     from apptainer_py.runtime.mounting import Mounting
     from apptainer_py.runtime.nest import Nest
 else:
@@ -85,7 +86,9 @@ class PrepareContext:
         "facts",
         "helpers_wanted",
         "message",
+        "process_fd",
         "ready_fd",
+        "streams",
     )
 
     def __init__(  # noqa: PLR0913 one thing each
@@ -108,6 +111,10 @@ class PrepareContext:
         self.call = call
         self.helpers_wanted = False
         self.message = b""
+        # The process of /proc whose instance is joined, or -1.
+        self.process_fd = -1
+        # What an instance has for its standard streams, in their order.
+        self.streams: tuple[int, ...] = ()
         # Of a launcher that waits for the word that all stands, or -1.
         self.ready_fd = info["ready_fd"]
 
@@ -165,10 +172,10 @@ class CreateContext:
     """As the caller, beside the container: may ask the process that mounts for its operations.
 
     That is `mounting`; or, for an engine whose process is data, `nest` with the pid of its first
-    process. An engine has only the one of its own kind.
+    process; or `joining`, where nothing is mounted. Each launch has only the one of its own kind.
     """
 
-    __slots__ = ("_methods_fd", "facts", "first_pid", "mounting", "nest")
+    __slots__ = ("_methods_fd", "facts", "first_pid", "joining", "mounting", "nest")
 
     def __init__(
         self,
@@ -177,6 +184,7 @@ class CreateContext:
         methods_fd: int,
         nest: Nest | None = None,
         first_pid: int = 0,
+        joining: Joining | None = None,
     ) -> None:
         self.facts = facts
         self._methods_fd = methods_fd
@@ -184,6 +192,8 @@ class CreateContext:
             self.mounting = mounting
         if nest is not None:
             self.nest = nest
+        if joining is not None:
+            self.joining = joining
         self.first_pid = first_pid
 
     def call(self, method: str, data: bytes) -> bytes:
@@ -197,10 +207,11 @@ class CreateContext:
 class StartContext:
     """As the payload, inside the container, sealed: may become the payload and nothing else."""
 
-    __slots__ = ("message",)
+    __slots__ = ("_streams", "message")
 
-    def __init__(self, message: bytes) -> None:
+    def __init__(self, message: bytes, streams: tuple[int, ...] = ()) -> None:
         self.message = message
+        self._streams = streams
 
     def filter_calls(self, program: bytes, flags: int) -> None:
         """Have the payload start under this seccomp filter, or not at all."""
@@ -208,13 +219,20 @@ class StartContext:
 
     def execve(self, path: bytes, arguments: list[bytes], environment: list[bytes]) -> OSError:
         """Become the payload; returns, with the reason, only if that fails."""
+        # What fails here is told to whoever has called, who has these streams still.
+        own = [os.dup(number) for number in range(len(self._streams))]
+        for number, fd in enumerate(self._streams):
+            os.dup2(fd, number)
         error = _starter.exec_payload(path, arguments, environment)
+        for number, fd in enumerate(own):
+            os.dup2(fd, number)
+            os.close(fd)
         return OSError(error, os.strerror(error))
 
 
 @final
 class PostStartContext:
-    """As the caller: may know which process the payload is."""
+    """As the caller: may know which process the payload is, and let go who waits for it."""
 
     __slots__ = ("facts", "pid")
 

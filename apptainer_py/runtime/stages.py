@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from apptainer_py.kernel._starter import StageInfo
     from apptainer_py.model.oci_call import OciCall
     from apptainer_py.model.request import ActionRequest
+    from apptainer_py.runtime.joining import Joining
 
     Parse = Callable[[list[str], Mapping[str, str]], ActionRequest | None]
     LoadBuiltin = Callable[[str], None]
@@ -211,6 +212,7 @@ class Master:
                 plan.gid,
                 plan.groups,
                 plan.caps,
+                context.process_fd,
             )
         except OSError:
             raise KeeperGone(what=what) from None
@@ -221,15 +223,26 @@ class Master:
         fd = os.memfd_create("message", os.MFD_CLOEXEC)
         write_all(os.dup(fd), context.message)
         # Where stage 2 has ended, what depends on it fails next, and says so.
-        _tell(self.info["start_fd"], b"message", fd)
+        for stream in context.streams:
+            _tell(self.info["start_fd"], b"stream", stream)
+        if context.process_fd < 0:
+            _tell(self.info["start_fd"], b"message", fd)
         os.close(fd)
 
     def create_and_watch(self, context: PrepareContext) -> int:
         """Run the remaining hooks; the payload's status is keeper's business."""
         from apptainer_py.runtime.mounting import Mounting
 
-        mounting = Mounting(self.keeper_fd, self.info["rpc_fd"], self.container_pid)
-        create = CreateContext(self.facts, mounting, self.info["methods_fd"])
+        joins = context.process_fd >= 0
+        mounting = (
+            None if joins else Mounting(self.keeper_fd, self.info["rpc_fd"], self.container_pid)
+        )
+        create = CreateContext(
+            self.facts,
+            mounting,
+            self.info["methods_fd"],
+            joining=self._joining() if joins else None,
+        )
         try:
             _starter.run_hook(
                 protocol.HOOK_CREATE_CONTAINER, self.operations.create_container, create
@@ -241,7 +254,7 @@ class Master:
                 raise StageFailed from None
             raise
         os.close(self.info["rpc_fd"])
-        if not self.wait_until_started():
+        if not self.wait_until_started(instance=bool(context.streams)):
             self.clean_up()
             return 255
         self._trigger_helper(0)
@@ -256,6 +269,11 @@ class Master:
             )
         self.clean_up()
         return 0
+
+    def _joining(self) -> Joining:
+        from apptainer_py.runtime.joining import Joining
+
+        return Joining(self.info["start_fd"])
 
     def _server_ended(self, error: ApptainerError | OSError) -> bool:
         """Return whether the image's server has ended: then that is why something went wrong."""
@@ -279,7 +297,7 @@ class Master:
         except OSError:
             return False
 
-    def wait_until_started(self) -> bool:
+    def wait_until_started(self, *, instance: bool = False) -> bool:
         """Wait until stage 2 has become the payload, which closes its end; False if it failed.
 
         Raises:
@@ -288,8 +306,10 @@ class Master:
         from apptainer_py.runtime.mounting import StarterGone
 
         if _heard(self.info["start_fd"]):
-            # Our own end would have keeper kill stage 2, whose status is the one that counts.
-            MonitorContext(self.keeper_fd, 0).wait()
+            # Our own end would have keeper kill stage 2, whose status is the one that counts; but
+            # an instance would go on without it.
+            if not instance:
+                MonitorContext(self.keeper_fd, 0).wait()
             return False
         try:
             event = _starter.receive_event(self.keeper_fd)
@@ -481,14 +501,19 @@ def _run_start(info: StageInfo, facts: Facts, load_builtin: LoadBuiltin) -> int:
     operations = _load_engine(Request(info["request_fd"]), load_builtin)
     _init(operations, facts, protocol.STAGE_START)
     seal()
-    try:
-        _, fd = _starter.receive_bytes(info["start_fd"], 16)
-    except OSError:
-        fd = -1
-    if fd < 0:
-        return 255  # master has ended, and keeper tells of that
+    streams: list[int] = []
+    word, fd = b"stream", -1
+    while word == b"stream":
+        try:
+            word, fd = _starter.receive_bytes(info["start_fd"], 16)
+        except OSError:
+            fd = -1
+        if fd < 0:
+            return 255  # master has ended, and keeper tells of that
+        streams.append(fd)
+    fd = streams.pop()
     os.lseek(fd, 0, 0)
-    context = StartContext(read_at_most(fd, os.fstat(fd).st_size))
+    context = StartContext(read_at_most(fd, os.fstat(fd).st_size), tuple(streams))
     if not _starter.wait_for_go():
         return 255
     try:

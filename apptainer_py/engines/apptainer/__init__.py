@@ -6,11 +6,13 @@ from apptainer_py.runtime.engine import Operations, register_operations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from apptainer_py.engines.apptainer.joining import Joined
     from apptainer_py.engines.apptainer.prepare import Prepared
     from apptainer_py.runtime.contexts import (
         CleanupContext,
         CreateContext,
         InitContext,
+        PostStartContext,
         PrepareContext,
         StartContext,
     )
@@ -20,6 +22,7 @@ class Apptainer(Operations):
     """Runs an image the way Apptainer's users know it."""
 
     prepared: Prepared | None = None
+    joined: Joined | None = None
 
     def init_config(self, context: InitContext) -> None:
         """Load what the later hooks of this stage need, while the host's files are there."""
@@ -29,14 +32,20 @@ class Apptainer(Operations):
 
     def prepare_config(self, context: PrepareContext) -> None:
         """Judge image, options and policy; plan mounts, identity and process."""
-        from apptainer_py.engines.apptainer.prepare import prepare
+        from apptainer_py.engines.apptainer.prepare import prepare, prepare_join
 
-        self.prepared = prepare(context)
+        if context.action is not None and context.action.image.startswith("instance://"):
+            self.joined = prepare_join(context)
+        else:
+            self.prepared = prepare(context)
 
     def create_container(self, context: CreateContext) -> None:
         """Put the container together from the plan."""
         from apptainer_py.engines.apptainer.create import create
 
+        if self.joined is not None:
+            self.joined.create(context)
+            return
         assert self.prepared is not None
         create(context, self.prepared)
 
@@ -46,11 +55,18 @@ class Apptainer(Operations):
 
         start.start(context)
 
+    def post_start_process(self, context: PostStartContext) -> None:
+        """Tell of an instance that it stands."""
+        if self.prepared is not None and self.prepared.service is not None:
+            self.prepared.service.stands(context.pid)
+
     def cleanup_container(self, context: CleanupContext) -> None:
-        """Mounts die with their namespace; what else there is, the janitor undoes."""
+        """Mounts die with their namespace; what else there is goes with the launch's last."""
         janitor = self.prepared.janitor if self.prepared is not None else None
         if janitor is not None:
             janitor.end(wait=context.status is not None)
+        if self.prepared is not None and self.prepared.service is not None:
+            self.prepared.service.ended()
 
 
 register_operations("apptainer", Apptainer)

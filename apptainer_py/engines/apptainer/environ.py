@@ -209,6 +209,8 @@ def own_variables(action: ActionRequest, image: str, home: str, binds: str) -> d
     }
     if action.no_eval:
         found["APPTAINER_NO_EVAL"] = found["SINGULARITY_NO_EVAL"] = "1"
+    if action.instance:
+        found["APPTAINER_INSTANCE"] = found["SINGULARITY_INSTANCE"] = action.instance
     if action.shell:
         found["APPTAINER_SHELL"] = found["SINGULARITY_SHELL"] = action.shell
     if action.app:

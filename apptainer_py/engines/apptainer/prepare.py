@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from apptainer_py.engines.apptainer.drivers import Drivers
     from apptainer_py.engines.apptainer.environ import Environment
     from apptainer_py.engines.apptainer.fakeroot import Degree
+    from apptainer_py.engines.apptainer.instance import Service
+    from apptainer_py.engines.apptainer.joining import Joined
     from apptainer_py.engines.apptainer.layers import Shown
     from apptainer_py.engines.apptainer.limits import Limits
     from apptainer_py.engines.apptainer.network import Networks
@@ -100,6 +102,7 @@ class Prepared:
         "networks",
         "offset",
         "read_only_root",
+        "service",
         "session_mib",
         "shim",
         "shown",
@@ -132,6 +135,7 @@ class Prepared:
         self.networks: Networks | None = None
         self.shim = False
         self.session_mib = 0
+        self.service: Service | None = None
         self.writable_root = False
         self.read_only_root = True
         self.user = mounts.User("", "", "", 0, 0)
@@ -178,6 +182,22 @@ def prepare(context: PrepareContext) -> Prepared:
         raise
 
 
+def prepare_join(context: PrepareContext) -> Joined:
+    """Judge what shall be started in an instance.
+
+    Raises:
+        ApptainerError: it cannot be.
+    """
+    from apptainer_py.engines.apptainer import joining
+
+    action, facts = context.action, context.facts
+    assert action is not None
+    check_flow(facts)
+    check_options(action, facts)
+    flags, caps = choose_privileges(action, facts), choose_capabilities(action, facts)
+    return joining.prepare(context, flags, caps)
+
+
 def judge(
     prepared: Prepared, action: ActionRequest, context: PrepareContext, security: Security | None
 ) -> Prepared:
@@ -196,6 +216,11 @@ def judge(
         flags = degree.flags | flags & ~protocol.PLANFLAG_NO_NEW_PRIVS
     prepared.shim = bool(flags & protocol.PLANFLAG_SHIM)
     prepared.user = mounts.find_user(facts, action, context.environment, as_root=degree is not None)
+    if action.instance:
+        from apptainer_py.engines.apptainer.instance import Service
+
+        prepared.service = Service(action, context, prepared.image.realpath)
+        context.streams = prepared.service.streams
     plan = ContainerPlan(
         image=prepared.image.realpath,
         uid=0 if degree else facts.uid,
@@ -417,9 +442,7 @@ def choose_spaces(prepared: Prepared, action: ActionRequest, facts: Facts) -> tu
             log.warning(f"Not virtualizing {name} namespace by configuration")
             continue
         spaces |= bit
-    flags = 0
-    if spaces & protocol.SPACE_PID and not action.no_init:
-        flags |= protocol.PLANFLAG_SHIM
+    flags = first_process(action, spaces)
     if prepared.layer == protocol.LAYERKIND_OVERLAY_TMPFS:
         flags |= protocol.PLANFLAG_WRITABLE_LAYER
     if prepared.image.kind != "sandbox" and not prepared.fuse:
@@ -434,6 +457,14 @@ def choose_spaces(prepared: Prepared, action: ActionRequest, facts: Facts) -> tu
     if action.hostname and spaces & protocol.SPACE_UTS:
         prepared.hostname = check_hostname(action.hostname)
     return spaces, flags
+
+
+def first_process(action: ActionRequest, spaces: int) -> int:
+    """Return what the plan says of process 1: an instance lives as long as ours."""
+    if action.instance:
+        return protocol.PLANFLAG_SHIM | protocol.PLANFLAG_INSTANCE
+    shim = spaces & protocol.SPACE_PID and not action.no_init
+    return protocol.PLANFLAG_SHIM if shim else 0
 
 
 def wants_network(action: ActionRequest) -> bool:

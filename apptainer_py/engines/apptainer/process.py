@@ -233,7 +233,19 @@ _ODD = """\
         *) [ ! -x "$__part" ] || exec "$__part" -- @PAIRS@ "$@" ;;
         esac
     done"""
-_ACTIONS = {"exec": _EXEC, "shell": _SHELL, "run": _RUN, "test": _TEST}
+_START = r"""
+if [ -n "${SINGULARITY_APPNAME:-}" ]; then
+    if [ -x "/scif/apps/$SINGULARITY_APPNAME/scif/startscript" ]; then
+        __become "/scif/apps/$SINGULARITY_APPNAME/scif/startscript" "$@"
+    fi
+    __say "ERROR:   No startscript for contained app: $SINGULARITY_APPNAME"
+    exit 1
+fi
+if [ -x /.singularity.d/startscript ]; then __become /.singularity.d/startscript "$@"; fi
+@INFO@__say "INFO:    No instance start script found in container"
+exit 0
+"""
+_ACTIONS = {"exec": _EXEC, "shell": _SHELL, "run": _RUN, "start": _START, "test": _TEST}
 _NOTHING = ": || "
 
 
@@ -290,8 +302,7 @@ def _entries(values: dict[str, str]) -> list[bytes]:
     return [os.fsencode(f"{name}={value}") for name, value in values.items()]
 
 
-def _directories(action: ActionRequest, context: PrepareContext, prepared: Prepared) -> list[str]:
-    home = prepared.user.home
+def _directories(action: ActionRequest, context: PrepareContext, home: str) -> list[str]:
     if action.cwd:
         return [action.cwd]
     if action.contain:
@@ -315,7 +326,25 @@ def spec(
     binds: str,
 ) -> bytes:
     """Return the message for stage 2: all it needs to start the payload."""
-    own = environ.own_variables(action, prepared.image.path, prepared.user.home, binds)
+    image, home = prepared.image.path, prepared.user.home
+    found = lists(action, context, image, home, environment, binds, _prefix(prepared))
+    if _has_console(prepared):
+        found[b"console"] = [b"yes"]
+    found[b"filter"] = prepared.filter
+    return pack(found)
+
+
+def lists(  # noqa: PLR0913 one thing each
+    action: ActionRequest,
+    context: PrepareContext,
+    image: str,
+    home: str,
+    environment: Environment,
+    binds: str,
+    prefix: list[str] | None = None,
+) -> dict[bytes, list[bytes]]:
+    """Return all that is needed to start the payload, by name."""
+    own = environ.own_variables(action, image, home, binds)
     early = {name: own.pop(name) for name in environ.EARLY if name in own}
     late = {name: value for name, value in environment.forwarded.items() if environ.is_name(name)}
     late.update(own)
@@ -333,24 +362,22 @@ def spec(
     }
     plain.setdefault("LD_LIBRARY_PATH", "/.singularity.d/libs")
     evaluate = not action.no_eval
-    return pack(
-        {
-            b"action": [action.command.encode()],
-            b"arguments": [os.fsencode(word) for word in _command(action)],
-            b"script": [os.fsencode(script(action, environment, _prefix(prepared)))],
-            b"values": [os.fsencode(environ.injection(environment, evaluate=evaluate))],
-            b"paths": [os.fsencode(environ.path_lines(environment, evaluate=evaluate))],
-            b"app": [action.app.encode()] if action.app else [],
-            b"environment": _entries(early),
-            b"forwarded": _entries(late),
-            b"plain": _entries(plain),
-            b"odd": _entries(odd_names(environment)),
-            b"cwd": [os.fsencode(path) for path in _directories(action, context, prepared)],
-            b"prefix": [os.fsencode(word) for word in _prefix(prepared)],
-            b"cwd_required": [b"yes"] if action.cwd else [],
-            b"umask": [b"%d" % (0o022 if action.no_umask else context.facts.umask)],
-            b"console": [b"yes"] if _has_console(prepared) else [],
-            b"filter": prepared.filter,
-            b"level": [b"%d" % action.message_level],
-        }
-    )
+    return {
+        b"action": [action.command.encode()],
+        b"arguments": [os.fsencode(word) for word in _command(action)],
+        b"script": [os.fsencode(script(action, environment, prefix or []))],
+        b"values": [os.fsencode(environ.injection(environment, evaluate=evaluate))],
+        b"paths": [os.fsencode(environ.path_lines(environment, evaluate=evaluate))],
+        b"app": [action.app.encode()] if action.app else [],
+        b"environment": _entries(early),
+        b"forwarded": _entries(late),
+        b"plain": _entries(plain),
+        b"odd": _entries(odd_names(environment)),
+        b"cwd": [os.fsencode(path) for path in _directories(action, context, home)],
+        b"prefix": [os.fsencode(word) for word in prefix or []],
+        b"cwd_required": [b"yes"] if action.cwd else [],
+        b"umask": [b"%d" % (0o022 if action.no_umask else context.facts.umask)],
+        b"console": [],
+        b"filter": [],
+        b"level": [b"%d" % action.message_level],
+    }

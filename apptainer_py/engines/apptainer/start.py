@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
 _SHELL, _BASH = b"/bin/sh", b"/bin/bash"
 _RUNSCRIPT = b"/.singularity.d/runscript"
+_SCRIPTS = {b"run": _RUNSCRIPT, b"start": b"/.singularity.d/startscript"}
 _FOLDER = "/.singularity.d/env"
 _FILE_BYTES = 1 << 16
 _STARTER_ENDS_S = 5
 # The actions whose program stage 2 finds as the script does; the others are the script's.
-_DIRECT = (b"exec", b"run")
+_DIRECT = (b"exec", b"run", b"start")
 
 
 class BadDirectory(LaunchError):
@@ -54,6 +55,7 @@ def start(context: StartContext) -> None:
         context.filter_calls(bytes.fromhex(code.decode()), int(number))
     os.umask(int(message[b"umask"][0]))
     directory = os.fsencode(os.getcwd())
+    _check_start(message)
     evaluated = _evaluate(message, directory)
     if evaluated is not None:
         _start_directly(context, message, evaluated)
@@ -66,6 +68,15 @@ def start(context: StartContext) -> None:
         if message[b"action"][0] != b"exec":
             raise NotStarted(text=_explain(shell, problem))
     _start_without_shell(context, message, directory)
+
+
+def _check_start(message: dict[bytes, list[bytes]]) -> None:
+    """Refuse an instance of an application that has nothing to start, while somebody listens."""
+    app = message[b"app"]
+    if message[b"action"][0] != b"start" or not app:
+        return
+    if not _is_program(b"/scif/apps/" + app[0] + b"/scif/startscript"):
+        raise NotStarted(text=f"No startscript for contained app: {os.fsdecode(app[0])}")
 
 
 def _interpreter(message: dict[bytes, list[bytes]]) -> bytes:
@@ -167,10 +178,11 @@ def _start_directly(
 ) -> None:
     """Execute the command, or the runscript; comes back only where the shell has to say more."""
     arguments = message[b"arguments"]
-    if message[b"action"][0] == b"run":
-        if not _is_program(_RUNSCRIPT):
+    script = _SCRIPTS.get(message[b"action"][0])
+    if script is not None:
+        if not _is_program(script):
             return
-        arguments = [_RUNSCRIPT, *arguments]
+        arguments = [script, *arguments]
     path = next((entry[5:] for entry in entries if entry.startswith(b"PATH=")), b"")
     program = _find(arguments[0], path)
     if message[b"prefix"]:
@@ -260,8 +272,8 @@ def _start_without_shell(
     action = message[b"action"][0]
     arguments = message[b"arguments"]
     if action != b"exec":
-        arguments = [_RUNSCRIPT, *arguments]
-        if action != b"run" or not _is_program(arguments[0]):
+        arguments = [_SCRIPTS.get(action, b""), *arguments]
+        if action not in _SCRIPTS or not _is_program(arguments[0]):
             raise NotStarted(text="/bin/sh does not exist in container")
     environment = [*message[b"plain"], b"PWD=" + directory]
     path = next(entry[5:] for entry in environment if entry.startswith(b"PATH="))

@@ -259,7 +259,6 @@ def test_an_option_that_is_switched_off_is_not_refused() -> None:
         ("docker://alpine", NotSupported),
         ("docker:alpine", NotSupported),
         ("oras://x", NotSupported),
-        ("instance://x", NotSupported),
         ("foo://x", UnknownTransport),
     ],
 )
@@ -268,7 +267,7 @@ def test_an_image_from_elsewhere(image: str, error: type[Exception]) -> None:
         parse(["run", image], {})
 
 
-@pytest.mark.parametrize("words", [["build"], ["pull", "x"], ["instance", "list"], ["sif", "add"]])
+@pytest.mark.parametrize("words", [["build"], ["pull", "x"], ["sif", "add"]])
 def test_a_command_that_is_not_built(words: list[str]) -> None:
     with pytest.raises(NotSupported) as caught:
         parse(words, {})

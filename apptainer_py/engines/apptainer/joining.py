@@ -1,0 +1,172 @@
+"""`exec instance://NAME` and its like: a payload in a container that runs.
+
+Nothing is mounted, and no Python enters the instance. The process that does is C (starter/join.c)
+and becomes what is said here: the image's shell with the script that every launch has, or the
+program itself where the image has no shell.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from apptainer_py.base import log
+from apptainer_py.base.errors import LaunchError
+from apptainer_py.engines.apptainer import environ, mounts, process
+from apptainer_py.engines.apptainer.instance import check_flow
+from apptainer_py.model import protocol
+from apptainer_py.model.plan import ContainerPlan
+from apptainer_py.runtime import instances
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from apptainer_py.model.plan import Capabilities
+    from apptainer_py.model.request import ActionRequest
+    from apptainer_py.runtime.contexts import CreateContext, PrepareContext
+    from apptainer_py.runtime.joining import Joining
+
+PREFIX = "instance://"
+_SHELLS = (b"/bin/sh", b"/bin/bash")
+_WHERE = "While setting image/instance: "
+_RUNSCRIPT = b"/.singularity.d/runscript"
+# What these promise would not hold; other options that shape a container are without effect here,
+# as they are with Apptainer.
+_REFUSED = (
+    "security", "apply_cgroups", "memory", "memory_reservation", "memory_swap", "cpus",
+    "cpu_shares", "cpuset_cpus", "cpuset_mems", "pids_limit", "blkio_weight", "blkio_weight_device",
+    "oom_kill_disable",
+)  # fmt: skip
+
+
+class BadDirectory(LaunchError):
+    """--cwd names a directory that the container has not."""
+
+    message = "failed to set working directory: chdir {path}: {reason}"
+
+
+class NotStarted(LaunchError):
+    message = "{text}"
+
+
+class OfTheInstance(LaunchError):
+    """An option that would have to change what is there already."""
+
+    message = "--{option} is for the start of an instance, and cannot be given to who joins it"
+    hint = "give it to `instance start`"
+
+
+class Joined:
+    """What the payload in the instance will be."""
+
+    def __init__(self, lists: dict[bytes, list[bytes]]) -> None:
+        self.lists = lists
+        self.directory = b"/"
+
+    def create(self, context: CreateContext) -> None:
+        """Have the process that waits inside become it.
+
+        Raises:
+            LaunchError: directory or program cannot be used.
+        """
+        joining = context.joining
+        try:
+            self._enter(joining)
+            self._become(joining)
+        except LaunchError:
+            joining.dismiss()
+            raise
+
+    def _enter(self, joining: Joining) -> None:
+        candidates = self.lists[b"cwd"]
+        for path, instead in zip(candidates, [*candidates[1:], b"/"], strict=True):
+            number = joining.enter(path)
+            if number == 0:
+                self.directory = path
+                return
+            facts = {"path": os.fsdecode(path), "reason": os.strerror(number).lower()}
+            if self.lists[b"cwd_required"]:
+                raise BadDirectory(**facts)
+            log.warning(
+                "Error changing the container working directory. Using "
+                f"'{os.fsdecode(instead)}' instead: chdir {facts['path']}: {facts['reason']}"
+            )
+
+    def _become(self, joining: Joining) -> None:
+        lists = self.lists
+        action = lists[b"action"][0]
+        mask = int(lists[b"umask"][0])
+        own = b"PWD=" + self.directory
+        forwarded = lists[b"forwarded"]
+        for shell in _SHELLS if action in (b"exec", b"run") else _SHELLS[:1]:
+            words = [shell, b"-c", b'eval "$1"', b"apptainer-py", lists[b"script"][0]]
+            words += [b"%d" % len(forwarded), *forwarded, *lists[b"arguments"]]
+            number = joining.execute(shell, words, [*lists[b"environment"], own], mask)
+            if number == 0:
+                return
+            if number != errno.ENOENT:
+                raise NotStarted(text=f"exec {os.fsdecode(shell)}: {os.strerror(number).lower()}")
+        self._without_shell(joining, action, mask, [*lists[b"plain"], own])
+
+    def _without_shell(
+        self, joining: Joining, action: bytes, mask: int, environment: list[bytes]
+    ) -> None:
+        arguments = self.lists[b"arguments"]
+        if action == b"run":
+            arguments = [_RUNSCRIPT, *arguments]
+        elif action != b"exec":
+            raise NotStarted(text="/bin/sh does not exist in container")
+        name = arguments[0]
+        search = next(entry[5:] for entry in environment if entry.startswith(b"PATH="))
+        folders = [b""] if b"/" in name else [part or b"." for part in search.split(b":")]
+        reason = errno.ENOENT
+        for folder in folders:
+            program = folder + b"/" + name if folder else name
+            number = joining.execute(program, [program, *arguments[1:]], environment, mask)
+            if number == 0:
+                return
+            if number != errno.ENOENT:
+                reason = number
+        text = f'"{os.fsdecode(name)}": executable file not found in $PATH'
+        if reason != errno.ENOENT or b"/" in name:
+            text = f"{os.fsdecode(name)}: {os.strerror(reason).lower()}"
+        raise NotStarted(text=text)
+
+
+def prepare(context: PrepareContext, flags: int, caps: Capabilities) -> Joined:
+    """Find the instance, and say which process of /proc it is; the starter looks for itself.
+
+    Raises:
+        ApptainerError: there is no such instance, or this flow cannot join it.
+    """
+    action, facts = context.action, context.facts
+    assert action is not None
+    if action.oci:
+        raise LaunchError(text="instances cannot be joined with --oci: leave it out")
+    for option in _REFUSED:
+        if getattr(action, option) != action._defaults[option]:
+            raise OfTheInstance(option=option.replace("_", "-"))
+    name = instances.check_name(action.image.removeprefix(PREFIX), _WHERE)
+    owner = instances.owner(facts.uid)
+    found = instances.find(owner, name)
+    context.process_fd = -1 if found is None else instances.open_running(found, owner)
+    if found is None or context.process_fd < 0:
+        raise instances.NoInstance(name=name)
+    if check_flow(facts, found):
+        context.use_plain_starter()
+    user = mounts.find_user(facts, action, context.environment)
+    lists = process.lists(
+        joined_action(action, name), context, found.image, user.home,
+        environ.collect(action, context.environment), "",
+    )  # fmt: skip
+    context.plan(
+        ContainerPlan(
+            image=found.image, uid=facts.uid, gid=facts.gid, caps=caps,
+            flags=protocol.PLANFLAG_JOIN | flags & protocol.PLANFLAG_NO_NEW_PRIVS,
+        )
+    )  # fmt: skip
+    return Joined(lists)
+
+
+def joined_action(action: ActionRequest, name: str) -> ActionRequest:
+    """Return the action with the instance's name, which its environment tells."""
+    return action.replace(instance=name)

@@ -1,0 +1,166 @@
+"""`instance stop`: a signal, some patience, and SIGKILL for who does not heed it.
+
+A signal goes to a process that has been looked at, by descriptor, and to no number: a record may
+say anything.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+
+from apptainer_py.base import log
+from apptainer_py.base.errors import ApptainerError, UsageError
+from apptainer_py.runtime import instances
+
+_LAST_WORDS_S = 5.0
+
+
+class StopForRoot(ApptainerError):
+    message = "Only root user can stop user's instances"
+
+
+class BadSignal(ApptainerError):
+    message = "Could not convert stop signal: {text} is not a number"
+    hint = "a signal is a name such as SIGTERM, or a number from 1 to 64"
+
+
+class StillThere(ApptainerError):
+    message = "instance {name} (PID={pid}) has not ended"
+
+
+class _Target:
+    """An instance that is being stopped, held by descriptors of its process and of the keeper."""
+
+    def __init__(self, instance: instances.Instance, process: int, keeper: int) -> None:
+        self.instance = instance
+        self.process = process
+        self.keeper = keeper
+
+    def send(self, number: int) -> None:
+        import signal
+
+        try:
+            signal.pidfd_send_signal(self.process, number)
+        except ProcessLookupError:
+            return
+
+    def describe(self) -> str:
+        one = self.instance
+        return f"{one.name} instance of {one.image} (PID={one.pid})"
+
+
+def instance_stop(  # noqa: PLR0913 an option each
+    *, pattern: str, everything: bool, user: str, uid: int, number: str, force: bool, timeout_s: int
+) -> None:
+    """Stop the instances whose names match; returns when they have ended.
+
+    Raises:
+        ApptainerError: it cannot be done, or not by this caller.
+    """
+    import fnmatch
+    import signal
+
+    if not pattern and not everything:
+        raise UsageError(text="invalid command")
+    if user and uid != 0:
+        raise StopForRoot
+    wanted = signal.SIGKILL if force else signal_number(number) if number else 0
+    owner = instances.owner(user or uid)
+    targets = []
+    for instance in instances.every(owner):
+        if everything or fnmatch.fnmatchcase(instance.name, pattern):
+            target = _take(instance, owner)
+            if target is not None:
+                targets.append(target)
+    if not targets:
+        raise UsageError(text="no instance found")
+    _stop(targets, wanted, timeout_s)
+    if uid == owner.uid:
+        for target in targets:
+            instances.forget(owner, target.instance.name)
+
+
+def signal_number(text: str) -> int:
+    """Return the number of a signal that is given by name, with or without SIG, or by number.
+
+    Raises:
+        BadSignal: there is no such signal.
+    """
+    import signal
+
+    if text.isascii() and text.isdigit() and 1 <= int(text) <= 64:
+        return int(text)
+    name = text.upper()
+    name = name if name.startswith("SIG") else f"SIG{name}"
+    found = signal.Signals.__members__.get(name)
+    if found is None:
+        raise BadSignal(text=text)
+    return found
+
+
+def _take(instance: instances.Instance, owner: instances.Owner) -> _Target | None:
+    """Return a hold on the processes of an instance, if it still is the one of the record."""
+    try:
+        folder = instances.process_folder(instance.pid)
+    except OSError:
+        return None
+    try:
+        process = os.pidfd_open(instance.pid)
+        keeper = os.pidfd_open(instance.ppid)
+    except OSError:
+        return None
+    finally:
+        # Judged after the descriptors are there: what is in our hands is what was looked at.
+        good = instances.is_running(instance, folder, owner)
+        os.close(folder)
+    if not good:
+        os.close(process)
+        os.close(keeper)
+        return None
+    return _Target(instance, process, keeper)
+
+
+def _stop(targets: list[_Target], wanted: int, timeout_s: int) -> None:
+    import signal
+
+    for target in targets:
+        log.info(f"Stopping {target.describe()}")
+        target.send(wanted or _own_signal(target.instance))
+    left = _wait(targets, timeout_s)
+    for target in left:
+        log.info(f"Killing {target.describe()} (Timeout)")
+        target.send(signal.SIGKILL)
+    for target in _wait(left, _LAST_WORDS_S):
+        raise StillThere(name=target.instance.name, pid=target.instance.pid)
+    # The name is free when the last of the instance's processes has gone.
+    _wait(targets, _LAST_WORDS_S, keepers=True)
+
+
+def _own_signal(instance: instances.Instance) -> int:
+    """Return what the image's author wants for the end, or SIGINT."""
+    import signal
+
+    try:
+        return signal_number(instance.stop_signal) if instance.stop_signal else signal.SIGINT
+    except BadSignal:
+        log.warning(f"{instance.image}: its stop signal is unknown; sending SIGINT")
+        return signal.SIGINT
+
+
+def _wait(targets: list[_Target], patience_s: float, *, keepers: bool = False) -> list[_Target]:
+    """Return those that have not ended in that time."""
+    end = time.monotonic() + patience_s
+    poll = select.poll()
+    waiting = {target.keeper if keepers else target.process: target for target in targets}
+    for fd in waiting:
+        poll.register(fd, select.POLLIN)
+    while waiting:
+        ready = poll.poll(max(0.0, end - time.monotonic()) * 1000)
+        if not ready:
+            break
+        for fd, _ in ready:
+            poll.unregister(fd)
+            del waiting[fd]
+    return list(waiting.values())
