@@ -233,6 +233,21 @@ def test_without_user_binds_there_are_none_of_a_list(
     assert "WARNING: Not binding driver files: user bind control disabled" in done.stderr
 
 
+@pytest.mark.parametrize("flow", FLOWS)
+def test_the_pipe_of_the_sharing_service(launch: Run, sif: Path, flow: str) -> None:
+    pipe = Path(tempfile.mkdtemp(prefix="apptainer-py-mps-", dir="/tmp"))
+    pipe.chmod(0o755)
+    (pipe / "control").touch()
+    try:
+        env = {"CUDA_MPS_PIPE_DIRECTORY": str(pipe)}
+        for options in ((), ("-c",)):
+            done = launch(flow, "exec", *options, "--nv", sif, "ls", pipe, env=env)
+            assert ran(done) == "control\n"
+            assert str(pipe) not in done.stderr
+    finally:
+        shutil.rmtree(pipe)
+
+
 # ---- nvidia-container-cli ----
 
 

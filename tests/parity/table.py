@@ -495,6 +495,69 @@ DRIVERS = [
     Case("exec -c --nvccli {sif} true", flows=BOTH),
     Case("exec --containlibs /nonexistent {sif} true", differs={"said": LATER}),
 ]
+# What a container says of itself, started from another one or with its names taken.
+OUTER = {
+    "APPTAINER_NAME": "outer.sif", "APPTAINER_CONTAINER": "/outer.sif",
+    "SINGULARITY_NAME": "outer.sif", "SINGULARITY_CONTAINER": "/outer.sif",
+    "APPTAINER_ENVIRONMENT": "/outer", "APPTAINER_COMMAND": "shell", "PS1": "outer> ",
+    "PROMPT_COMMAND": 'PS1="outer> "; unset PROMPT_COMMAND', "USER_PATH": "/outer",
+    "LD_LIBRARY_PATH": "/.singularity.d/libs",
+}  # fmt: skip
+NESTED = [
+    *(
+        environment(line, env=OUTER)
+        for line in (
+            "exec {sif} env",
+            "exec -e {sif} env",
+            "exec -C {sif} env",
+            "exec {dash} env",
+            "exec --no-eval {sif} env",
+            "exec -p {sif} env",
+        )
+    ),
+    *(
+        environment(f"exec {{{name}}} env", env=env)
+        for name in ("sif", "dash")
+        for env in (
+            {"APPTAINERENV_PS1": "mine> "},
+            {"PS1": "host> "},
+            {"APPTAINERENV_USER_PATH": "mine"},
+            {"APPTAINERENV_APPTAINER_COMMAND": "forged"},
+            {"APPTAINERENV_APPTAINER_BIND": "forged"},
+            {"SINGULARITYENV_LD_LIBRARY_PATH": "/old"},
+            {"SINGULARITYENV_PREPEND_PATH": "/old", "APPTAINERENV_APPEND_PATH": "/new"},
+            {"APPTAINERENV_X": "new", "SINGULARITYENV_X": "new"},
+            {"APPTAINERENV_PROMPT_COMMAND": "date"},
+            {"APPTAINERENV_SHELL": "/bin/mine", "SHELL": "/bin/host"},
+            {"APPTAINERENV_APPTAINER_SHELL": "/bin/mine"},
+            {"APPTAINERENV_APPTAINER_APPNAME": "mine"},
+            {"APPTAINERENV_LANG": "C", "LANG": "xx", "LC_ALL": "C"},
+            {"APPTAINERENV_APPTAINER_NAME": "forged"},
+            {"APPTAINERENV_SINGULARITY_CONTAINER": "forged"},
+            {"APPTAINERENV_SINGULARITY_NAME": "forged"},
+            {"APPTAINERENV_APPTAINER_CONTAINER": "forged"},
+        )
+    ),
+    *(
+        environment("exec {sif} env", env=env)
+        for env in (
+            {"APPTAINER_BIND": "{data}", "SINGULARITY_BIND": "{other}"},
+            {"SINGULARITY_BINDPATH": "{other}"},
+            {"APPTAINER_BIND": "{data}", "APPTAINER_BINDPATH": "{other}:/mnt"},
+            {"APPTAINER_NO_EVAL": "1", "APPTAINERENV_X": "$(id)"},
+            {"SINGULARITY_CLEANENV": "1", "X": "host", "APPTAINERENV_Y": "kept"},
+            {"SINGULARITY_CLEANENV": "1", "APPTAINER_CLEANENV": "0", "X": "host"},
+        )
+    ),
+    environment(
+        "exec {sif} env",
+        env={"APPTAINERENV_PWD": "/x"},
+        differs={"stdout": "PWD is the directory in which the payload is"},
+    ),
+    environment("shell {dash}", stdin="env\n"),
+    environment("shell --shell /bin/sh {dash}", stdin="env\n"),
+    environment("run {plain} -c env", env={"APPTAINERENV_X": "run"}),
+]
 RUN_HELP = [
     *(
         Case(f"run-help {words}", flows=(SETUID,))
@@ -512,7 +575,7 @@ RUN_HELP = [
 ]
 
 GROUPS = {
-    "drivers": DRIVERS, "run-help": RUN_HELP,
+    "drivers": DRIVERS, "nested": NESTED, "run-help": RUN_HELP,
     "images": IMAGES, "status": STATUS, "environment": ENVIRONMENT, "files": FILES,
     "directory": DIRECTORY, "binds": BINDS, "flags": FLAGS, "mounts": MOUNTS, "process": PROCESS,
     "spellings": SPELLINGS, "bad": BAD, "outside": OUTSIDE,

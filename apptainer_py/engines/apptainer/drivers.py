@@ -102,6 +102,7 @@ class Drivers:
             p.bind(source, target, "userbinds",
                    flags=protocol.BINDFLAG_READ_ONLY if read_only else 0)  # fmt: skip
         for source, target in self.files:
+            _stage_below_tmp(p, source, target)
             p.bind(source, target, "files")
         for folder, paths in ((LIBS, self.libraries), (LIBS32, self.libraries32)):
             if paths:
@@ -147,9 +148,15 @@ def _is_default(name: str, configuration: Mapping[str, object]) -> bool:
 def _nvidia(drivers: Drivers, action: ActionRequest, context: PrepareContext) -> None:
     found = _by_list("nvliblist.conf", action, context)
     mps = context.environment.get("CUDA_MPS_PIPE_DIRECTORY", "") or _MPS_PIPE
-    found.files += [path for path in (_PERSISTENCED, mps) if os.path.exists(path)]
+    # Without --contain the host's /tmp is there as a whole.
+    pipes = [mps] if action.contain or not mps.startswith("/tmp/") else []
+    found.files += [path for path in (_PERSISTENCED, *pipes) if _is_there(path)]
     _take(drivers, found, "nv", action)
     drivers.devices += _named("/dev", "nvidia")
+
+
+def _is_there(path: str) -> bool:
+    return path.startswith("/") and os.path.normpath(path) == path and os.path.exists(path)
 
 
 def _rocm(drivers: Drivers, action: ActionRequest, context: PrepareContext) -> None:
@@ -326,6 +333,15 @@ def _may_bind(p: Plan) -> bool:
         return True
     log.warning("Not binding driver files: user bind control disabled by system administrator")
     return False
+
+
+def _stage_below_tmp(p: Plan, source: str, target: str) -> None:
+    """Make the target of a file or directory in a /tmp of the container's own."""
+    folder, name = os.path.split(target)
+    made = {staged for _, staged, _, _ in p.staged}
+    if folder == "/tmp" and "tmp" in made and f"tmp/{name}" not in made:
+        kind, mode = ("directory", 0o755) if os.path.isdir(source) else ("file", 0o644)
+        p.staged.append((kind, f"tmp/{name}", b"", mode))
 
 
 def _plan_libraries(p: Plan, folder: str, paths: list[str], binds: list[Bind]) -> None:
