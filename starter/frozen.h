@@ -26,7 +26,14 @@ struct bundle {
     const struct image *image;
 };
 
-enum { BUNDLE_MASTER, BUNDLE_IMAGE, BUNDLE_START, BUNDLE_OCI };
+enum {
+    BUNDLE_MASTER,
+    BUNDLE_IMAGE,
+    BUNDLE_START,
+    BUNDLE_OCI,
+    BUNDLE_OCI_EXEC,
+    BUNDLE_OCI_CREATE
+};
 
 /* Memory that is never given back, all of which will be written to; NULL if there is none. */
 void *stage_memory(size_t size);

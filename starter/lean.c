@@ -68,6 +68,8 @@ __attribute__((noreturn)) static void run_starter(struct lean *l, int argc, char
                                                   int ready) {
     struct choice c = {.flow = FLOW_CALLER, .engine = "oci", .trace_fd = -1};
     const char *why;
+    if (!l->makes)
+        c.forecast.what = FORECAST_COMMAND;
     if (lean_forecast_network(l, argc, argv))
         c.forecast.spaces = SPACE_NET;
     int fd = request_make(&c, argc, argv, l->envp, &why);

@@ -62,7 +62,8 @@ static bool is_own(int fd) {
     return fstat(fd, &st) == 0 && st.st_uid == geteuid() && (st.st_mode & (S_IWGRP | S_IWOTH)) == 0;
 }
 
-/* Reads the whole record, which is replaced by rename only. */
+/* Reads the whole record: a new one comes by rename.  While its maker holds the lock it may note in
+ * place how far the container has come; whoever acts on that reads it again behind the lock. */
 static enum found read_record(struct container *c) {
     struct stat st;
     int fd = openat(c->dir_fd, RECORD_FILE, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);

@@ -2,6 +2,7 @@
  * taken from the environment, the command line or the directory of the caller. */
 #include <Python.h>
 
+#include <stdbool.h>
 #include <stdint.h>
 #include <sys/mman.h>
 
@@ -142,8 +143,12 @@ static int begin_bundles(const struct stage_info *info) {
         return bundle_run(&bundles[BUNDLE_START]);
     if (info->stage != STAGE_MASTER)
         return 0;
-    if (info->flow == FLOW_CALLER)
-        return bundle_run(&bundles[BUNDLE_OCI]);
+    if (info->flow == FLOW_CALLER) {
+        if (bundle_run(&bundles[BUNDLE_OCI]) < 0)
+            return -1;
+        bool tenant = info->forecast & FORECAST_COMMAND;
+        return bundle_run(&bundles[tenant ? BUNDLE_OCI_EXEC : BUNDLE_OCI_CREATE]);
+    }
     if (bundle_run(&bundles[BUNDLE_MASTER]) < 0)
         return -1;
     return info->forecast & FORECAST_FUSE ? bundle_run(&bundles[BUNDLE_IMAGE]) : 0;

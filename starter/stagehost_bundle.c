@@ -3,6 +3,7 @@
 #include <Python.h>
 
 #include <marshal.h>
+#include <stdbool.h>
 #include <string.h>
 
 #include "frozen.h"
@@ -61,6 +62,10 @@ static int run_row(PyObject *row, PyObject *spec) {
 /* The standard library's own part of `os`, which CPython brings frozen; all look for `os`. */
 static int run_paths(void) {
     static const char *const names[] = {"stat", "genericpath", "posixpath"};
+    static bool done;
+    if (done)
+        return 0;
+    done = true;
     if (!PyImport_AddModule("os"))
         return -1;
     for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++)

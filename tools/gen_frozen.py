@@ -46,18 +46,23 @@ _BUNDLES = {
     ),
     # For an image that is a file; the bundle before it is there already.
     "image": ("apptainer_py.image.sif",),
-    # `create`, `run` and `exec` of the oci engine, up to where they part.
+    # The oci engine: what all of it begins with, and behind that `exec`, or `create` and `run`.
     "oci": (
         "os",
         "apptainer_py.cli.stage",
         "apptainer_py.cli.oci.stage",
         "apptainer_py.engines.oci",
-        "apptainer_py.engines.oci.create",
         "apptainer_py.runtime.nest",
+        "apptainer_py.engines.oci.compile",
+        "apptainer_py.engines.oci.terminal",
+        "apptainer_py.model.record_frame",
+    ),
+    "oci_exec": ("apptainer_py.engines.oci.tenant",),
+    "oci_create": (
+        "apptainer_py.engines.oci.create",
         "apptainer_py.host.cgroups.v1",
         "apptainer_py.host.cgroups.mounting",
         "apptainer_py.host.cgroups.devices",
-        "apptainer_py.model.record_frame",
     ),
     "start": (
         "os",
@@ -66,6 +71,10 @@ _BUNDLES = {
         "apptainer_py.engines.apptainer.start",
     ),
 }
+
+
+# Bundles that are run when another one has been.
+_BEHIND = {"image": "master", "oci_exec": "oci", "oci_create": "oci"}
 
 
 class _Lean(ast.NodeTransformer):
@@ -323,9 +332,9 @@ def generate(tree: Tree) -> str:
             f'    {{.name = "{name}", .code = code_{number}, .size = {len(data)}, '
             f".is_package = {int(package)}}},"
         )
-    master = tree.bundle(_BUNDLES["master"], [])
     for stage, wanted in _BUNDLES.items():
-        names = tree.bundle(wanted, master if stage == "image" else [])
+        first = _BEHIND.get(stage)
+        names = tree.bundle(wanted, tree.bundle(_BUNDLES[first], []) if first else [])
         rows = tuple((name, tree.sources[name][1], tree.code(name)) for name in names)
         text, fields = image(stage, rows) if code_image.possible() else marshalled(stage, rows)
         parts.append(text)

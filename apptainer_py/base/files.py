@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+# What is more is memory of its own from the system for each call.
+_PART_BYTES = 1 << 16
+
 
 def read_at_most(fd: int, size: int) -> bytes:
     """Read `size` bytes, or what is there, from a descriptor; then close it.
@@ -13,7 +16,7 @@ def read_at_most(fd: int, size: int) -> bytes:
     """
     parts = []
     try:
-        while size > 0 and (part := os.read(fd, size)):
+        while size > 0 and (part := os.read(fd, min(size, _PART_BYTES))):
             parts.append(part)
             size -= len(part)
     finally:

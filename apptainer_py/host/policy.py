@@ -8,8 +8,6 @@ from apptainer_py.base import build
 from apptainer_py.base.errors import UsageError
 from apptainer_py.model.directives import Person
 
-ECL_FILE = f"{build.SYSCONFDIR}/ecl.toml"
-
 
 class NoSuchUser(UsageError):
     message = "there is no user {user}"
@@ -43,20 +41,6 @@ def user_namespaces_allowed(proc: str = "/proc") -> bool:
         except OSError:
             continue
     return True
-
-
-def ecl_active() -> bool:
-    """Return whether the execution control list is switched on."""
-    import tomllib
-
-    try:
-        with open(ECL_FILE, "rb") as source:
-            return tomllib.load(source).get("activated") is True
-    except OSError:
-        return False
-    except ValueError:
-        # A list that cannot be read is never taken for one that is switched off.
-        return True
 
 
 def person(user: str | None) -> Person:

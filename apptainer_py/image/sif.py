@@ -13,6 +13,10 @@ from apptainer_py.base.errors import ImageError
 from apptainer_py.base.record import Record
 from apptainer_py.image import arch, detect, squashfs
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 HEADER_BYTES = 128
 DESCRIPTOR_BYTES = 585
 MAX_DESCRIPTORS = 4096
@@ -92,6 +96,7 @@ class Descriptor(Record):
     modified_s: int
     name: bytes
     extra: bytes
+    raw: bytes = b""
 
 
 class Partition(Record):
@@ -182,7 +187,13 @@ def _descriptor(table: bytes, start: int) -> Descriptor:
         modified_s=modified,
         name=name.rstrip(b"\0"),
         extra=extra,
+        raw=table[start : start + DESCRIPTOR_BYTES],
     )
+
+
+def raw_fields(entry: Descriptor) -> tuple[Any, ...]:
+    """Return every field of a descriptor as it stands in the table."""
+    return _DESCRIPTOR.unpack(entry.raw)
 
 
 def layout(fd: int, *, host: str | None = None) -> Layout:

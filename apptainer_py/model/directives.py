@@ -57,13 +57,11 @@ class Person(Record):
 class Surroundings(Record):
     """What the rules depend on beside the file.
 
-    `setuid_obstacles` says why the setuid flow is closed to everybody, `ecl_active` whether the
-    execution control list is.
+    `setuid_obstacles` says why the setuid flow is closed to everybody.
     """
 
     setuid_obstacles: tuple[str, ...] = ()
     user_namespaces: bool = True
-    ecl_active: bool = False
 
 
 class Decision(Record):
@@ -167,7 +165,7 @@ def setuid_decision(config: Config, person: Person) -> Decision:
     return Decision(subject=subject, answer="refused", rule=rule)
 
 
-def kernel_squashfs(config: Config, *, ecl_active: bool) -> bool:
+def kernel_squashfs(config: Config) -> bool:
     """Return whether the kernel mounts an ordinary user's squashfs in the setuid flow."""
     if config.allow_setuid_mount_squashfs == "iflimited":
         limits = (
@@ -175,7 +173,7 @@ def kernel_squashfs(config: Config, *, ecl_active: bool) -> bool:
             or config.limit_container_groups
             or config.limit_container_paths
         )
-        return ecl_active or bool(limits)
+        return bool(limits)
     return config.allow_setuid_mount_squashfs == "yes"
 
 
@@ -217,7 +215,7 @@ def _images(config: Config, around: Surroundings) -> tuple[Decision, ...]:
         if items := getattr(config, field_of(key)):
             said = f"only {key.rsplit(' ', 1)[1]} {value_text(items)}"
             found.append(Decision(subject="any image", answer=said, rule=key))
-    reader = "kernel" if kernel_squashfs(config, ecl_active=around.ecl_active) else "image server"
+    reader = "kernel" if kernel_squashfs(config) else "image server"
     found.append(
         Decision(subject="squashfs is read by", answer=reader, rule="allow setuid-mount squashfs")
     )

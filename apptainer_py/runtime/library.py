@@ -10,7 +10,7 @@ from apptainer_py.kernel import _container, _starter
 from apptainer_py.model.json_out import dumps
 from apptainer_py.model.json_text import loads
 from apptainer_py.runtime.containers import CONFIG
-from apptainer_py.runtime.process import Process, ProcessError
+from apptainer_py.runtime.process import Process, ProcessError, pid_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -148,6 +148,8 @@ class Container:
         finally:
             os.close(ready)
         kind, pidfd = _accept_pidfd(listener, child)
+        # At once: a process that has ended and was reaped has no number any more.
+        pid = pid_of(pidfd) if pidfd >= 0 else -1
         began = os.read(heard, 1) if pidfd >= 0 else b""
         os.close(heard)
         process.messages = tuple(_messages(f"{folder}/log"))
@@ -157,7 +159,7 @@ class Container:
                 os.close(pidfd)
             why = [text for level, text in process.messages if level == "error"]
             raise ProcessError(text=why[-1] if why else f"the launcher failed (status {status})")
-        process.begin(child, pidfd)
+        process.begin(child, pidfd, pid)
         if settings.pidfd_socket:
             _hand_over(settings.pidfd_socket, kind, pidfd)
 

@@ -121,11 +121,11 @@ class Process:
         self._pid = 0
         self._status: int | None = None
 
-    def begin(self, child: int, pidfd: int) -> None:
-        """Note who stands in for the process, and its pidfd; a Container calls this, once."""
+    def begin(self, child: int, pidfd: int, pid: int) -> None:
+        """Note who stands in for the process, and which it is; a Container calls this, once."""
         self._child = child
         self._pidfd = pidfd
-        self._pid = pid_of(pidfd)
+        self._pid = pid
 
     def is_started(self) -> bool:
         """Return whether a container has started it, whatever became of it since."""

@@ -9,7 +9,6 @@ from apptainer_py.base import build
 from apptainer_py.base.record import Record
 from apptainer_py.host.config_file import FileWrong, Problem, Reading, read
 from apptainer_py.host.policy import (
-    ecl_active,
     person,
     starter_obstacles,
     user_namespaces_allowed,
@@ -218,7 +217,6 @@ def _show_effective(
     around = Surroundings(
         setuid_obstacles=(*found, *(starter_obstacles() if installed else ())),
         user_namespaces=user_namespaces_allowed(),
-        ecl_active=ecl_active(),
     )
     made = decisions(reading.config, who, around)
     warnings = _warnings(reading)

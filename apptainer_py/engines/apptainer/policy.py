@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from apptainer_py.base.build import SYSCONFDIR
 from apptainer_py.base.errors import LaunchError, NotSupported
 from apptainer_py.model import protocol
 
@@ -32,6 +33,7 @@ class ImageNotPermitted(NotPermitted):
     message = "{reason}"
 
 
+ECL_FILE = f"{SYSCONFDIR}/ecl.toml"
 _KINDS = {
     "sif": ("allow container sif", "unencrypted SIF containers"),
     "squashfs": ("allow container squashfs", "squashFS containers"),
@@ -78,6 +80,20 @@ def check_image(facts: Facts, image: OpenImage) -> None:
         raise ImageNotPermitted(reason="apptainer image is not owned by required group(s)")
     if paths and not any(_below(image.realpath, path) for path in paths):
         raise ImageNotPermitted(reason="apptainer image is not in an allowed configured path")
+    if _has_ecl():
+        from apptainer_py.engines.apptainer import ecl
+
+        ecl.check(facts, image)
+
+
+def _has_ecl() -> bool:
+    try:
+        os.lstat(ECL_FILE)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True  # whoever reads it says why it cannot be read
+    return True
 
 
 def _list(facts: Facts, key: str) -> tuple[str, ...]:

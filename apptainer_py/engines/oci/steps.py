@@ -242,11 +242,12 @@ def _passwd(root: int) -> bytes:
     try:
         # It may be anything that the image's maker has put there: a device would be opened with
         # the rights of the host.
-        if os.fstat(named).st_mode & _S_IFMT != _S_IFREG:
+        facts = os.fstat(named)
+        if facts.st_mode & _S_IFMT != _S_IFREG:
             return b""
         fd = os.open(f"/proc/self/fd/{named}", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            return os.pread(fd, _PASSWD_BYTES, 0)
+            return os.pread(fd, min(facts.st_size, _PASSWD_BYTES), 0)
         finally:
             os.close(fd)
     except OSError:

@@ -160,18 +160,17 @@ def test_root_needs_no_permission() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rules", "ecl", "kernel"),
+    ("rules", "kernel"),
     [
-        ({}, False, False),
-        ({}, True, True),
-        ({"limit_container_owners": ("root",)}, False, True),
-        ({"limit_container_paths": ("/opt",)}, False, True),
-        ({"allow_setuid_mount_squashfs": "no", "limit_container_groups": ("x",)}, True, False),
-        ({"allow_setuid_mount_squashfs": "yes"}, False, True),
+        ({}, False),
+        ({"limit_container_owners": ("root",)}, True),
+        ({"limit_container_paths": ("/opt",)}, True),
+        ({"allow_setuid_mount_squashfs": "no", "limit_container_groups": ("x",)}, False),
+        ({"allow_setuid_mount_squashfs": "yes"}, True),
     ],
 )
-def test_who_reads_squashfs(rules, ecl, kernel) -> None:
-    assert kernel_squashfs(Config(**rules), ecl_active=ecl) is kernel
+def test_who_reads_squashfs(rules, kernel) -> None:
+    assert kernel_squashfs(Config(**rules)) is kernel
 
 
 def test_changed_names_only_what_was_changed() -> None:

@@ -198,14 +198,3 @@ def test_user_namespaces(tmp_path: Path, files: dict[str, str], allowed: bool) -
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     assert policy.user_namespaces_allowed(str(tmp_path)) is allowed
-
-
-def test_execution_control_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "ecl.toml"
-    monkeypatch.setattr(policy, "ECL_FILE", str(file))
-    found = []
-    for text in (None, "activated = false\n", "activated = true\n", "activated = \n"):
-        if text is not None:
-            file.write_text(text)
-        found.append(policy.ecl_active())
-    assert found == [False, False, True, True]

@@ -1,0 +1,191 @@
+"""What a signature of a SIF file covers: header, descriptors and data of a group (facts §5.3).
+
+Who has signed is another matter: a caller hands in what turns a signature object into the text that
+it proves. Nothing of that text is believed before.
+"""
+
+from __future__ import annotations
+
+import os
+
+from apptainer_py.base.record import Record
+from apptainer_py.image import sif
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from apptainer_py.image.sif import Descriptor
+
+SIGNATURE_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 20
+_COVERED = "<iBIIqqqq"
+
+
+class NotIntact(sif.SifError):
+    """What was signed is not what is in the file."""
+
+    message = "integrity: {reason}"
+
+
+class NotSigned(NotIntact):
+    """A group has no signature."""
+
+    message = "signature not found for object group {group}"
+
+
+class Group(Record):
+    """The objects of one group, and the signatures that are over the group."""
+
+    number: int
+    objects: tuple[Descriptor, ...]
+    signatures: tuple[Descriptor, ...]
+
+
+def group_of(fd: int, number: int) -> Group:
+    """Return a group of an open SIF file.
+
+    Raises:
+        SifError: the file is damaged.
+    """
+    entries = sif.read_descriptors(fd)
+    if len({entry.id for entry in entries}) != len(entries):
+        raise NotIntact(image="", reason="two objects have the same number")
+    return Group(
+        number=number,
+        objects=tuple(entry for entry in entries if entry.group == number),
+        signatures=tuple(
+            entry
+            for entry in entries
+            if entry.data_type == sif.SIGNATURE and entry.link_is_group and entry.link == number
+        ),
+    )
+
+
+def primary_group(fd: int) -> int:
+    """Return the group of the root file system, or 0.
+
+    Raises:
+        SifError: the file is damaged, or it has not one root file system.
+    """
+    return sif.primary_partition(fd).group
+
+
+def read_signature(fd: int, entry: Descriptor) -> bytes:
+    """Return the content of a signature object."""
+    return sif.read_object(fd, entry, limit_bytes=SIGNATURE_BYTES).rstrip(b"\0")
+
+
+class Checker:
+    """Compares proven texts with the file; what is large is read once."""
+
+    def __init__(self, fd: int, group: Group) -> None:
+        self.fd = fd
+        self.group = group
+        self._digests: dict[tuple[str, int], str] = {}
+
+    def check(self, text: bytes) -> None:
+        """Check that a proven text is about exactly this group, as it is in the file.
+
+        Raises:
+            NotIntact: it is not.
+        """
+        import json
+
+        try:
+            said = json.loads(text)
+            header, objects = said["header"]["digest"], said["objects"]
+            rows = {entry["relativeId"]: entry for entry in objects}
+            if said["version"] != 1 or len(rows) != len(objects):
+                raise ValueError
+            pairs = {
+                number: (str(row["descriptorDigest"]), str(row["objectDigest"]))
+                for number, row in rows.items()
+            }
+            if not all(type(number) is int for number in pairs):
+                raise ValueError
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise self._wrong("the signed metadata has an unknown form") from None
+        if not self._matches(str(header), _header_bytes(self.fd)):
+            raise self._wrong("global header integrity compromised")
+        first = min((entry.id for entry in self.group.objects), default=0)
+        if {entry.id - first for entry in self.group.objects} != pairs.keys():
+            raise self._wrong("signed and present objects differ")
+        for entry in self.group.objects:
+            descriptor, content = pairs[entry.id - first]
+            if not self._matches(descriptor, _descriptor_bytes(entry, first)):
+                raise self._wrong(f"descriptor integrity compromised: {entry.id}")
+            if content != self._content_digest(entry, content):
+                raise self._wrong(f"data object integrity compromised: {entry.id}")
+
+    def _wrong(self, reason: str) -> NotIntact:
+        return NotIntact(image="", reason=reason)
+
+    def _algorithm(self, digest: str) -> str:
+        name = digest.partition(":")[0]
+        if name not in ("sha256", "sha384", "sha512"):
+            raise self._wrong("the signed metadata has an unknown digest")
+        return name
+
+    def _matches(self, digest: str, data: bytes) -> bool:
+        import hashlib
+
+        name = self._algorithm(digest)
+        return digest == f"{name}:{hashlib.new(name, data).hexdigest()}"
+
+    def _content_digest(self, entry: Descriptor, like: str) -> str:
+        import hashlib
+
+        name = self._algorithm(like)
+        if (name, entry.id) not in self._digests:
+            sif.check_inside(self.fd, entry)
+            state, at, left = hashlib.new(name), entry.offset, entry.size_bytes
+            while left > 0:
+                part = os.pread(self.fd, min(left, _CHUNK_BYTES), at)
+                if not part:
+                    raise self._wrong(f"object {entry.id} is cut short")
+                state.update(part)
+                at, left = at + len(part), left - len(part)
+            self._digests[name, entry.id] = f"{name}:{state.hexdigest()}"
+        return self._digests[name, entry.id]
+
+
+def _header_bytes(fd: int) -> bytes:
+    """Return what is signed of the header: launch line, magic, version, identity."""
+    raw = os.pread(fd, sif.HEADER_BYTES, 0)
+    return raw[:45] + raw[48:64]
+
+
+def _descriptor_bytes(entry: Descriptor, first: int) -> bytes:
+    """Return what is signed of a descriptor; its number counts from the group's first."""
+    import struct
+
+    (kind, used, number, _, link, _, size, _, created, _, uid, gid, name, extra) = sif.raw_fields(
+        entry
+    )
+    head = struct.pack(_COVERED, kind, used, number - first, link, size, created, uid, gid)
+    return b"".join((head, name, extra))
+
+
+def signers(
+    fd: int, group: Group, prove: Callable[[bytes], tuple[str, bytes] | None]
+) -> Sequence[str]:
+    """Return who has signed the group as it is in the file.
+
+    `prove` returns a fingerprint and the text that it stands for, None for a stranger's signature,
+    and raises for one that is no good.
+
+    Raises:
+        NotSigned: nobody has.
+        NotIntact: somebody known has signed something else.
+    """
+    if not group.signatures or not group.objects or group.number == 0:
+        raise NotSigned(image="", group=group.number, reason="")
+    checker = Checker(fd, group)
+    found = []
+    for entry in group.signatures:
+        proven = prove(read_signature(fd, entry))
+        if proven is not None:
+            checker.check(proven[1])
+            found.append(proven[0])
+    return found
