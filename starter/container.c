@@ -34,6 +34,7 @@ static void close_fd(int *fd) {
 }
 
 static void close_fuse(struct launch *l) {
+    close_fd(&l->overlay_socket[0]);
     for (size_t i = 0; i < LIMIT_FUSE_DEVICES; i++)
         close_fd(&l->fuse_fds[i]);
 }
@@ -193,7 +194,11 @@ NO_RETURN static void container_main(struct launch *l) {
         raised = privs_raise(CAP_BIT(CAP_SYS_ADMIN));
     if (!raised || make_mounts_private(l) < 0)
         fail("cannot make the container's mounts private", errno);
-    if (l->plan.spaces & SPACE_NET && loopback_up() < 0)
+    /* SAFE: the caller's own network, or one that the administrator lists: policy_netns(). */
+    if (l->plan.flags & PLAN_JOIN_NET && setns(l->netns_fd, CLONE_NEWNET) < 0)
+        fail("cannot join the network namespace", errno);
+    close_fd(&l->netns_fd);
+    if (l->plan.spaces & SPACE_NET && !(l->plan.flags & PLAN_JOIN_NET) && loopback_up() < 0)
         report("WARNING: ", "the loopback interface could not be brought up");
     privs_lower(raised);
     if (make_root_a_mount() < 0)
@@ -235,7 +240,8 @@ static pid_t clone_container(struct launch *l, unsigned long flags, int *err) {
 pid_t container_start(struct launch *l, int *err) {
     unsigned long flags = CLONE_NEWNS | SIGCHLD;
     for (size_t i = 0; i < ARRAY_SIZE(spaces); i++)
-        if (l->plan.spaces & spaces[i].space)
+        if (l->plan.spaces & spaces[i].space &&
+            !(spaces[i].space == SPACE_NET && l->plan.flags & PLAN_JOIN_NET))
             flags |= (unsigned long)spaces[i].flag;
     if (!fakeroot_wanted(l))
         return clone_container(l, flags, err);

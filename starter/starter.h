@@ -77,6 +77,8 @@ struct launch {
     bool early_fuse;                   /* the image is mounted and served before it is asked for */
     int life_pipe[2];                  /* closes when the last process of the container ends */
     int serve_pipe[2];                 /* rpc → early image server: the mount is there */
+    int overlay_socket[2];             /* rpc → overlay server: its directories; -1 without */
+    int netns_fd;                      /* the network that the container joins, or -1 */
     int probe_pipe[2];                 /* early image server → keeper: what it opened */
     struct container_plan plan;
 };
@@ -143,6 +145,7 @@ const char *wire_string(const struct op_request *q, int which);
 MUST_USE int policy_caller(const struct launch *l, const char **why);
 MUST_USE int policy_plan(const struct launch *l, const struct container_plan *plan);
 MUST_USE int policy_image(const struct launch *l, int image_fd);
+MUST_USE int policy_netns(const struct launch *l, int fd);
 bool policy_limits_images(const struct launch *l);
 bool policy_on_fuse(int fd);
 MUST_USE bool policy_root_lies_on_nothing(void);
@@ -155,6 +158,7 @@ MUST_USE int names_subids(const struct launch *l, struct subid_range range[2]);
 
 /* policy_mounts.c: decisions about single mounts, for rpc */
 bool policy_bind(const struct launch *l, const char *source, const char *target, int source_fd);
+bool policy_image_bind(const struct launch *l);
 bool policy_kernel_mount(const struct launch *l, enum kernel_fs kind, const char *target);
 bool policy_layer(const struct launch *l, enum layer_kind kind);
 
@@ -234,6 +238,7 @@ int op_layer(struct rpc *r, const struct op_request *q, struct op_reply *a, int 
 int op_bind(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
 int op_mount(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
 int op_hostname(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
+int op_space(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
 int op_pivot(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
 enum rpc_phase { PHASE_SESSION = 1, PHASE_ROOT, PHASE_LAYER, PHASE_ASSEMBLE, PHASE_DONE };
 
@@ -259,6 +264,15 @@ struct image_facts {
 /* As the caller in every id, where keeper may not look itself; 0 or -1. */
 MUST_USE int server_look(const struct launch *l, int image_fd, struct image_facts *found);
 MUST_USE pid_t server_start_early(struct launch *l);
+void server_drop(const struct launch *l);
+/* server_extfs.c */
+struct extfs_place {
+    uint64_t offset;
+    bool writable;
+};
+MUST_USE pid_t server_start_extfs(const struct launch *l, int image_fd, int fuse_fd,
+                                  const struct extfs_place *place);
+MUST_USE pid_t server_start_overlay(struct launch *l);
 /* Waits for its image and its device, from the other end of a socket. */
 NO_RETURN void server_wait(const struct launch *l, int socket);
 MUST_USE pid_t server_start(const struct launch *l, int image_fd, int fuse_fd, uint64_t offset);

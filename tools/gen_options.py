@@ -43,6 +43,7 @@ MEANINGS = {
     "ignore-userns": "OPT_IGNORE_USERNS",
     "ipc": "OPT_IPC",
     "net": "OPT_UNFORESEEN",
+    "netns-path": "OPT_UNFORESEEN",
     "network": "OPT_UNFORESEEN",
     "network-args": "OPT_UNFORESEEN",
     "no-init": "OPT_NO_INIT",

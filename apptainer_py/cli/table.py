@@ -215,10 +215,11 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "a mount as key=value pairs, such as type=bind,source=/data,destination=/mnt"),
     ("net", "n", BOOL, False, ("NET", "UNSHARE_NET"), _ALL, SUPPORTED,
      "a new network namespace"),
-    ("netns-path", "", STRING, "", ("NETNS_PATH",), _ALL, REFUSED,
+    ("netns-path", "", STRING, "", ("NETNS_PATH",), _ALL, SUPPORTED,
      "join the network namespace at this path"),
     ("network", "", STRING, "", ("NETWORK",), _ALL, SUPPORTED,
-     "networks to join, separated by commas: none, or for root those of the configuration"),
+     "networks to join, separated by commas: none, user (no privilege needed), or for root those "
+     "of the configuration"),
     ("network-args", "", LIST, (), ("NETWORK_ARGS",), _ALL, SUPPORTED,
      "arguments for the CNI plug-ins"),
     ("no-descriptions", "", BOOL, False, (),

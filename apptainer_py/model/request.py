@@ -90,6 +90,7 @@ class ActionRequest(Invocation):
     memory_swap: str = ""
     mount: tuple[str, ...] = ()
     net: bool = False
+    netns_path: str = ""
     network: str = ""
     network_args: tuple[str, ...] = ()
     no_env: tuple[str, ...] = ()

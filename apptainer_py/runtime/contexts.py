@@ -138,6 +138,16 @@ class PrepareContext:
         """Ask for the host pair, `post_start_host` and `cleanup_host`."""
         self.helpers_wanted = True
 
+    def join_network(self, fd: int) -> int:
+        """Have the container join an open network namespace; returns an ERR_* of the protocol."""
+        keeper_fd = self._info["keeper_fd"]
+        try:
+            _starter.send_operation(keeper_fd, protocol.OP_NETNS, 0, (), None, None, fd)
+            _, code, _, _ = _starter.receive_reply(keeper_fd)
+        except (EOFError, OSError):
+            os._exit(255)  # keeper has ended, which is all that can be told
+        return code
+
     def record_refusal(self, image: str) -> None:
         """Have the starter record that this image is refused; only the setuid flow has a record.
 

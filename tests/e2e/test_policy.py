@@ -735,14 +735,12 @@ OPTIONS = {
     ("--net", "--network", "bridge"): (
         "allow net users", "allow net groups", "allow net networks",
     ),
-    ("--netns-path", "/run/netns/x"): ("allow netns paths",),
 }  # fmt: skip
 VALUES = {
     "enable fusemount": ("yes", "no"),
     "allow net users": ("root",),
     "allow net groups": ("root",),
     "allow net networks": ("bridge",),
-    "allow netns paths": ("/run/netns/x",),
 }
 
 
@@ -770,6 +768,15 @@ def test_systemd_cgroups(own, image):
         refused(own.run("exec", "--memory", "1G", image.sif, "true"), text)
         ran(own.run("exec", image.sif, "true"))
         ran(own.run("exec", "--memory", "1G", image.sif, "true", root=True))
+
+
+@covers("allow netns paths")
+def test_namespaces_that_may_be_joined(own, image):
+    """Where nobody may, a path that is one is refused; tests/e2e/test_networks.py has the rest."""
+    for value in ("/run/netns/x", "/proc/self/ns/net"):
+        own.configure(f"allow netns paths = {value}")
+        refused(own.run("exec", "--netns-path", "/proc/self/ns/net", image.sif, "true"), "not an")
+        ran(own.run("exec", image.sif, "true"))
 
 
 @covers("cni configuration path", "cni plugin path")

@@ -62,6 +62,8 @@ class Apptainer(Operations):
 
     def cleanup_container(self, context: CleanupContext) -> None:
         """Mounts die with their namespace; what else there is goes with the launch's last."""
+        if self.prepared is not None and self.prepared.networks is not None:
+            self.prepared.networks.close()
         janitor = self.prepared.janitor if self.prepared is not None else None
         if janitor is not None:
             janitor.end(wait=context.status is not None)

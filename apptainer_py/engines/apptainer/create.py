@@ -95,7 +95,10 @@ class Creation:
 
         assert self.prepared.networks is not None
         self.mounting.settle()
-        network.join(self.prepared.networks, self.janitor())
+        if isinstance(self.prepared.networks, network.Networks):
+            network.join(self.prepared.networks, self.janitor())
+        else:
+            self.prepared.networks.connect(self.mounting)
 
     def limit(self) -> None:
         """Put the container into control groups, which the janitor removes in the end."""
@@ -120,6 +123,10 @@ class Creation:
             self.root = self.mounting.root_directory(
                 image.realpath, image.dev, image.ino, flags, prepared.what
             )
+        elif prepared.root_fs == "ext3":
+            from apptainer_py.engines.apptainer import layering
+
+            self.root = layering.root_extfs(self)
         elif prepared.fuse:
             self.root = self.mounting.root_fuse(0, prepared.what)
             self.mounting.serve_image(0, image.fd, prepared.offset, prepared.what)
@@ -349,6 +356,11 @@ class Creation:
             try:
                 for entry in os.scandir(fd):
                     self.show_entry(directory, os.fsencode(entry.name), entry)
+            except OSError as error:
+                raise LaunchError(
+                    text=f"container creation failed: /{os.fsdecode(directory)} of the image "
+                    f"cannot be read: {(error.strerror or '').lower()}"
+                ) from None
             finally:
                 os.close(fd)
         self.mounting.settle()

@@ -6,7 +6,7 @@ import os
 import time
 
 from apptainer_py.base import build, log
-from apptainer_py.base.errors import LaunchError
+from apptainer_py.base.errors import LaunchError, NotSupported
 from apptainer_py.engines.apptainer.policy import NotPermitted
 from apptainer_py.host import cni
 from apptainer_py.model import protocol
@@ -15,13 +15,16 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from apptainer_py.engines.apptainer.joined import Existing, UserNetwork
     from apptainer_py.host.cni import Arguments, Network
     from apptainer_py.model.request import ActionRequest
-    from apptainer_py.runtime.contexts import Facts
+    from apptainer_py.runtime.contexts import PrepareContext
     from apptainer_py.runtime.janitor import Janitor
+
 
 DEFAULT = "bridge"
 NONE = "none"
+USER = "user"
 DIRECTORY = f"{build.SYSCONFDIR}/network"
 
 
@@ -29,8 +32,8 @@ class RootOnly(NotPermitted):
     """A network that only root can have."""
 
     message = (
-        "container creation failed: networks other than none are not supported yet for users other "
-        "than root: use `--network none`, or leave --net out to share the host's network"
+        "container creation failed: networks other than none and user are not supported yet for "
+        "users other than root: use `--network user`, or leave --net out for the host's network"
     )
 
 
@@ -41,7 +44,7 @@ class NotAnAddress(LaunchError):
 class Networks:
     """The networks of one container, and what the caller says about each."""
 
-    __slots__ = ("arguments", "networks", "plugins")
+    __slots__ = ("arguments", "flags", "networks", "plugins")
 
     def __init__(
         self, networks: tuple[Network, ...], arguments: list[Arguments], plugins: str
@@ -49,20 +52,42 @@ class Networks:
         self.networks = networks
         self.arguments = arguments
         self.plugins = plugins
+        self.flags = 0
+
+    def close(self) -> None:
+        """Leave it to the janitor."""
 
 
-def judge(action: ActionRequest, facts: Facts) -> Networks | None:
+def judge(
+    action: ActionRequest, context: PrepareContext
+) -> Existing | Networks | UserNetwork | None:
     """Return the networks that a container of its own network joins, None for none.
 
     Raises:
         RootOnly: this caller may join none of them.
         NetworkWrong: there is no such network, or an argument is wrong.
     """
+    facts = context.facts
+    if action.fakeroot and (action.netns_path or action.network.strip() == USER):
+        option = "--netns-path" if action.netns_path else "--network user"
+        raise NotSupported(what=f"`{option}` with --fakeroot")
+    if action.netns_path:
+        from apptainer_py.engines.apptainer.joined import Existing
+
+        return Existing(action, context)
     if not action.net:
         log.info(f"Setting --net (required by --network{'' if action.network else '-args'})")
     names = tuple(name.strip() for name in (action.network or DEFAULT).split(","))
     if names == (NONE,):
         return None
+    if names == (USER,):
+        from apptainer_py.engines.apptainer.joined import UserNetwork
+
+        arguments = cni.parse_arguments(action.network_args, names)
+        if arguments[0].pairs:
+            raise cni.NetworkWrong(text="the network user takes no argument but portmap")
+        cni.check_ports(arguments[0])
+        return UserNetwork(arguments[0], context)
     if facts.flow != protocol.FLOW_ROOT:
         raise RootOnly
     directory = str(facts.configuration["cni configuration path"]) or DIRECTORY

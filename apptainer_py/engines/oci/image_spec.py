@@ -37,9 +37,9 @@ _REFUSED = (
     "allow_setuid", "app", "apply_cgroups", "blkio_weight", "blkio_weight_device", "cdi_dirs",
     "compat32", "containlibs", "cpus", "cpuset_cpus", "cpuset_mems", "device", "fakeroot", "home",
     "ignore_fakeroot_command", "ignore_subuid", "ignore_userns",
-    "intel_hpu", "keep_privs", "memory", "memory_reservation", "memory_swap", "network_args",
-    "no_mount", "no_pid", "nv", "nvccli", "oom_kill_disable", "pids_limit", "rocm", "security",
-    "underlay", "workdir", "writable",
+    "intel_hpu", "keep_privs", "memory", "memory_reservation", "memory_swap", "netns_path",
+    "network_args", "no_mount", "no_pid", "nv", "nvccli", "oom_kill_disable", "pids_limit", "rocm",
+    "security", "underlay", "workdir", "writable",
 )  # fmt: skip
 _ACTIONS = "/.singularity.d/actions"
 

@@ -1,0 +1,64 @@
+/* Which network namespace a container may join, judged on the open descriptor.  Changes nothing. */
+#include <linux/magic.h>
+#include <linux/nsfs.h>
+#include <sched.h>
+#include <sys/ioctl.h>
+#include <sys/stat.h>
+#include <sys/vfs.h>
+#include <unistd.h>
+
+#include "starter.h"
+
+static bool is_network(int fd) {
+    struct statfs fs;
+    return fstatfs(fd, &fs) == 0 && (unsigned long)fs.f_type == NSFS_MAGIC &&
+           ioctl(fd, NS_GET_NSTYPE) == CLONE_NEWNET;
+}
+
+/* A network of a user namespace that the caller has made is the caller's own. */
+static bool is_own(const struct launch *l, int fd) {
+    uid_t owner = 0;
+    int space = ioctl(fd, NS_GET_USERNS);
+    bool found = space >= 0 && ioctl(space, NS_GET_OWNER_UID, &owner) == 0;
+    if (space >= 0)
+        close(space);
+    return found && owner == l->uid && owner != 0;
+}
+
+static bool is_net_user(const struct launch *l) {
+    gid_t uid_as_id = l->uid, held[1024];
+    int count = getgroups((int)ARRAY_SIZE(held) - 1, held);
+    size_t held_count = count > 0 ? (size_t)count : 0;
+    held[held_count++] = l->gid;
+    return (config_list_count(&l->config, CONFIG_ALLOW_NET_USERS) > 0 &&
+            names_match(l, CONFIG_ALLOW_NET_USERS, false, &uid_as_id, 1) == 1) ||
+           (config_list_count(&l->config, CONFIG_ALLOW_NET_GROUPS) > 0 &&
+            names_match(l, CONFIG_ALLOW_NET_GROUPS, true, held, held_count) == 1);
+}
+
+/* The very namespace that a listed path leads to now; a path of the caller's is never read. */
+static bool is_listed(const struct launch *l, int fd) {
+    struct stat opened, named;
+    if (fstat(fd, &opened) < 0)
+        return false;
+    for (size_t i = 0; i < config_list_count(&l->config, CONFIG_ALLOW_NETNS_PATHS); i++)
+        if (stat(config_list_item(&l->config, CONFIG_ALLOW_NETNS_PATHS, i), &named) == 0 &&
+            named.st_dev == opened.st_dev && named.st_ino == opened.st_ino)
+            return true;
+    return false;
+}
+
+int policy_netns(const struct launch *l, int fd) {
+    if (!is_network(fd))
+        return ERR_KIND;
+    switch (l->flow) {
+    case FLOW_ROOT:
+        return ERR_OK;
+    case FLOW_SETUID:
+        return is_own(l, fd) || (is_listed(l, fd) && is_net_user(l)) ? ERR_OK : ERR_REFUSED;
+    case FLOW_USERNS:
+    case FLOW_CALLER:
+    default:
+        return ERR_REFUSED;
+    }
+}
