@@ -27,6 +27,11 @@ _INDEXES = (
     "application/vnd.oci.image.index.v1+json",
     "application/vnd.docker.distribution.manifest.list.v2+json",
 )
+_DOCUMENTS = (
+    *_INDEXES,
+    "application/vnd.oci.image.manifest.v1+json",
+    "application/vnd.docker.distribution.manifest.v2+json",
+)
 _LAYER_STARTS = (
     "application/vnd.oci.image.layer.v1.tar",
     "application/vnd.oci.image.layer.nondistributable.v1.tar",
@@ -214,6 +219,11 @@ class Layout:
         wanted = self._choose(index)
         for _ in range(_NESTED_MOST):
             document = self._json(self._document(wanted), wanted.digest)
+            kind = document.get("mediaType", wanted.media_type)
+            if "manifests" in document and "layers" in document:
+                raise self._wrong(f"{wanted.digest} is an index and a manifest in one")
+            if kind != wanted.media_type and wanted.media_type and kind in _DOCUMENTS:
+                raise self._wrong(f"{wanted.digest} is not of the kind that names it")
             if wanted.media_type not in _INDEXES and "manifests" not in document:
                 return self._manifest(document)
             wanted = self._for_this_machine(document)

@@ -10,6 +10,9 @@ from __future__ import annotations
 NAME = "10-docker2singularity.sh"
 _FIRST = "#!/bin/sh\n"
 _ESCAPES = (("\\\\\\\\", "\\"), ('\\\\\\"', '"'), ("\\\\`", "`"), ("\\\\$", "$"), ("\\n", "\n"))
+# What else a Go string escapes: by a letter, or by a letter and digits.
+_LETTERS = dict(zip("abfrtv", "\a\b\f\r\t\v", strict=True))
+_DIGITS = {"x": 2, "u": 4, "U": 8}
 
 
 def rewritten(text: str) -> str | None:
@@ -61,8 +64,26 @@ def _value(body: str) -> str | None:
                 at += len(escape)
                 break
         else:
-            return None
+            letter, length = _letter(body[at + 1 : at + 10])
+            if not length:
+                return None
+            done.append(letter)
+            at += 1 + length
     return "".join(done)
+
+
+def _letter(code: str) -> tuple[str, int]:
+    """Return what an escape stands for and its length without the backslash; 0 for none."""
+    if code[:1] in _LETTERS:
+        return _LETTERS[code[0]], 1
+    count = _DIGITS.get(code[:1], 0)
+    digits = code[1 : 1 + count]
+    if not count or len(digits) < count or digits.strip("0123456789abcdef"):
+        return "", 0
+    number = int(digits, 16)
+    if code[0] == "x" and number >= 0x80:
+        number += 0xDC00  # no text: as Python keeps such a byte
+    return (chr(number), 1 + count) if 0 < number < 0x110000 else ("", 0)
 
 
 def _quoted(value: str) -> str:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 # image's own is touched: through a fresh image server each costs milliseconds.
 # Arguments: this text, how many NAME=VALUE follow, these, then the command.
 _SOURCE = r"""
-#@DOCKER@
 unset PATH PS1 PS2 PS4 SHLVL OLDPWD TERM SHELL HOSTNAME HOSTTYPE MACHTYPE OSTYPE
+#@DOCKER@
 __pwd=$PWD
 __say() { printf '%s\n' "$1" >&2; }
 __fix_path() {

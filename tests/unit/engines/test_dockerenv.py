@@ -73,3 +73,21 @@ def test_the_assignment_holds_any_text() -> None:
         check=True,
     )  # fmt: skip
     assert done.stdout == "it's\n`$(id)\"\\"
+
+
+@pytest.mark.parametrize(
+    ("body", "meant"),
+    [
+        (r"a\tb\r", "a\tb\r"),
+        (r"\u2028", "\u2028"),
+        (r"\xff\x7f", "\udcff\x7f"),
+        (r"\U0001f600", "😀"),
+    ],
+)
+def test_what_else_a_go_string_escapes(body, meant):
+    assert dockerenv._value(body) == meant
+
+
+@pytest.mark.parametrize("body", [r"\q", r"\x1", r"\u20", r"\x00", r"\U00110000", r"\xFG", "\\"])
+def test_no_such_escape(body):
+    assert dockerenv._value(body) is None

@@ -1,0 +1,136 @@
+"""Defects of the real Apptainer 1.4: it fails here, and we do not (facts, appendix A).
+
+Not here: what is not built yet (build, keys), and the metrics gateway.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import images
+from tests.e2e import test_oci_images
+from tests.e2e.three_flows import FLOWS, run
+from tests.own_install import Completed
+
+pytestmark = [
+    pytest.mark.parity,
+    pytest.mark.skipif(
+        not images.have_real_apptainer(), reason="did not run: no real Apptainer on this machine"
+    ),
+]
+USERS = ("setuid", "userns")
+REAL = images.REAL_APPTAINER
+VALUES = {
+    "JSON": '{"a": "b c"}',
+    "TICK": "a `id` b",
+    "QUOTE": 'it\'s "so"',
+    "DOLLAR": "$HOME and \\$x \\",
+    "LINES": "one\ntwo\n",
+    "ONE": '"',
+    "PLAIN": "x y",
+    "WIDE": "Zoë\t\u2028",
+}
+
+
+def both(installed, flow: str, *words: str | Path, **how: object) -> tuple[Completed, Completed]:
+    """Return what the real one did, and what we did."""
+    return (
+        run(REAL, flow, words, **how),  # type: ignore[arg-type]
+        run(installed.program, flow, words, **how),  # type: ignore[arg-type]
+    )
+
+
+def test_1_root_without_one_capability(installed, sif):
+    """Here CAP_SYS_RESOURCE may be missing; elsewhere it is taken away first."""
+    wrapped = ["capsh", "--drop=cap_sys_resource", "--", "-c", '"$0" exec "$1" true']
+    done = [
+        subprocess.run([*wrapped, program, sif], capture_output=True, text=True, check=False)
+        for program in (REAL, installed.program)
+    ]
+    assert done[0].returncode == 1
+    assert "Requesting capability set" in done[0].stderr
+    assert (done[1].returncode, done[1].stderr) == (0, "")
+
+
+@pytest.fixture(scope="module")
+def from_registry(installed) -> Iterator[Path]:
+    """A SIF file that the real one builds of an OCI image whose variables have odd values."""
+    with tempfile.TemporaryDirectory(prefix="apptainer-py-odd-", dir="/var/tmp") as folder:
+        place = Path(folder)
+        config = {"Env": ["PATH=/bin:/extra", *(f"{k}={v}" for k, v in VALUES.items())]}
+        tree = images.small_tree(images.shared_folder())
+        before = test_oci_images.CONFIG
+        test_oci_images.CONFIG = config  # type: ignore[assignment]
+        try:
+            packed = subprocess.run(
+                ["tar", "-C", tree, "-cf", "-", "."], capture_output=True, check=True
+            ).stdout
+            test_oci_images.make_layout(place / "layout", packed)
+        finally:
+            test_oci_images.CONFIG = before
+        subprocess.run(["chmod", "-R", "a+rX", place], check=True)
+        os.chown(place, installed.user.pw_uid, installed.user.pw_gid)
+        built = images.real_apptainer("build", place / "odd.sif", f"oci:{place}/layout")
+        assert built.returncode == 0, built.stderr
+        yield place / "odd.sif"
+
+
+@pytest.mark.parametrize("flow", USERS)
+def test_3_odd_values_of_an_image_from_a_registry(installed, from_registry, flow):
+    """Not one variable survives there, PATH least of all."""
+    real, ours = (
+        dict(entry.partition("=")[::2] for entry in done.stdout.split("\0"))
+        for done in both(installed, flow, "exec", from_registry, "cat", "/proc/self/environ")
+    )
+    assert {name: ours.get(name) for name in VALUES} == VALUES
+    assert ours["PATH"].startswith("/bin:/extra")
+    assert not real["PATH"].startswith("/bin:/extra")
+    assert not [name for name, value in VALUES.items() if real.get(name) == value]
+
+
+def test_3_such_a_variable_of_the_callers_wins(installed, from_registry):
+    done = run(installed.program, "setuid", ["exec", "--env", "JSON=mine", from_registry, "env"])
+    assert "JSON=mine" in done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("flow", USERS)
+@pytest.mark.parametrize("bind", ["/nonexistent", "/tmp:relative"])
+def test_4_a_failed_mount_ends_without_noise(installed, sif, flow, bind):
+    """There an image server is waited for, and the clean-up fails."""
+    real, ours = both(installed, flow, "exec", "-B", bind, sif, "true")
+    assert (real.returncode, ours.returncode) == (255, 255)
+    noise = [line for line in real.stderr.splitlines() if "INFO" in line]
+    assert any("Terminating squashfuse" in line or "Cleanup error" in line for line in noise)
+    assert "INFO" not in ours.stderr
+    assert len([line for line in ours.stderr.splitlines() if "FATAL" in line]) == 1
+
+
+def test_5_cpu_shares_are_not_taken_for_cpus(installed, sif):
+    real, ours = both(installed, "setuid", "exec", sif, "true", env={"APPTAINER_CPU_SHARES": "512"})
+    assert "cpus value must be in range" in real.stderr
+    assert "cpus" not in ours.stderr
+    named = run(installed.program, "setuid", ["exec", sif, "true"], env={"APPTAINER_CPUS": "x"})
+    assert "invalid cpus value" in named.stderr
+
+
+@pytest.mark.parametrize("flow", USERS)
+def test_10_no_test_is_no_contradiction(installed, flow):
+    tree = images.small_tree(images.shared_folder())
+    real, ours = both(installed, flow, "test", tree)
+    assert (real.returncode, ours.returncode) == (255, 0)
+    assert len(real.stderr.splitlines()) == 2
+    assert ours.stderr == "INFO:    No test script found in container, exiting\n"
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_11_nothing_of_ours_needs_proc(installed, sif, flow):
+    more = {"env": {"APPTAINER_DROP_CAPS": "sys_resource"}} if flow == "root" else {}
+    real, ours = both(installed, flow, "exec", "--no-mount", "proc", sif, "true", **more)
+    assert "readlink /proc/self/exe" in real.stderr
+    assert (ours.returncode, ours.stderr) == (0, "")
