@@ -3,7 +3,7 @@
     /usr/bin/python3 setup.py build_product --prefix P --sysconfdir S --output DIR
 
 leaves in DIR: starter, starter-init, starter-monitor, apptainer-py, apptainer-py-oci, stagehost.so,
-unpack.so, main.py and package/apptainer_py, byte-compiled.
+unpack.so, fusefd.so, main.py and package/apptainer_py, byte-compiled.
 Nothing is installed here (./install does that); metadata and tool settings are in pyproject.toml.
 """
 
@@ -29,7 +29,7 @@ GCC = "/usr/bin/gcc"
 CACHE = ["/usr/bin/ccache"] if os.environ.get("APY_CCACHE") else []
 # What is not the starter: other programs, and what only those share.
 STARTER_INDEPENDENT = (
-    *("launcher", "stagehost", "unpack", "fuzz", "test"),
+    *("launcher", "stagehost", "unpack", "fusefd", "fuzz", "test"),
     *("lean", "init", "process", "hook", "record", "relay", "monitor"),
 )
 LEAN_SHARED = ("launcher_request", "hook", "record", "relay", "steps")
@@ -267,11 +267,11 @@ class Compiler:
         target = str(self.output / "stagehost.so")
         run([GCC, *self.hardening, "-shared", *LINK, *objects, *self.libpython, "-o", target])
 
-    def server_object(self, files: list[Path]) -> None:
-        """Build the object that the image server loads: it needs libc only, and finds the rest."""
+    def server_object(self, name: str, files: list[Path]) -> None:
+        """Build an object that an image server loads: it needs libc only, and finds the rest."""
         flags = [*self.strict, "-fPIC", "-ftls-model=initial-exec"]
-        objects = self._objects(files, "unpack", flags)
-        target = str(self.output / "unpack.so")
+        objects = self._objects(files, name, flags)
+        target = str(self.output / f"{name}.so")
         run([GCC, *self.hardening, "-shared", *LINK, *objects, "-o", target])
 
     def cython_module(self, source: Path) -> None:
@@ -403,7 +403,8 @@ class BuildProduct(Command):
         compiler.static_program("starter-monitor", sorted(folder.glob("monitor*.c")))
         self._compile_init(compiler, folder)
         compiler.stage_host(sorted(folder.glob("stagehost*.c")))
-        compiler.server_object(sorted(folder.glob("unpack*.c")))
+        for name in ("unpack", "fusefd"):
+            compiler.server_object(name, sorted(folder.glob(f"{name}*.c")))
 
     def _compile_init(self, compiler: Compiler, folder: Path) -> None:
         shared = [folder / f"{stem}.c" for stem in INIT_SHARED]

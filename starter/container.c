@@ -34,6 +34,7 @@ static void close_fd(int *fd) {
 }
 
 static void close_fuse(struct launch *l) {
+    close_fd(&l->overlay_socket[0]);
     for (size_t i = 0; i < LIMIT_FUSE_DEVICES; i++)
         close_fd(&l->fuse_fds[i]);
 }

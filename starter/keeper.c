@@ -23,13 +23,14 @@ struct keeper {
     int signals;
     pid_t master, container, helpers[2], servers[LIMIT_FUSE_DEVICES];
     bool master_alive, container_alive;
+    uint32_t writers;                  /* bit n: servers[n] has what was written */
     bool early_server;                 /* servers[0] runs, but stage 1 has not asked for it yet */
     bool in_userns;
     bool recorded;                     /* the plan as it stands is in the audit log */
     bool closed;                       /* so is that nothing came of it */
     char image[LIMIT_PATH_BYTES];      /* as the audit log shows it */
     int master_status, container_status;
-    uint32_t uses[8];
+    uint32_t uses[16];
 };
 
 static void close_fd(int *fd) {
@@ -46,6 +47,7 @@ static void close_fuse(struct launch *l) {
 static void open_channels(struct launch *l) {
     l->methods_socket[0] = l->methods_socket[1] = -1;
     l->bearer_socket[0] = l->bearer_socket[1] = -1;
+    l->overlay_socket[0] = l->overlay_socket[1] = -1;
     l->netns_fd = -1;
     for (int i = 0; i < 2; i++)
         l->helper_sockets[i][0] = l->helper_sockets[i][1] = l->serve_pipe[i] = l->probe_pipe[i] =
@@ -186,6 +188,31 @@ static int enter_userns(struct keeper *k, int *error) {
     return result < 0 ? ERR_NAMESPACE : ERR_OK;
 }
 
+/* The overlay server exists before the container does, and waits for what rpc will send.  Its
+ * device is the plan's last. */
+static int start_overlay_server(struct keeper *k, int *error) {
+    struct launch *l = k->launch;
+    if (!(l->plan.flags & PLAN_SERVED_LAYER))
+        return ERR_OK;
+    uint32_t last = l->plan.fuse_count - 1;
+    if (wire_pair(l->overlay_socket) < 0) {
+        *error = errno;
+        return ERR_SETUP;
+    }
+    k->servers[last] = server_start_overlay(l);
+    *error = errno;
+    k->writers |= (uint32_t)1 << last;
+    close_fd(&l->overlay_socket[1]);
+    return k->servers[last] < 0 ? ERR_FORK : ERR_OK;
+}
+
+/* With our copy of the device open, the server's death would hang every access. */
+static void close_overlay_ends(struct launch *l) {
+    close_fd(&l->overlay_socket[0]);
+    if (l->plan.flags & PLAN_SERVED_LAYER)
+        close_fd(&l->fuse_fds[l->plan.fuse_count - 1]);
+}
+
 static void end_child(pid_t *pid) {
     int status;
     if (*pid > 0 && kill(*pid, SIGKILL) == 0)
@@ -209,6 +236,8 @@ static int start_container(struct keeper *k, int *error) {
     if (l->early_fuse)
         k->servers[0] = server_start_early(l);
     k->early_server = k->servers[0] > 0;
+    if ((code = start_overlay_server(k, error)) != ERR_OK)
+        return code;
     if (pipe2(l->life_pipe, O_CLOEXEC) < 0) {
         *error = errno;
         return ERR_SETUP;
@@ -223,6 +252,7 @@ static int start_container(struct keeper *k, int *error) {
         end_child(&k->container);
         return code;
     }
+    close_overlay_ends(l);
     *error = 0;
     k->container_alive = true;
     return ERR_OK;
@@ -444,6 +474,37 @@ static int op_janitor(struct keeper *k, const union keeper_request *request, siz
     a->error = errno;
     if (pid < 0)
         return ERR_FORK;
+    a->error = 0;
+    return ERR_OK;
+}
+
+/* SERVE_EXTFS(device, offset) and the open image, as SERVE_IMAGE; WRITABLE: open for that too. */
+static int op_serve_extfs(struct keeper *k, const union keeper_request *request, size_t size,
+                          int image_fd, struct op_reply *a) {
+    struct launch *l = k->launch;
+    const struct op_request *q = &request->plain;
+    struct image_facts image;
+    struct extfs_place place = {.offset = q->num[1], .writable = q->flags & BIND_WRITABLE};
+    if (wire_check_request(q, size) < 0 || q->num[0] >= LIMIT_FUSE_DEVICES ||
+        l->fuse_fds[q->num[0]] < 0 || image_fd < 0 || q->flags & ~(uint32_t)BIND_WRITABLE ||
+        q->num[2] || q->num[3] || q->num[4] || q->num[5] || q->length[0] || q->length[1])
+        return ERR_MALFORMED;
+    int mode = fcntl(image_fd, F_GETFL);
+    if (mode < 0 || mode & O_PATH || (mode & O_ACCMODE) != (place.writable ? O_RDWR : O_RDONLY))
+        return ERR_KIND;
+    int code = judge_image(l, image_fd, &image, &a->error);
+    if (code != ERR_OK)
+        return code;
+    if (!S_ISREG(image.st.st_mode) || place.offset >= (uint64_t)image.st.st_size)
+        return ERR_KIND;
+    int *device = &l->fuse_fds[q->num[0]];
+    k->servers[q->num[0]] = server_start_extfs(l, image_fd, *device, &place);
+    a->error = errno;
+    close_fd(device);
+    if (k->servers[q->num[0]] < 0)
+        return ERR_FORK;
+    if (place.writable)
+        k->writers |= (uint32_t)1 << q->num[0];
     a->error = 0;
     return ERR_OK;
 }
@@ -770,6 +831,29 @@ static void wait_for_the_end(struct keeper *k) {
     step_end(STEP_MASTER_ENDED);
 }
 
+static bool writers_live(const struct keeper *k) {
+    for (size_t i = 0; i < LIMIT_FUSE_DEVICES; i++)
+        if (k->writers & (uint32_t)1 << i && k->servers[i] > 0)
+            return true;
+    return false;
+}
+
+/* Whoever reads the image next shall find all that was written.  What the payload has left in the
+ * background keeps its root, and nobody waits for that for long. */
+static void wait_for_writers(struct keeper *k) {
+    struct pollfd signals = {.fd = k->signals, .events = POLLIN};
+    uint64_t until = trace_now() + (uint64_t)SERVER_PATIENCE_MS * 1000000;
+    while (writers_live(k)) {
+        uint64_t now = trace_now();
+        if (now >= until || poll(&signals, 1, (int)((until - now) / 1000000) + 1) < 0)
+            return;
+        struct signalfd_siginfo info;
+        while (read(k->signals, &info, sizeof(info)) == (ssize_t)sizeof(info))
+            ;
+        reap(k);
+    }
+}
+
 /* The payload's own status; or master's, where no payload ever ran or master was killed. */
 NO_RETURN static void end_as_payload(struct keeper *k, bool ran) {
     int status = ran ? k->container_status : k->master_status;
@@ -800,5 +884,6 @@ NO_RETURN void keeper_main(struct launch *l) {
     bool ran = k->phase == RUN;
     drop_and_go(k);
     wait_for_the_end(k);
+    wait_for_writers(k);
     end_as_payload(k, ran);
 }

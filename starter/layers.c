@@ -115,6 +115,27 @@ int layers_merge(struct rpc *r) {
     return below;
 }
 
+/* Written by a server that has the user's rights: the kernel's overlay takes no upper directory
+ * that is served itself. */
+static int overlay_served(struct rpc *r) {
+    struct launch *l = r->launch;
+    uint32_t device = l->plan.fuse_count - 1;
+    int below = layers_merge(r), fuse = fcntl(l->fuse_fds[device], F_DUPFD_CLOEXEC, 3);
+    if (below < 0 || fuse < 0)
+        return -1;
+    int mount_fd = image_fuse(l, device, "fuse-overlayfs", BIND_WRITABLE | BIND_EXTFS);
+    const int order[] = {below, fuse, r->upper_fd, r->work_fd};
+    int result = mount_fd < 0 ? -1 : 0;
+    for (size_t i = 0; i < ARRAY_SIZE(order) && result == 0; i++)
+        result = wire_send(l->overlay_socket[0], "L", 1, order[i]);
+    int error = errno;
+    close(fuse);
+    close(l->overlay_socket[0]);
+    l->overlay_socket[0] = -1;
+    errno = error;
+    return result < 0 ? -1 : mount_fd;
+}
+
 static int make_layer(struct rpc *r, enum layer_kind kind) {
     switch (kind) {
     case LAYER_OVERLAY:
@@ -126,6 +147,8 @@ static int make_layer(struct rpc *r, enum layer_kind kind) {
         return r->launch->flow == FLOW_SETUID && !fakeroot_wanted(r->launch)
                    ? layers_in_userns(r)
                    : overlay_writable(r, r->upper_fd, r->work_fd);
+    case LAYER_OVERLAY_SERVED:
+        return overlay_served(r);
     case LAYER_UNDERLAY:
         return clone_tree(r->places[PLACE_UNDERLAY],
                           nosuid(r->launch) | MOUNT_ATTR_NODEV | MOUNT_ATTR_RDONLY, 0, true);
@@ -137,19 +160,21 @@ static int make_layer(struct rpc *r, enum layer_kind kind) {
 
 static bool has_what_it_needs(const struct rpc *r, enum layer_kind kind) {
     bool upper = r->upper_fd > 0;
-    return (kind == LAYER_OVERLAY_USER) == upper;
+    return (kind == LAYER_OVERLAY_USER || kind == LAYER_OVERLAY_SERVED) == upper;
 }
 
 static bool is_planned(const struct launch *l, enum layer_kind kind) {
     if (kind == LAYER_OVERLAY_TMPFS)
         return (l->plan.flags & PLAN_WRITABLE_LAYER) != 0;
+    if (kind == LAYER_OVERLAY_SERVED)
+        return l->plan.flags & PLAN_SERVED_LAYER && l->overlay_socket[0] >= 0;
     return kind != LAYER_OVERLAY_USER || l->plan.flags & PLAN_USER_LAYER;
 }
 
 /* LAYER(kind): what lies over the image; from here on targets are looked up in the result. */
 int op_layer(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out) {
     const struct launch *l = r->launch;
-    if (no_fields_but(q, 0, 1, false, false) < 0 || q->num[0] > LAYER_OVERLAY_USER ||
+    if (no_fields_but(q, 0, 1, false, false) < 0 || q->num[0] > LAYER_OVERLAY_SERVED ||
         r->root_fd < 0)
         return ERR_MALFORMED;
     enum layer_kind kind = (enum layer_kind)q->num[0];

@@ -110,6 +110,9 @@ static int open_bind_source(const struct rpc *r, const struct op_request *q) {
         return open2(r->session_fd, without_slash(path), O_PATH | O_NOFOLLOW,
                      RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS |
                          RESOLVE_NO_XDEV);
+    case AREA_IMAGE:
+        return open2(r->images[q->num[1]].fd, path, O_PATH,
+                     RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS);
     case AREA_ROOT:
         return open2(r->root_fd, path, O_PATH, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS);
     default:
@@ -128,12 +131,17 @@ int op_bind(struct rpc *r, const struct op_request *q, struct op_reply *a, int *
     const uint32_t known =
         BIND_READ_ONLY | BIND_DEVICES | BIND_MAY_FAIL | BIND_SAME_INODE | BIND_ALONE;
     (void)fd_out;
-    if (no_fields_but(q, known, 3, true, true) < 0 || q->num[0] > AREA_ROOT ||
+    if (no_fields_but(q, known, 3, true, true) < 0 || q->num[0] > AREA_IMAGE ||
         wire_string(q, 0)[0] != '/' || wire_string(q, 1)[0] != '/')
         return ERR_MALFORMED;
     if (q->flags & BIND_DEVICES &&
         (q->num[0] != AREA_HOST || !is_device_tree(wire_string(q, 0)) ||
          strstr(wire_string(q, 0), "/.")))
+        return ERR_REFUSED;
+    if (q->num[0] == AREA_IMAGE &&
+        (q->num[1] >= LIMIT_IMAGES || !r->images[q->num[1]].there || q->flags & BIND_SAME_INODE))
+        return ERR_MALFORMED;
+    if (q->num[0] == AREA_IMAGE && !policy_image_bind(r->launch))
         return ERR_REFUSED;
     struct stat st;
     int source = open_bind_source(r, q), target = -1, tree = -1, code = ERR_OK;

@@ -103,12 +103,13 @@ int policy_plan(const struct launch *l, const struct container_plan *plan) {
     const uint32_t spaces = SPACE_PID | SPACE_IPC | SPACE_UTS | SPACE_NET | SPACE_CGROUP;
     const uint32_t flags = PLAN_SHIM | PLAN_WRITABLE_LAYER | PLAN_KERNEL_IMAGE | PLAN_SLAVE |
                            PLAN_NO_NEW_PRIVS | PLAN_METHODS | PLAN_SETUID | PLAN_USER_LAYER |
-                           PLAN_KERNEL_EXTFS | PLAN_GROUPS | PLAN_FAKEROOT | PLAN_SUBIDS |
-                           PLAN_INSTANCE | PLAN_JOIN | PLAN_JOIN_NET;
+                           PLAN_SERVED_LAYER | PLAN_KERNEL_EXTFS | PLAN_GROUPS | PLAN_FAKEROOT |
+                           PLAN_SUBIDS | PLAN_INSTANCE | PLAN_JOIN | PLAN_JOIN_NET;
     const struct config *c = &l->config;
     if ((plan->spaces & ~spaces) || (plan->flags & ~flags) ||
-        plan->fuse_count > LIMIT_FUSE_DEVICES || plan->group_count > LIMIT_GROUPS ||
-        !fits_instance(plan))
+        plan->fuse_count > LIMIT_FUSE_DEVICES ||
+        (plan->flags & PLAN_SERVED_LAYER && plan->fuse_count == 0) ||
+        plan->group_count > LIMIT_GROUPS || !fits_instance(plan))
         return ERR_MALFORMED;
     if (plan->flags & PLAN_JOIN_NET &&
         (l->netns_fd < 0 || !(plan->spaces & SPACE_NET) || plan->flags & PLAN_FAKEROOT))
@@ -142,7 +143,7 @@ int policy_plan(const struct launch *l, const struct container_plan *plan) {
         plan->spaces & SPACE_CGROUP || plan->flags & PLAN_METHODS ||
         (plan->flags & PLAN_SLAVE && !config_bool(c, CONFIG_MOUNT_SLAVE)))
         return ERR_REFUSED;
-    if (plan->flags & (PLAN_WRITABLE_LAYER | PLAN_USER_LAYER) &&
+    if (plan->flags & (PLAN_WRITABLE_LAYER | PLAN_USER_LAYER | PLAN_SERVED_LAYER) &&
         config_enum(c, CONFIG_ENABLE_OVERLAY) == OVERLAY_NO)
         return ERR_REFUSED;
     if (plan->flags & PLAN_KERNEL_EXTFS && !config_bool(c, CONFIG_ALLOW_SETUID_MOUNT_EXTFS))

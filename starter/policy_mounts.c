@@ -113,6 +113,11 @@ bool policy_bind(const struct launch *l, const char *source, const char *target,
             is_home(l, source_fd));
 }
 
+/* Out of an image that the user has named. */
+bool policy_image_bind(const struct launch *l) {
+    return l->flow != FLOW_SETUID || config_bool(&l->config, CONFIG_USER_BIND_CONTROL);
+}
+
 /* A file system of the kernel's own: each has its directive and its one place. */
 bool policy_kernel_mount(const struct launch *l, enum kernel_fs kind, const char *target) {
     const struct config *c = &l->config;
@@ -144,6 +149,7 @@ bool policy_layer(const struct launch *l, enum layer_kind kind) {
     case LAYER_OVERLAY:
     case LAYER_OVERLAY_TMPFS:
     case LAYER_OVERLAY_USER:
+    case LAYER_OVERLAY_SERVED:
         return config_enum(c, CONFIG_ENABLE_OVERLAY) != OVERLAY_NO;
     case LAYER_UNDERLAY:
         return config_enum(c, CONFIG_ENABLE_UNDERLAY) != UNDERLAY_NO;

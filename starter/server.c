@@ -45,18 +45,22 @@ NO_RETURN static void serve(const struct launch *l, int image_fd, int fuse_fd, u
     _exit(127);
 }
 
-NO_RETURN static void server_main(const struct launch *l, int image_fd, int fuse_fd,
-                                  uint64_t offset) {
+/* SAFE: the user's own rights and no_new_privs; the programs are root-owned copies that the user
+ * may run but not read, so that the kernel keeps the user's hands off the processes. */
+void server_drop(const struct launch *l) {
     struct target_identity target;
     trace_set_role(ROLE_IMAGE_SERVER);
     step_begin(STEP_DROP_SERVER);
     stage_target(l, ROLE_IMAGE_SERVER, &target);
-    /* SAFE: the user's own rights and no_new_privs; the program is a root-owned copy that the user
-     * may run but not read, so that the kernel keeps the user's hands off the process. */
     if (privs_drop(&target) < 0 || setsid() < 0 || chdir("/") < 0)
         _exit(255);
     step_end(STEP_DROP_SERVER);
     trace_process();
+}
+
+NO_RETURN static void server_main(const struct launch *l, int image_fd, int fuse_fd,
+                                  uint64_t offset) {
+    server_drop(l);
     serve(l, image_fd, fuse_fd, offset);
 }
 

@@ -77,6 +77,7 @@ struct launch {
     bool early_fuse;                   /* the image is mounted and served before it is asked for */
     int life_pipe[2];                  /* closes when the last process of the container ends */
     int serve_pipe[2];                 /* rpc → early image server: the mount is there */
+    int overlay_socket[2];             /* rpc → overlay server: its directories; -1 without */
     int netns_fd;                      /* the network that the container joins, or -1 */
     int probe_pipe[2];                 /* early image server → keeper: what it opened */
     struct container_plan plan;
@@ -157,6 +158,7 @@ MUST_USE int names_subids(const struct launch *l, struct subid_range range[2]);
 
 /* policy_mounts.c: decisions about single mounts, for rpc */
 bool policy_bind(const struct launch *l, const char *source, const char *target, int source_fd);
+bool policy_image_bind(const struct launch *l);
 bool policy_kernel_mount(const struct launch *l, enum kernel_fs kind, const char *target);
 bool policy_layer(const struct launch *l, enum layer_kind kind);
 
@@ -189,7 +191,9 @@ void container_close_outer_ends(struct launch *l);
 MUST_USE pid_t container_start(struct launch *l, int *err);
 
 /* fakeroot.c: a user namespace of the container's own, in which the caller is root */
-bool fakeroot_wanted(const struct launch *l);
+static inline bool fakeroot_wanted(const struct launch *l) {
+    return (l->plan.flags & PLAN_FAKEROOT) != 0;
+}
 MUST_USE int fakeroot_prepare(struct launch *l, int *error);
 MUST_USE int fakeroot_map(struct launch *l, pid_t container, int *error);
 void fakeroot_close(struct launch *l);
@@ -260,6 +264,15 @@ struct image_facts {
 /* As the caller in every id, where keeper may not look itself; 0 or -1. */
 MUST_USE int server_look(const struct launch *l, int image_fd, struct image_facts *found);
 MUST_USE pid_t server_start_early(struct launch *l);
+void server_drop(const struct launch *l);
+/* server_extfs.c */
+struct extfs_place {
+    uint64_t offset;
+    bool writable;
+};
+MUST_USE pid_t server_start_extfs(const struct launch *l, int image_fd, int fuse_fd,
+                                  const struct extfs_place *place);
+MUST_USE pid_t server_start_overlay(struct launch *l);
 /* Waits for its image and its device, from the other end of a socket. */
 NO_RETURN void server_wait(const struct launch *l, int socket);
 MUST_USE pid_t server_start(const struct launch *l, int image_fd, int fuse_fd, uint64_t offset);

@@ -20,6 +20,8 @@ from trust import Untrusted, check_interpreter, check_path, complaint
 CHECKOUT = Path(__file__).resolve().parent.parent
 PYTHON = "/usr/bin/python3"
 SQUASHFUSE = "/usr/bin/squashfuse_ll"
+# Without these, images that need one are refused with the package's name.
+MORE_SERVERS = ("/usr/bin/fuse2fs", "/usr/bin/fuse-overlayfs")
 LIBEXEC = "libexec/apptainer-py"
 
 
@@ -259,7 +261,11 @@ def place_all(installation: Installation, built: Path, *, setuid: bool) -> None:
     installation.directory(f"{libexec}/session")
     # Not readable: so the image server stays non-dumpable although it runs as the user.
     installation.place(SQUASHFUSE, f"{libexec}/bin/squashfuse_ll", 0o711)
+    for program in MORE_SERVERS:
+        if os.path.exists(program):
+            installation.place(program, f"{libexec}/bin/{os.path.basename(program)}", 0o711)
     installation.place(built / "unpack.so", f"{libexec}/bin/unpack.so", 0o644)
+    installation.place(built / "fusefd.so", f"{libexec}/bin/fusefd.so", 0o644)
     installation.place(built / "stagehost.so", f"{libexec}/stagehost.so", 0o644)
     installation.place(built / "main.py", f"{libexec}/main.py", 0o755)
     installation.place(built / "starter", f"{libexec}/starter", 0o755)

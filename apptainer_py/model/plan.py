@@ -36,8 +36,8 @@ class Mount(Record):
     `kind` is "bind", or a file system of the kernel ("proc", "sysfs", "devpts", "mqueue",
     "tmpfs"). `source` is looked up in `area` (AREA_* of the protocol). `create` says what the
     target becomes where the image lacks it: "directory", "file", or "" (then it must exist).
-    A mount that is not `required` is left out with a warning. `options` is for devpts (group id)
-    and tmpfs (MiB).
+    A mount that is not `required` is left out with a warning. `options` is for devpts (group id),
+    tmpfs (MiB), and a bind from an image beside the root (its number).
     """
 
     kind: str

@@ -121,16 +121,26 @@ class Mounting:
 
     def serve_image(self, device: int, image_fd: int, offset: int, what: str) -> None:
         """Start the image server on an open image whose file system begins at `offset` bytes."""
+        self._serve(protocol.OP_SERVE_IMAGE, 0, (device, offset), image_fd, what)
+
+    def serve_extfs(
+        self, device: int, image_fd: int, offset: int, what: str, *, writable: bool
+    ) -> None:
+        """Start the server of an ext3 image; to write it, it must be open for writing."""
+        flags = protocol.BINDFLAG_WRITABLE if writable else 0
+        self._serve(protocol.OP_SERVE_EXTFS, flags, (device, offset), image_fd, what)
+
+    def _serve(
+        self, wanted: int, flags: int, numbers: tuple[int, ...], image_fd: int, what: str
+    ) -> None:
         try:
-            _starter.send_operation(
-                self._keeper_fd, protocol.OP_SERVE_IMAGE, 0, (device, offset), None, None, image_fd
-            )
+            _starter.send_operation(self._keeper_fd, wanted, flags, numbers, None, None, image_fd)
             op, code, error, _ = _starter.receive_reply(self._keeper_fd)
         except (EOFError, OSError):
             raise StarterGone(what=what) from None
         if op == protocol.EVENT_SERVER_ENDED:
             raise ImageGone
-        if op != protocol.OP_SERVE_IMAGE:
+        if op != wanted:
             raise StarterGone(what=what)
         if code != protocol.ERR_OK:
             raise refused(what, code, error)
@@ -146,14 +156,16 @@ class Mounting:
         what = "cannot have the container's network"
         return self._ask(what, protocol.OP_SPACE, numbers=(which,))
 
-    def root_fuse(self, device: int, what: str) -> int:
+    def root_fuse(self, device: int, what: str, flags: int = 0) -> int:
         """Mount the served image; returns a descriptor of its root."""
-        return self._ask(what, protocol.OP_ROOT_FUSE, numbers=(device,))
+        return self._ask(what, protocol.OP_ROOT_FUSE, flags=flags, numbers=(device,))
 
-    def root_squashfs(self, path: str, facts: tuple[int, int, int, int], what: str) -> int:
+    def root_squashfs(
+        self, path: str, facts: tuple[int, int, int, int], what: str, flags: int = 0
+    ) -> int:
         """Mount with the kernel's driver; `facts` are device, inode, offset and size in bytes."""
         paths = (os.fsencode(path),)
-        return self._ask(what, protocol.OP_ROOT_SQUASHFS, numbers=facts, paths=paths)
+        return self._ask(what, protocol.OP_ROOT_SQUASHFS, flags=flags, numbers=facts, paths=paths)
 
     def root_directory(self, path: str, dev: int, ino: int, flags: int, what: str) -> int:
         """Use a directory as the image."""
@@ -204,7 +216,7 @@ class Mounting:
                 f"mount {mount.source}->{mount.target} error",
                 protocol.OP_BIND,
                 flags=flags,
-                numbers=(mount.area,),
+                numbers=(mount.area, mount.options),
                 paths=(os.fsencode(mount.source), target),
                 on_failure=on_failure,
             )

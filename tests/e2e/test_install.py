@@ -25,6 +25,9 @@ MODES = {
     "libexec/apptainer-py/main.py": 0o755,
     "libexec/apptainer-py/manifest": 0o644,
     "libexec/apptainer-py/session": 0o755,
+    "libexec/apptainer-py/bin/fuse-overlayfs": 0o711,
+    "libexec/apptainer-py/bin/fuse2fs": 0o711,
+    "libexec/apptainer-py/bin/fusefd.so": 0o644,
     "libexec/apptainer-py/bin/squashfuse_ll": 0o711,
     "libexec/apptainer-py/bin/unpack.so": 0o644,
     "lib/apptainer-py/apptainer_py/__init__.py": 0o644,
@@ -124,8 +127,11 @@ def test_nothing_names_the_checkout(installed, repository):
 def test_configuration_is_the_shipped_one(installed, repository):
     shipped = sorted(p.relative_to(repository / "etc") for p in (repository / "etc").rglob("*"))
     there = sorted(p.relative_to(installed.sysconfdir) for p in installed.sysconfdir.rglob("*"))
-    assert there == shipped
-    assert Path("apptainer-py.conf") in there
+    # Beside them a file that the commands of capability.json lock.
+    assert there == sorted([*shipped, Path(".capability.lock")])
+    assert {Path(f"{name}.conf") for name in ("apptainer-py", "nvliblist", "rocmliblist")} <= {
+        *there
+    }
 
 
 def test_installing_again_changes_nothing(installed, repository):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import images, own_install
+from tests import extfs_images, images, own_install
 from tests.own_install import Installation
 
 SECRET = "for the eyes of one"
@@ -162,3 +162,80 @@ def test_nothing_of_the_making_is_left(own, place, flow):
     if not flow:
         assert done.stdout.splitlines()[0] == os.readlink("/proc/self/ns/user")
     assert Path("/proc/self/mountinfo").read_text() == before
+
+
+def test_a_file_system_larger_than_its_file_is_refused(own, place, flow):
+    """Its server would write behind it, where a SIF file has something else."""
+    image = extfs_images.extfs(place / "o.img", owner=own.user.pw_uid)
+    give(own, image)
+    with image.open("r+b") as file:
+        file.seek(1024 + 4)
+        file.write((1 << 20).to_bytes(4, "little"))
+    sif = images.own_sif(images.shared_folder())
+    for option in ("", ":ro"):
+        done = launch(own, flow, "--overlay", f"{image}{option}", sif, "true")
+        assert done.returncode == 255
+        assert "does not fit into its" in done.stderr
+
+
+@pytest.mark.parametrize("at", [1024 + 24, 1024 + 40, 2048, 2048 + 8, 8192])
+def test_a_damaged_file_system_ends_in_an_error(own, place, flow, at):
+    """And neither hangs nor takes anything down but its own launch."""
+    image = extfs_images.extfs(place / "o.img", owner=own.user.pw_uid)
+    give(own, image)
+    with image.open("r+b") as file:
+        file.seek(at)
+        file.write(b"\xff" * 16)
+    sif = images.own_sif(images.shared_folder())
+    done = launch(own, flow, "--overlay", image, sif, "sh", "-c", "ls / > /list")
+    assert "internal error" not in done.stderr
+    assert own.run("exec", *flow, sif, "true").returncode == 0
+
+
+@pytest.mark.parametrize("limit", list(LIMITS)[:3])
+@pytest.mark.parametrize("use", ["overlay", "bind"])
+def test_a_limit_holds_for_every_image(own, place, limit, use):
+    image = extfs_images.extfs(place / "o.img", owner=own.user.pw_uid)
+    give(own, image)
+    sif = shutil.copy(images.own_sif(images.shared_folder()), own.place / "limited.sif")
+    words = {"overlay": ("--overlay", image), "bind": ("-B", f"{image}:/mnt:image-src=/")}[use]
+    own.configure(limit)
+    try:
+        done = own.run("exec", *words, sif, "/bin/true")
+    finally:
+        own.configure()
+        Path(sif).unlink()
+    assert done.returncode == 255
+    assert LIMITS[limit] in done.stderr
+
+
+def test_extfs_can_be_forbidden(own, place, flow):
+    image = extfs_images.extfs(place / "o.img", owner=own.user.pw_uid)
+    give(own, image)
+    sif = images.own_sif(images.shared_folder())
+    own.configure("allow container extfs = no")
+    try:
+        done = launch(own, flow, "--overlay", image, sif, "true")
+    finally:
+        own.configure()
+    assert done.returncode == 255
+    assert "configuration disallows users from running extFS containers" in done.stderr
+
+
+def test_the_kernel_reads_extfs_only_where_it_may(own, place):
+    image = extfs_images.extfs(place / "o.img", owner=own.user.pw_uid)
+    give(own, image)
+    sif = images.own_sif(images.shared_folder())
+    words = ("exec", "-B", f"{image}:/mnt:image-src=/", sif, "cat", "/proc/self/mountinfo")
+    plain = own.run(*words)
+    own.configure("allow setuid-mount extfs = yes")
+    try:
+        allowed = own.run(*words)
+        bound = own.run(*words, "/mnt/upper")
+    finally:
+        own.configure()
+    of = [[line for line in done.stdout.splitlines() if " /mnt " in line] for done in
+          (plain, allowed)]  # fmt: skip
+    assert " - fuse fuse2fs " in of[0][0]
+    assert " - ext3 /dev/loop" in of[1][0] or " - ext4 /dev/loop" in of[1][0], allowed.stderr
+    assert bound.returncode != 0

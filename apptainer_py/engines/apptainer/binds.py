@@ -18,6 +18,8 @@ class Bind(Record):
     source: str
     target: str
     read_only: bool = False
+    image_source: str = ""
+    image_id: int = 0
 
 
 def _split(text: str, mark: str) -> list[str]:
@@ -82,12 +84,34 @@ def parse_bind(spec: str, cwd: str) -> Bind | None:
     source = os.path.normpath(source)
     target = fields[1] if len(fields) > 1 else source
     options = fields[2].split(",") if len(fields) > 2 else []
+    inside, number = "", ""
     for option in options:
-        if option.startswith(("image-src=", "id=")):
-            raise _bad(f"binding from inside an image ({option}) is not supported yet")
-        if option not in _OPTIONS:
+        key, _, value = option.partition("=")
+        if key == "image-src":
+            inside = value or "/"
+        elif key == "id":
+            number = value
+        elif option not in _OPTIONS:
             raise _bad(f"{doing}{option} is not a valid bind option")
-    return _checked(source, target, read_only="ro" in options)
+    return _from_image(_checked(source, target, read_only="ro" in options), inside, number)
+
+
+def _from_image(bind: Bind, inside: str, number: str) -> Bind:
+    """Return a bind with `image-src=` and `id=`, either of which makes it one from an image."""
+    if not inside and not number:
+        return bind
+    if number and not (number.isascii() and number.isdigit() and 0 < int(number) < 1 << 32):
+        reason = "id number must be greater than 0"
+        if number.strip("0"):
+            reason = f"while parsing id bind option: {number} is not the number of an object"
+        raise BindError(text=f"container creation failed: {reason}")
+    return Bind(
+        source=bind.source,
+        target=bind.target,
+        read_only=bind.read_only,
+        image_source=os.path.normpath("/" + inside.lstrip("/")),
+        image_id=int(number or 0),
+    )
 
 
 def _checked(source: str, target: str, *, read_only: bool) -> Bind:
@@ -127,7 +151,7 @@ def parse_mount(spec: str, cwd: str) -> Bind:
         elif key in ("ro", "readonly"):
             read_only = True
         elif key in ("image-src", "id"):
-            raise _bad(f"binding from inside an image ({key}) is not supported yet")
+            paths[key] = value
         else:
             raise _bad(f'{doing}invalid key "{key}" in mount specification')
     if kind != "bind":
@@ -135,7 +159,8 @@ def parse_mount(spec: str, cwd: str) -> Bind:
     if not paths.get("source") or not paths.get("target"):
         raise _bad(f"{doing}mounts must specify a source and a destination")
     source = os.path.normpath(os.path.join(cwd, paths["source"]))
-    return _checked(source, paths["target"], read_only=read_only)
+    bind = _checked(source, paths["target"], read_only=read_only)
+    return _from_image(bind, paths.get("image-src", ""), paths.get("id", ""))
 
 
 def _csv_fields(spec: str) -> list[str]:

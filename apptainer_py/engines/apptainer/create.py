@@ -123,6 +123,10 @@ class Creation:
             self.root = self.mounting.root_directory(
                 image.realpath, image.dev, image.ino, flags, prepared.what
             )
+        elif prepared.root_fs == "ext3":
+            from apptainer_py.engines.apptainer import layering
+
+            self.root = layering.root_extfs(self)
         elif prepared.fuse:
             self.root = self.mounting.root_fuse(0, prepared.what)
             self.mounting.serve_image(0, image.fd, prepared.offset, prepared.what)

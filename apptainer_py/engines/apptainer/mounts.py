@@ -186,8 +186,14 @@ def plan(prepared: Prepared, action: ActionRequest, context: PrepareContext) -> 
     if prepared.fakeroot is not None:
         shown = _fakeroot(p) + shown
     for bind in sorted(user_binds, key=lambda bind: bind.target.count("/")):
-        stage_device(p, bind.source, bind.target)
+        if not bind.image_source:
+            stage_device(p, bind.source, bind.target)
         flags = protocol.BINDFLAG_READ_ONLY if bind.read_only else 0
+        if bind.image_source:
+            from apptainer_py.engines.apptainer import layers
+
+            p.mounts.append(layers.image_bind(prepared, bind, p.facts))
+            continue
         if _below_dev(bind.source) and _below_dev(bind.target):
             flags |= protocol.BINDFLAG_DEVICES
         p.bind(bind.source, bind.target, USER, flags=flags)
@@ -229,7 +235,8 @@ def _user_binds(p: Plan) -> list[binds.Bind]:
             )
             continue
         wanted[bind.target] = bind
-        _check_source(bind)
+        if not bind.image_source:
+            _check_source(bind)
     return list(wanted.values())
 
 

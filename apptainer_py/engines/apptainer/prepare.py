@@ -102,7 +102,10 @@ class Prepared:
         "mounts",
         "networks",
         "offset",
+        "overlays",
         "read_only_root",
+        "root_fd",
+        "root_fs",
         "service",
         "session_mib",
         "shim",
@@ -123,6 +126,9 @@ class Prepared:
         self.fuse = False
         self.filter: list[bytes] = []
         self.fuse_count = 0
+        self.overlays = 0
+        self.root_fs = "squashfs"
+        self.root_fd = image.fd
         self.shown: list[Shown] = []
         self.layer = protocol.LAYERKIND_OVERLAY
         self.underlay_allowed = True
@@ -208,9 +214,11 @@ def judge(
     degree = choose_fakeroot(prepared, action, facts)
     choose_root(prepared, action, facts)
     choose_layer(prepared, action, facts)
-    if action.overlay:
+    if action.overlay or prepared.overlays or (action.writable and prepared.image.kind == "sif"):
         from apptainer_py.engines.apptainer import layers
 
+        if prepared.image.kind == "sif":
+            layers.own_overlays(prepared, action, facts)
         layers.add_overlays(prepared, action, facts)
     spaces, flags = choose_spaces(prepared, action, facts)
     if degree:
@@ -241,6 +249,10 @@ def judge(
 
         plan = apply(security, plan, prepared, action, facts)
     binds = mounts.plan(prepared, action, context)
+    if prepared.shown:
+        from apptainer_py.engines.apptainer import layers
+
+        plan = plan.replace(flags=plan.flags | layers.plan_flags(prepared))
     environment = environ.collect(action, context.environment)
     add_variables(prepared, environment)
     if prepared.fakeroot and prepared.fakeroot.command:
@@ -369,10 +381,12 @@ def choose_root(prepared: Prepared, action: ActionRequest, facts: Facts) -> None
     if image.kind == "sif":
         choose_partition(prepared)
     elif image.kind == "ext3":
-        raise ImageUnusable(reason=f"{image.path}: ext3 images are not supported yet")
-    if action.writable:
-        if image.kind == "sif":
-            raise ImageUnusable(reason=f"no SIF writable overlay partition found in {image.path}")
+        prepared.root_fs = "ext3"
+        prepared.size_bytes -= image.offset
+    if prepared.root_fs == "ext3":
+        choose_extfs(prepared, action, facts)
+        return
+    if action.writable and image.kind != "sif":
         raise NotWritable(image=image.path)
     # The kernel mounts nothing by a device in a namespace of the user's.
     prepared.fuse = prepared.inner or not policy.kernel_may_mount(facts)
@@ -381,16 +395,36 @@ def choose_root(prepared: Prepared, action: ActionRequest, facts: Facts) -> None
     prepared.fuse_count = 1 if prepared.fuse else 0
 
 
+def choose_extfs(prepared: Prepared, action: ActionRequest, facts: Facts) -> None:
+    """Lock an ext3 root, for `-w` to write it, and find who may mount it."""
+    from apptainer_py.engines.apptainer import extfs
+
+    image = prepared.image
+    place = (prepared.offset, prepared.size_bytes)
+    writable = action.writable and image.kind == "ext3"
+    extfs.check_namespace(prepared, writable=writable)
+    prepared.root_fd, prepared.writable_root = extfs.prepare(image, place, facts, writable=writable)
+    if writable and not prepared.writable_root:
+        raise extfs.not_writable(image)
+    prepared.read_only_root = not prepared.writable_root
+    prepared.fuse = prepared.inner or not extfs.kernel_may_mount(facts)
+    # Device 0 is the forecast's, which knows squashfs alone; another plan begins anew.
+    prepared.fuse_count = extfs.ROOT_DEVICE + 1 if prepared.fuse else 0
+
+
 def choose_partition(prepared: Prepared) -> None:
     """Take the primary system partition of a SIF file."""
     from apptainer_py.image.sif import NoRootFileSystem, SifError, layout
 
     image = prepared.image
     try:
-        partition = layout(image.fd).primary
+        found = layout(image.fd)
+        partition = found.primary
     except (SifError, NoRootFileSystem) as error:
         raise ImageUnusable(reason=f"While checking container encryption: {error}") from None
-    if partition.fs != "squashfs":
+    prepared.root_fs = partition.fs
+    prepared.overlays = len(found.overlays)
+    if partition.fs not in ("squashfs", "ext3"):
         raise ImageUnusable(
             reason=f"{image.path}: a root file system of type {partition.fs} is not supported yet"
         )
@@ -449,11 +483,8 @@ def choose_spaces(prepared: Prepared, action: ActionRequest, facts: Facts) -> tu
     if prepared.layer == protocol.LAYERKIND_OVERLAY_TMPFS:
         flags |= protocol.PLANFLAG_WRITABLE_LAYER
     if prepared.image.kind != "sandbox" and not prepared.fuse:
-        flags |= protocol.PLANFLAG_KERNEL_IMAGE
-    if prepared.shown:
-        from apptainer_py.engines.apptainer import layers
-
-        flags |= layers.plan_flags(prepared)
+        extfs = prepared.root_fs == "ext3"
+        flags |= protocol.PLANFLAG_KERNEL_EXTFS if extfs else protocol.PLANFLAG_KERNEL_IMAGE
     if facts.configuration["mount slave"]:
         flags |= protocol.PLANFLAG_SLAVE
     flags |= choose_privileges(action, facts)
