@@ -17,10 +17,6 @@
 
 enum { PATIENCE_MS = 10000, FUSE_MAJOR = 10, FUSE_MINOR = 229, MAP_BYTES = 128 };
 
-bool fakeroot_wanted(const struct launch *l) {
-    return (l->plan.flags & PLAN_FAKEROOT) != 0;
-}
-
 static bool by_tool(const struct launch *l) {
     return l->flow == FLOW_USERNS;
 }

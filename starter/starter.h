@@ -191,7 +191,9 @@ void container_close_outer_ends(struct launch *l);
 MUST_USE pid_t container_start(struct launch *l, int *err);
 
 /* fakeroot.c: a user namespace of the container's own, in which the caller is root */
-bool fakeroot_wanted(const struct launch *l);
+static inline bool fakeroot_wanted(const struct launch *l) {
+    return (l->plan.flags & PLAN_FAKEROOT) != 0;
+}
 MUST_USE int fakeroot_prepare(struct launch *l, int *error);
 MUST_USE int fakeroot_map(struct launch *l, pid_t container, int *error);
 void fakeroot_close(struct launch *l);

@@ -222,6 +222,18 @@ def _capability_avail(parsed: Parsed) -> int:
     return 0
 
 
+def _config_fakeroot(parsed: Parsed) -> int:
+    from apptainer_py.verbs import config_fakeroot
+
+    chosen = [name for name in config_fakeroot.OPERATIONS if parsed.options[name]]
+    if not chosen:
+        raise UsageError(text="you must specify an option (eg: --add/--remove)")
+    if len(chosen) > 1:
+        raise UsageError(text=f"--{chosen[0]} and --{chosen[1]} exclude each other")
+    config_fakeroot.config_fakeroot(chosen[0], parsed.arguments[0])
+    return 0
+
+
 def _config_global(parsed: Parsed) -> int:
     from apptainer_py.verbs import config
 
@@ -276,6 +288,7 @@ _COMMANDS: dict[str, Callable[[Parsed], int]] = {
     "completion fish": _completion,
     "completion zsh": _completion,
     "config check": _config_check,
+    "config fakeroot": _config_fakeroot,
     "config global": _config_global,
     "config show": _config_show,
     "help": _help,

@@ -62,6 +62,8 @@ _ABOUT = {
     "config": "Reads, checks and changes the administrator's configuration file.",
     "config global": "Reads or changes one directive of the configuration file; a directive that "
     "may stand several times has all its values separated by commas.",
+    "config fakeroot": "Gives users ranges of subordinate ids in /etc/subuid and /etc/subgid, "
+    "and takes them away, for --fakeroot; all other lines stay as they are.",
     "config check": "Lists what is wrong with the configuration file, what in it is not enforced, "
     "and why the setuid flow is refused.",
     "config show": "Prints the configuration with the origin of each value; --effective prints "
@@ -86,6 +88,7 @@ _EXAMPLES = {
     "test": ("test image.sif",),
     "inspect": ("inspect image.sif", "inspect --json --runscript image.sif"),
     "sif": ("sif list image.sif", "sif dump 1 image.sif > image.def"),
+    "config fakeroot": ("config fakeroot --add alice", "config fakeroot --disable alice"),
     "config global": (
         "config global --get 'bind path'",
         "config global --set 'bind path' /etc/resolv.conf",

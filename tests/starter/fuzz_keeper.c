@@ -176,15 +176,43 @@ pid_t container_start(struct launch *l, int *err) {
     must(is_on_record && memcmp(&on_record, &l->plan, sizeof(on_record)) == 0,
          "what is made is on record");
     must(policy_plan(l, &l->plan) == ERR_OK, "and allowed");
-    if (l->flow == FLOW_SETUID)
+    bool inner = (l->plan.flags & PLAN_FAKEROOT) != 0;
+    must(!inner || (l->plan.uid == 0 && l->plan.gid == 0 && l->plan.group_count == 0),
+         "root of a namespace is root");
+    must(!inner || l->flow == FLOW_USERNS ||
+             (l->plan.flags & PLAN_SUBIDS && l->plan.flags & PLAN_NO_NEW_PRIVS),
+         "who may become others gains nothing more");
+    must(!inner || (l->plan.flags & (PLAN_SETUID | PLAN_KERNEL_IMAGE | PLAN_KERNEL_EXTFS)) == 0,
+         "and has none of the host's own rights");
+    if (l->flow == FLOW_SETUID && !inner)
         for (int set = 0; set < CAP_SETS; set++)
             must(l->plan.caps[set] == l->plan.caps[0] && !(l->plan.caps[set] & ~granted),
                  "the setuid flow gives no capability that was not granted");
-    must(l->flow == FLOW_ROOT || (l->plan.uid == l->uid && l->plan.gid == l->gid),
+    must(inner || l->flow == FLOW_ROOT || (l->plan.uid == l->uid && l->plan.gid == l->gid),
          "the payload is the caller's");
     pid_t pid = born();
     *err = errno;
     return pid;
+}
+
+int fakeroot_prepare(struct launch *l, int *error) {
+    (void)l;
+    *error = EMFILE;
+    return dice(8) == 0 ? ERR_SETUP : ERR_OK;
+}
+
+int fakeroot_map(struct launch *l, pid_t container, int *error) {
+    must(container > 0, "there is one to map");
+    *error = EPERM;
+    if (dice(4) == 0)
+        return ERR_SUBIDS;
+    for (uint32_t i = 0; i < l->plan.fuse_count; i++)
+        l->fuse_fds[i] = open("/dev/null", O_RDWR | O_CLOEXEC);
+    return ERR_OK;
+}
+
+void fakeroot_close(struct launch *l) {
+    (void)l;
 }
 
 bool early_plan(const struct launch *l, struct container_plan *plan) {
@@ -211,6 +239,19 @@ pid_t server_start_early(struct launch *l) {
     if (dice(3) != 0)
         must(write(l->probe_pipe[1], &found, sizeof(found)) == (ssize_t)sizeof(found), "it tells");
     return born();
+}
+
+pid_t janitor_start(struct launch *l, pid_t container, int socket, int signals) {
+    must(l->flow == FLOW_ROOT, "a janitor is root's alone");
+    must(fcntl(socket, F_GETFD) >= 0 && fcntl(signals, F_GETFD) >= 0, "and has its descriptors");
+    (void)container;
+    return dice(2) == 0 ? -1 : 1 << 22;
+}
+
+int policy_netns(const struct launch *l, int fd) {
+    (void)l;
+    must(fcntl(fd, F_GETFD) >= 0, "a network is open");
+    return dice(2) == 0 ? ERR_REFUSED : ERR_OK;
 }
 
 pid_t server_start(const struct launch *l, int image_fd, int fuse_fd, uint64_t offset) {
