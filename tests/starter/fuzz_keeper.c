@@ -248,6 +248,18 @@ pid_t janitor_start(struct launch *l, pid_t container, int socket, int signals) 
     return dice(2) == 0 ? -1 : 1 << 22;
 }
 
+int join_start(struct launch *l, int process_fd, pid_t *pid, int *error) {
+    must(l->plan.flags & PLAN_JOIN, "nobody joins who has not asked to");
+    must(is_on_record && fcntl(process_fd, F_GETFD) >= 0, "whom is told by a descriptor");
+    *pid = born();
+    *error = errno;
+    return *pid < 0 ? ERR_FORK : ERR_OK;
+}
+
+void detach_streams(struct launch *l) {
+    must(l->plan.flags & PLAN_INSTANCE, "what an instance writes goes to its own files");
+}
+
 int policy_netns(const struct launch *l, int fd) {
     (void)l;
     must(fcntl(fd, F_GETFD) >= 0, "a network is open");
@@ -261,6 +273,18 @@ pid_t server_start(const struct launch *l, int image_fd, int fuse_fd, uint64_t o
     must(offset < (uint64_t)st.st_size, "in which it begins");
     must(fcntl(fuse_fd, F_GETFD) >= 0, "and is served to a device");
     must(l->fuse_fds[0] == fuse_fd || l->plan.fuse_count > 1, "of this launch");
+    return born();
+}
+
+pid_t server_start_extfs(const struct launch *l, int image_fd, int fuse_fd,
+                         const struct extfs_place *place) {
+    int mode = fcntl(image_fd, F_GETFL);
+    must(!place->writable || (mode & O_ACCMODE) == O_RDWR, "what is written was opened for it");
+    return server_start(l, image_fd, fuse_fd, place->offset);
+}
+
+pid_t server_start_overlay(struct launch *l) {
+    must(l->plan.flags & PLAN_SERVED_LAYER && l->plan.fuse_count > 0, "it has a device");
     return born();
 }
 

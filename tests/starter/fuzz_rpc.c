@@ -57,6 +57,10 @@ void made_up_report(const char *level, const char *text);
 #include "../../starter/rpc.c"
 /* After rpc.c, which makes names of the rows that a macro of mounts.c would replace. */
 #include "../../starter/mounts.c"
+#include "../../starter/mountcalls.c"
+#include "../../starter/images.c"
+#include "../../starter/layers.c"
+#include "../../starter/underlay.c"
 #undef report
 #undef syscall
 #undef open
@@ -175,6 +179,21 @@ int policy_image(const struct launch *l, int image_fd) {
     return dice(4) == 0 ? ERR_OWNER : ERR_OK;
 }
 
+bool policy_limits_images(const struct launch *l) {
+    (void)l;
+    return dice(2) == 0;
+}
+
+uint64_t privs_last_cap_mask(void) {
+    return (1ull << 41) - 1;
+}
+
+/* The child that a user's layer takes is no part of this. */
+int layers_in_userns(struct rpc *r) {
+    must(r->upper_fd > 0 && r->work_fd > 0, "there is something to write to");
+    return made_up_fd();
+}
+
 void stage_target(const struct launch *l, enum role role, struct target_identity *target) {
     (void)l;
     (void)role;
@@ -269,7 +288,8 @@ static void add_string(struct op_request *q, size_t *size, int which) {
 static uint32_t strings_of(uint32_t op) {
     if (op == OP_BIND || op == OP_UNDERLAY_BIND)
         return 2;
-    return op == OP_ROOT_SQUASHFS || op == OP_ROOT_DIRECTORY || op == OP_MOUNT || op == OP_HOSTNAME;
+    return op == OP_ROOT_SQUASHFS || op == OP_ROOT_DIRECTORY || op == OP_MOUNT ||
+           op == OP_HOSTNAME || op == OP_IMAGE_KERNEL || op == OP_IMAGE_DIRECTORY;
 }
 
 static uint32_t fitting_op(int phase) {
@@ -288,9 +308,12 @@ static size_t compose(struct op_request *q) {
     q->op = fitting_op(served.phase);
     q->flags = dice(3) == 0 ? dice(64) : 0;
     q->num[0] = dice(3) != 0 ? dice(6) : dice(1000);
-    if (q->op == OP_ROOT_DIRECTORY || q->op == OP_ROOT_SQUASHFS) {
+    if (q->op == OP_ROOT_DIRECTORY || q->op == OP_ROOT_SQUASHFS || q->op == OP_IMAGE_DIRECTORY ||
+        q->op == OP_IMAGE_KERNEL) {
         q->num[0] = judged.st_dev;
         q->num[1] = judged.st_ino;
+        q->num[q->op == OP_IMAGE_KERNEL ? 4 : 2] = q->op < OP_IMAGE_FUSE ? 0 : dice(4);
+        q->flags |= q->op == OP_IMAGE_DIRECTORY ? BIND_READ_ONLY : 0;
     }
     for (uint32_t i = 0, count = strings_of(q->op); i < count; i++)
         add_string(q, &size, (int)i);
