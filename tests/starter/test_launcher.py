@@ -404,7 +404,6 @@ def test_root_takes_the_root_flow(installed: Installation) -> None:
         ("run", "docker://x"),
         ("run", "foo://x"),
         ("run", "oci-archive:x"),
-        ("run", "instance://x"),
         ("inspect", "i"),
         ("sif", "list", "i"),
         ("--nonsense", "exec", "i", "c"),
