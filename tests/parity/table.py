@@ -422,7 +422,8 @@ FLAGS = [
     ),
     Case(
         "exec --security seccomp:/etc/apptainer/seccomp-profiles/default.json {sif} "
-        "sh -c 'grep -e Cap -e NoNewPrivs -e Seccomp: -e Groups /proc/self/status'"
+        "sh -c 'grep -e Cap -e NoNewPrivs -e Seccomp: -e Groups /proc/self/status'",
+        differs={"stdout@root": INH},
     ),
     Case("exec -i {sif} true"),
     Case("exec {sif} true", env={"APPTAINER_CONTAIN": "1", "APPTAINER_HOSTNAME": "envbox"}),
