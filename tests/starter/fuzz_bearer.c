@@ -88,10 +88,6 @@ const void *filter_get(size_t *size, uint32_t *flags) {
 }
 void filter_load(void) {
 }
-bool fakeroot_wanted(const struct launch *l) {
-    (void)l;
-    return false;
-}
 void sanitize_restore_for_payload(const struct launch *l) {
     (void)l;
 }

@@ -53,7 +53,7 @@ static void test_every_field_is_judged(void) {
     REFUSES(h.magic[7] = 'x');
     REFUSES(h.version = REQUEST_VERSION + 1);
     REFUSES(h.header_size--);
-    REFUSES(h.flags = 2);
+    REFUSES(h.flags = 4);
     REFUSES(h.flags = 1u << 31);
     REFUSES(h.image_arg = h.argc);
     REFUSES(h.image_arg = UINT32_MAX);
