@@ -209,6 +209,7 @@ int op_root_directory(struct rpc *r, const struct op_request *q, struct op_reply
     int tree = directory_image(r->launch, q, true, a, &code);
     if (tree < 0)
         return code;
+    r->root_directory = true;
     if (attach(tree, r->places[PLACE_ROOTFS]) < 0)
         return answer(a, ERR_MOUNT, errno);
     return keep_mount(tree, &r->root_fd, fd_out) < 0 ? answer(a, ERR_MOUNT, errno) : ERR_OK;
@@ -262,13 +263,17 @@ int op_image_kernel(struct rpc *r, const struct op_request *q, struct op_reply *
     return mount_fd < 0 ? code : show_image(r, q->num[4], mount_fd, q->flags, a, fd_out);
 }
 
-/* IMAGE_DIRECTORY(path; device, inode, number): alone, as an overlay sees nothing mounted below. */
+/* IMAGE_DIRECTORY(path; device, inode, number).  An overlay sees nothing mounted below; in the
+ * setuid flow what is mounted is kept, so that op_layer() finds out what it would uncover. */
 int op_image_directory(struct rpc *r, const struct op_request *q, struct op_reply *a,
                        int *fd_out) {
     int code = ERR_OK;
     if (no_fields_but(q, BIND_WRITABLE | BIND_READ_ONLY, 3, true, false) < 0 ||
         !is_free(r, q->num[2]) || !(q->flags & BIND_WRITABLE) == !(q->flags & BIND_READ_ONLY))
         return ERR_MALFORMED;
-    int tree = directory_image(r->launch, q, false, a, &code);
-    return tree < 0 ? code : show_image(r, q->num[2], tree, q->flags, a, fd_out);
+    int tree = directory_image(r->launch, q, r->launch->flow == FLOW_SETUID, a, &code);
+    if (tree < 0)
+        return code;
+    r->images[q->num[2]].directory = true;
+    return show_image(r, q->num[2], tree, q->flags, a, fd_out);
 }

@@ -321,6 +321,20 @@ static int join_container(struct keeper *k, int process_fd, int *error) {
     return code;
 }
 
+/* For the audit record: of an image the path that was judged; of an instance the process that is
+ * entered, as the kernel names it, for the record that names its image is the caller's own file. */
+static void name_image(struct keeper *k, const struct container_request *q, int process_fd) {
+    char link[32] = "/proc/self/fd/";
+    memset(k->image, 0, sizeof(k->image));
+    if (!(q->plan.flags & PLAN_JOIN)) {
+        memcpy(k->image, q->image, q->image_length);
+        return;
+    }
+    append_number(link, sizeof(link), (uint64_t)(process_fd < 0 ? 0 : process_fd));
+    if (process_fd < 0 || readlink(link, k->image, sizeof(k->image) - 1) < 0)
+        k->image[0] = '\0';
+}
+
 /* CONTAINER: the plan is judged again, recorded, and carried out. */
 static int op_container(struct keeper *k, const union keeper_request *request, size_t size,
                         int passed, struct op_reply *a) {
@@ -329,13 +343,15 @@ static int op_container(struct keeper *k, const union keeper_request *request, s
     _Static_assert(sizeof(q->image) < sizeof(k->image), "with its NUL");
     if (size != sizeof(*q) || q->image_length > sizeof(q->image))
         return ERR_MALFORMED;
-    memset(k->image, 0, sizeof(k->image));
-    memcpy(k->image, q->image, q->image_length);
+    static char begun[sizeof(k->image)];
+    memcpy(begun, k->image, sizeof(begun));
+    name_image(k, q, passed);
     int code = policy_plan(l, &q->plan);
     if (code == ERR_MALFORMED)
         return code;
     bool known = k->recorded && code == ERR_OK &&
-                 memcmp(&l->plan, &q->plan, sizeof(l->plan)) == 0;
+                 memcmp(&l->plan, &q->plan, sizeof(l->plan)) == 0 &&
+                 strncmp(begun, k->image, sizeof(q->image)) == 0;
     const char *decision = code == ERR_OK ? "allowed" : "refused";
     k->closed = code != ERR_OK;
     if (!known && audit_launch(l, &q->plan, k->image, decision) < 0) {

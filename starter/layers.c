@@ -171,6 +171,17 @@ static bool is_planned(const struct launch *l, enum layer_kind kind) {
     return kind != LAYER_OVERLAY_USER || l->plan.flags & PLAN_USER_LAYER;
 }
 
+/* An overlay shows what lies below mounts, which the administrator may have put there to hide it,
+ * and which nobody without the right over this namespace could take away. */
+static bool would_uncover(const struct rpc *r, enum layer_kind kind) {
+    if (r->launch->flow != FLOW_SETUID || kind == LAYER_NONE || kind == LAYER_UNDERLAY)
+        return false;
+    bool found = r->root_directory && policy_holds_mounts(r->root_fd);
+    for (size_t i = 0; i < LIMIT_IMAGES && !found; i++) /* what is a layer, or could become one */
+        found = r->images[i].directory && policy_holds_mounts(r->images[i].fd);
+    return found;
+}
+
 /* LAYER(kind): what lies over the image; from here on targets are looked up in the result. */
 int op_layer(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out) {
     const struct launch *l = r->launch;
@@ -180,6 +191,8 @@ int op_layer(struct rpc *r, const struct op_request *q, struct op_reply *a, int 
     enum layer_kind kind = (enum layer_kind)q->num[0];
     if (!is_planned(l, kind) || !has_what_it_needs(r, kind) || !policy_layer(l, kind))
         return ERR_REFUSED;
+    if (would_uncover(r, kind))
+        return answer(a, ERR_MOUNT, EINVAL);
     int tree = make_layer(r, kind);
     /* SAFE: trees that earlier operations made, attached to a directory of our own. */
     if (tree < 0 || attach(tree, r->places[PLACE_FINAL]) < 0)

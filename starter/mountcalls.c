@@ -88,6 +88,9 @@ int open_judged(const struct op_request *q, uint64_t flags, struct op_reply *a, 
                    RESOLVE_NO_MAGICLINKS);
     if (fd < 0 || fstat(fd, &st) < 0) {
         *code = answer(a, ERR_SOURCE, errno);
+        if (fd >= 0)
+            close(fd);
+        fd = -1;
     } else if (st.st_dev != q->num[0] || st.st_ino != q->num[1]) {
         *code = answer(a, ERR_CHANGED, 0);
         close(fd);

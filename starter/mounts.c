@@ -128,8 +128,7 @@ static bool is_device_tree(const char *path) {
 
 /* BIND(source, target; area, device, inode): nosuid and nodev, whatever lies below it too. */
 int op_bind(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out) {
-    const uint32_t known =
-        BIND_READ_ONLY | BIND_DEVICES | BIND_MAY_FAIL | BIND_SAME_INODE | BIND_ALONE;
+    const uint32_t known = BIND_READ_ONLY | BIND_DEVICES | BIND_MAY_FAIL | BIND_SAME_INODE;
     (void)fd_out;
     if (no_fields_but(q, known, 3, true, true) < 0 || q->num[0] > AREA_IMAGE ||
         wire_string(q, 0)[0] != '/' || wire_string(q, 1)[0] != '/')
@@ -156,8 +155,7 @@ int op_bind(struct rpc *r, const struct op_request *q, struct op_reply *a, int *
         code = answer(a, ERR_TARGET, errno);
     /* SAFE: looked up once, with the user's rights, inside the private namespace; the copy gets
      * nosuid and nodev on every mount below it before it can be reached. */
-    else if ((tree = clone_tree(source, bind_attributes(r->launch, q->flags), 0,
-                                !(q->flags & BIND_ALONE))) < 0 ||
+    else if ((tree = clone_tree(source, bind_attributes(r->launch, q->flags), 0, true)) < 0 ||
              attach(tree, target) < 0)
         code = answer(a, ERR_MOUNT, errno);
     if (source >= 0)

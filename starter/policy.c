@@ -175,8 +175,10 @@ static bool line_says_root(const char *line, size_t length) {
     return after < left && (options[after] == ',' || options[after] == '\n');
 }
 
-static const char *mount_line(uint64_t mount_id, size_t *length) {
-    static char table[1 << 20];
+static char table[1 << 20];
+
+/* /proc/self/mountinfo, whole if that is less than the table's size. */
+static size_t read_table(void) {
     size_t used = 0;
     ssize_t got = 0;
     int fd = open("/proc/self/mountinfo", O_RDONLY | O_CLOEXEC);
@@ -185,6 +187,11 @@ static const char *mount_line(uint64_t mount_id, size_t *length) {
         used += (size_t)got;
     if (fd >= 0)
         close(fd);
+    return used;
+}
+
+static const char *mount_line(uint64_t mount_id, size_t *length) {
+    size_t used = read_table();
     for (size_t at = 0; at < used;) {
         const char *end = memchr(table + at, '\n', used - at);
         if (!end)
@@ -195,6 +202,27 @@ static const char *mount_line(uint64_t mount_id, size_t *length) {
         at += *length;
     }
     return NULL;
+}
+
+/* "ID PARENT ...": is something mounted on this very mount?  Yes, where nothing is known. */
+bool policy_holds_mounts(int fd) {
+    struct statx facts;
+    size_t used = read_table();
+    if (used == 0 || used == sizeof(table) ||
+        statx(fd, "", AT_EMPTY_PATH, STATX_MNT_ID, &facts) < 0 ||
+        !(facts.stx_mask & STATX_MNT_ID))
+        return true;
+    for (size_t at = 0; at < used;) {
+        const char *end = memchr(table + at, '\n', used - at);
+        char *parent;
+        if (!end)
+            break;
+        (void)strtoull(table + at, &parent, 10);
+        if (strtoull(parent, NULL, 10) == facts.stx_mnt_id)
+            return true;
+        at = (size_t)(end - table) + 1;
+    }
+    return false;
 }
 
 static bool mounted_by_root(uint64_t mount_id) {

@@ -272,40 +272,7 @@ int privs_enter_layer_userns(void) {
     return prctl(PR_SET_DUMPABLE, 0);
 }
 
-static int map_of(pid_t pid, const char *file, uint32_t id, bool line) {
-    char path[64] = "/proc/", text[64] = "deny";
-    append_number(path, sizeof(path), (uint64_t)pid);
-    append_text(path, sizeof(path), file);
-    if (line) {
-        text[0] = '\0';
-        append_number(text, sizeof(text), id);
-        append_text(text, sizeof(text), " ");
-        append_number(text, sizeof(text), id);
-        append_text(text, sizeof(text), " 1\n");
-    }
-    return write_map(path, text);
-}
-
-/* The user onto itself, and nobody else. */
-int privs_map_layer_userns(pid_t pid) {
-    const struct raised *raised = privs_raise(CAP_BIT(CAP_SYS_ADMIN) | CAP_BIT(CAP_DAC_OVERRIDE));
-    int result = -1, error = EPERM;
-    if (raised) {
-        /* SAFE: a child of this process, which waits; its files are root's, as it is closed to its
-         * user, and the kernel allows one line with the writer's own id. */
-        result = map_of(pid, "/setgroups", 0, false);
-        if (result == 0)
-            result = map_of(pid, "/gid_map", getegid(), true);
-        if (result == 0)
-            result = map_of(pid, "/uid_map", geteuid(), true);
-        error = errno;
-    }
-    privs_lower(raised);
-    if (!privs_raise(CAP_BIT(CAP_SYS_ADMIN)))
-        result = -1;
-    errno = error;
-    return result;
-}
+static int write_map_of(int process, const char *name, const char *text);
 
 static void one_id(char *out, size_t size, uint32_t inside, uint32_t outside) {
     out[0] = '\0';
@@ -313,6 +280,31 @@ static void one_id(char *out, size_t size, uint32_t inside, uint32_t outside) {
     append_text(out, size, " ");
     append_number(out, size, outside);
     append_text(out, size, " 1\n");
+}
+
+/* The user onto itself, and nobody else.  `process` is the child's directory of /proc, which it has
+ * opened itself: its number here is that of the container's pid namespace, /proc is the host's. */
+int privs_map_layer_userns(int process) {
+    char uid_line[64], gid_line[64];
+    const struct raised *raised = privs_raise(CAP_BIT(CAP_SYS_ADMIN) | CAP_BIT(CAP_DAC_OVERRIDE));
+    int result = -1, error = EPERM;
+    one_id(uid_line, sizeof(uid_line), geteuid(), geteuid());
+    one_id(gid_line, sizeof(gid_line), getegid(), getegid());
+    if (raised) {
+        /* SAFE: a child of this process, which waits; its files are root's, as it is closed to its
+         * user, and the kernel allows one line with the writer's own id. */
+        result = write_map_of(process, "setgroups", "deny");
+        if (result == 0)
+            result = write_map_of(process, "gid_map", gid_line);
+        if (result == 0)
+            result = write_map_of(process, "uid_map", uid_line);
+        error = errno;
+    }
+    privs_lower(raised);
+    if (!privs_raise(CAP_BIT(CAP_SYS_ADMIN)))
+        result = -1;
+    errno = error;
+    return result;
 }
 
 /* The maps of this process's own new namespace: one id each, which takes no privilege. */

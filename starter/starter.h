@@ -123,7 +123,7 @@ MUST_USE int privs_map_self(uid_t uid, gid_t gid);
 void privs_show_maps(bool shown);
 MUST_USE int privs_become_inner_root(void);
 MUST_USE int privs_enter_layer_userns(void);
-MUST_USE int privs_map_layer_userns(pid_t pid);
+MUST_USE int privs_map_layer_userns(int process);
 void privs_new_keyring(void);
 MUST_USE int privs_open_as_root(const char *path, int flags, mode_t mode);
 uint64_t privs_last_cap_mask(void);
@@ -148,6 +148,7 @@ MUST_USE int policy_image(const struct launch *l, int image_fd);
 MUST_USE int policy_netns(const struct launch *l, int fd);
 bool policy_limits_images(const struct launch *l);
 bool policy_on_fuse(int fd);
+MUST_USE bool policy_holds_mounts(int fd);
 MUST_USE bool policy_root_lies_on_nothing(void);
 MUST_USE int names_match(const struct launch *l, enum config_id key, bool group, const gid_t *ids,
                          size_t count);
@@ -205,7 +206,7 @@ enum place { PLACE_ROOTFS, PLACE_FINAL, PLACE_LOWER, PLACE_UNDERLAY, PLACE_UPPER
              PLACE_MERGED, PLACE_COUNT };
 struct shown_image {
     int fd;
-    bool there, writable;
+    bool there, writable, directory;
 };
 struct used_layer {
     int fd;
@@ -215,6 +216,7 @@ struct used_layer {
 struct rpc {
     struct launch *launch;
     int session_fd, root_fd, final_fd;
+    bool root_directory;               /* not an image of our own mounting */
     struct shown_image images[LIMIT_IMAGES];
     struct used_layer layers[LIMIT_IMAGES];
     size_t layer_count, upper_image;

@@ -60,13 +60,15 @@ static int open_layers(const struct rpc *r, struct layers *out) {
 NO_RETURN static void child_main(const struct rpc *r, int socket) {
     struct layers these;
     char byte = 'U';
-    int mount_fd = -1, error = 0, passed;
+    int mount_fd = -1, error = 0, passed, own = -1;
     close(r->launch->rpc_socket[0]);
     if (prctl(PR_SET_PDEATHSIG, SIGKILL) < 0 || fchdir(r->session_fd) < 0)
         error = errno;
     else if (privs_enter_layer_userns() < 0)
         error = EUSERS;
-    if (wire_send(socket, error ? "E" : "U", 1, -1) < 0 ||
+    else if ((own = open("/proc/self", O_RDONLY | O_DIRECTORY | O_CLOEXEC)) < 0)
+        error = errno;
+    if (wire_send(socket, error ? "E" : "U", 1, own) < 0 ||
         (!error && wire_receive(socket, &byte, 1, &passed) != 1))
         _exit(255);
     if (!error && open_layers(r, &these) == 0)
@@ -77,14 +79,22 @@ NO_RETURN static void child_main(const struct rpc *r, int socket) {
 }
 
 /* The mount comes as a descriptor; a child that ends says nothing. */
-static int ask_child(pid_t pid, int socket) {
-    int mount_fd = -1, error = 0, passed;
+static int ask_child(int socket) {
+    int mount_fd = -1, error = 0, process = -1;
     char byte = 0;
-    if (wire_receive(socket, &byte, 1, &passed) != 1) {
+    if (wire_receive(socket, &byte, 1, &process) != 1) {
         errno = ECHILD;
         return -1;
     }
-    if (byte == 'U' && (privs_map_layer_userns(pid) < 0 || wire_send(socket, "M", 1, -1) < 0))
+    if (byte == 'U' && privs_map_layer_userns(process) < 0)
+        error = errno;
+    if (process >= 0)
+        close(process);
+    if (error) {
+        errno = error;
+        return -1;
+    }
+    if (byte == 'U' && wire_send(socket, "M", 1, -1) < 0)
         return -1;
     if (wire_receive(socket, &error, sizeof(error), &mount_fd) != (ssize_t)sizeof(error))
         error = ECHILD;
@@ -105,7 +115,7 @@ int layers_in_userns(struct rpc *r) {
         child_main(r, pair[1]);
     }
     close(pair[1]);
-    int mount_fd = pid < 0 ? -1 : ask_child(pid, pair[0]), error = errno;
+    int mount_fd = pid < 0 ? -1 : ask_child(pair[0]), error = errno;
     close(pair[0]);
     if (pid > 0)
         (void)waitpid(pid, &status, 0);

@@ -21,7 +21,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 PYTHON = "/usr/bin/python3"
 SQUASHFUSE = "/usr/bin/squashfuse_ll"
 # Without these, images that need one are refused with the package's name.
-MORE_SERVERS = ("/usr/bin/fuse2fs", "/usr/bin/fuse-overlayfs")
+MORE_SERVERS = ("/usr/bin/fuse2fs", "/usr/bin/fuse-overlayfs", "/usr/bin/gpgv")
 LIBEXEC = "libexec/apptainer-py"
 
 

@@ -47,8 +47,11 @@ class Signed(Record):
     entity: str
 
 
-def verify(message: bytes, keyring: bytes) -> Signed:
+def verify(message: bytes, keyring: bytes, program: str = GPGV) -> Signed:
     """Return what a clear-signed message says, once it is proven who has signed it.
+
+    Whoever may trace `program` may say what it says: where the caller is not trusted, it is a copy
+    that its user may run but not read.
 
     Raises:
         UnknownEntity: the keyring has no key for it.
@@ -57,7 +60,7 @@ def verify(message: bytes, keyring: bytes) -> Signed:
     """
     if not message.startswith(_BEGIN) or message.count(_BEGIN) != 1:
         raise BadSignature(text="openpgp: this is not one clear-signed message")
-    text, status, ended = _run(message, keyring)
+    text, status, ended = _run(message, keyring, program)
     rows = [line.split(" ") for line in status.splitlines()]
     words = [row[0] for row in rows]
     claimed = "".join(_claim(row) for row in rows)
@@ -86,7 +89,7 @@ def _claim(row: list[str]) -> str:
     return last if row[0] == "ERRSIG" and is_fingerprint(last) else ""
 
 
-def _run(message: bytes, keyring: bytes) -> tuple[bytes, str, int]:
+def _run(message: bytes, keyring: bytes, program: str) -> tuple[bytes, str, int]:
     """Return the plain text, the status lines and the exit status of gpgv."""
     import subprocess
 
@@ -100,7 +103,7 @@ def _run(message: bytes, keyring: bytes) -> tuple[bytes, str, int]:
                 target.write(data)
             os.lseek(files[name], 0, os.SEEK_SET)
         argv = [
-            GPGV, "--homedir", "/nonexistent", "--weak-digest", "SHA1",
+            program, "--homedir", "/nonexistent", "--weak-digest", "SHA1",
             "--status-fd", str(files["status"]), "--keyring", f"/proc/self/fd/{files['keyring']}",
             "--output", "-", f"/proc/self/fd/{files['message']}",
         ]  # fmt: skip
@@ -117,9 +120,12 @@ def _run(message: bytes, keyring: bytes) -> tuple[bytes, str, int]:
         ).returncode
         text, status = (_content(files[name]) for name in ("text", "status"))
     except FileNotFoundError:
-        raise OpenPgpError(text=f"{GPGV} is not installed: install the package gpgv") from None
+        raise OpenPgpError(
+            text=f"{program} is not installed: install the package gpgv and then apptainer-py "
+            "again (./install)"
+        ) from None
     except (OSError, subprocess.SubprocessError) as error:
-        raise OpenPgpError(text=f"{GPGV} cannot be run: {error}") from None
+        raise OpenPgpError(text=f"{program} cannot be run: {error}") from None
     finally:
         for fd in files.values():
             os.close(fd)

@@ -234,13 +234,22 @@ def layout(fd: int, *, host: str | None = None) -> Layout:
 def partitions(fd: int, part_type: int) -> tuple[Partition, ...]:
     """Return the partitions of one type (DATA or OVERLAY), in the order of the file's table.
 
+    Beside a root file system with a group, overlays of other groups are left out, as by `layout`:
+    no signature of the root is over them.
+
     Raises:
         SifError: as `layout`, but for a root file system that is missing or another machine's.
     """
     header = read_header(fd)
     objects = read_descriptors(fd, header)
     mine = [(o, *partition_facts(o)) for o in objects if o.data_type == PARTITION]
-    wanted = [row for row in mine if row[2] in (PRIMARY_SYSTEM, part_type)]
+    groups = {row[0].group for row in mine if row[2] == PRIMARY_SYSTEM}
+    wanted = [
+        row
+        for row in mine
+        if row[2] == PRIMARY_SYSTEM
+        or (row[2] == part_type and (part_type != OVERLAY or groups <= {0, row[0].group}))
+    ]
     parts = tuple(_partition(fd, header, *row) for row in wanted)
     _check_apart(fd, parts)
     return tuple(part for part in parts if part.part_type == _PART_TYPES[part_type])

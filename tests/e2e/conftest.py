@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests import images, own_install
+from tests import extfs_images, images, own_install
 from tests.e2e import steps
 from tests.own_install import Household, Installation, household
 
@@ -51,9 +52,16 @@ def world(installed: Installation, sif: Path) -> Iterator[SimpleNamespace]:
     sandbox = images.small_tree(images.shared_folder())
     engine = made / "engine.py"
     engine.write_text(steps.ENGINE.format(tree=sandbox))
+    user = installed.user.pw_uid
+    # What is written to it stays; it is no part of what must be as before.
+    overlay = Path(tempfile.mkdtemp(prefix="apptainer-py-overlay-", dir="/var/tmp"))
+    os.chown(overlay, user, installed.user.pw_gid)
+    extfs_images.extfs(made / "extfs.img", owner=user)
     yield SimpleNamespace(
         own=installed, plain=plain, suid=suid, engine=engine, sif=sif, sandbox=sandbox,
         build_id=installed.facts()["BUILD_ID"], place=made,
+        overlay=overlay, squashfs=images.bare_squashfs(images.shared_folder()),
     )  # fmt: skip
     installed.restore()
-    shutil.rmtree(made)
+    for folder in (made, overlay):
+        shutil.rmtree(folder)

@@ -22,10 +22,15 @@ from tests.own_install import Household, eventually
 # What belongs to the oci engine is no part of these launches: its steps, its rows from JOIN on.
 FIRST_OF_OCI = protocol.STEP_FORK_INIT
 FIRST_OF_INIT = protocol.OP_JOIN
+# Layers of overlays and --fakeroot. Those of instances and of root's janitor have none to kill yet:
+# both go on when the command has ended (test_instances.py, test_cni.py and test_limits.py kill).
+LATER_STEPS = ("FORK_LAYER", "OWN_NAMESPACE", "MAP_IDS", "FORK_ID_MAPPER", "BECOME_ROOT")
 STEPS = {
     name[5:]: value
     for name, value in vars(protocol).items()
-    if name.startswith("STEP_") and isinstance(value, int) and value < FIRST_OF_OCI
+    if name.startswith("STEP_")
+    and isinstance(value, int)
+    and (value < FIRST_OF_OCI or name[5:] in LATER_STEPS)
 }
 OPERATIONS = {
     name[3:]: 100 + value
@@ -132,6 +137,16 @@ FLOWS = {
         "DROP_METHODS", "LOAD_METHODS",
     ]),
     "engine gives up": (("apptainer-py", "plain"), "", "sandbox", ["OP_PLAIN_STARTER"]),
+    "overlays": (words("-p", "--overlay", "{overlay}", "--overlay", "{squashfs}"), "", "sif", [
+        "IMAGE_FUSE", "IMAGE_DIRECTORY", "IMAGE_LAYER", "FORK_LAYER", "LAYER",
+    ]),
+    "extfs": (words("--overlay", "{place}/extfs.img:ro"), "", "sif", ["SERVE_EXTFS"]),
+    "kernel overlay": (words("--overlay", "{squashfs}"), "allow setuid-mount squashfs = yes", "sif",
+                       ["IMAGE_KERNEL"]),
+    "fakeroot": (words("-f"), "", "sif", [
+        "OWN_NAMESPACE", "MAP_IDS", "BECOME_ROOT", "DROP_RPC", "DROP_STAGE2", "GO",
+    ]),
+    "userns fakeroot": (words("-f"), "", "sif", ["MAP_IDS", "FORK_ID_MAPPER", "BECOME_ROOT"]),
 }  # fmt: skip
 # What the launcher foresees: kinds, namespaces, flags, the image's place among the arguments.
 FORESEEN = 1 | 2 | 4
@@ -194,10 +209,11 @@ def launch(
     target = trace or Path("/dev/null")
     trace_fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.set_inheritable(trace_fd, True)
-    setuid = flow not in ("userns", "engine", "engine gives up")
+    setuid = flow not in ("userns", "engine", "engine gives up", "userns fakeroot")
+    places = {"place": world.place, "overlay": world.overlay, "squashfs": world.squashfs}
     content = own_install.request_bytes(
         world.build_id,
-        [word.format(image=image, script=script) for word in arguments],
+        [word.format(image=image, script=script, **places) for word in arguments],
         own.environment(),
         flow=protocol.FLOW_SETUID if setuid else protocol.FLOW_USERNS,
         cwd="/",

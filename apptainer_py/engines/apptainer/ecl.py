@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from apptainer_py.base import build
 from apptainer_py.base.errors import ApptainerError, NotSupported
 from apptainer_py.crypto import openpgp
 from apptainer_py.engines.apptainer.policy import NotPermitted
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     from apptainer_py.host.ecl import ExecGroup
     from apptainer_py.image.detect import OpenImage
     from apptainer_py.runtime.contexts import Facts
+
+
+# Not readable to the user, so that nobody of the same user puts words into its mouth.
+CLOSED_GPGV = f"{build.LIBEXECDIR}/bin/gpgv"
 
 
 class NotByEcl(NotPermitted):
@@ -39,15 +44,16 @@ def check(facts: Facts, image: OpenImage) -> None:
     rule = rules.group_for(image.realpath)
     if rule is None:
         raise NotByEcl(reason=f"{image.realpath} not part of any execgroup")
-    _judge(rule, image.fd, ecl.read_keyring(of_root=of_root))
+    program = CLOSED_GPGV if facts.flow == protocol.FLOW_SETUID else openpgp.GPGV
+    _judge(rule, image.fd, ecl.read_keyring(of_root=of_root), program)
 
 
-def _judge(rule: ExecGroup, fd: int, keyring: bytes) -> None:
+def _judge(rule: ExecGroup, fd: int, keyring: bytes, program: str = openpgp.GPGV) -> None:
     claimed: set[str] = set()
 
     def prove(message: bytes) -> tuple[str, bytes] | None:
         try:
-            signed = openpgp.verify(message, keyring)
+            signed = openpgp.verify(message, keyring, program)
         except openpgp.UnknownEntity as error:
             claimed.add(str(error.facts["claimed"]))
             return None

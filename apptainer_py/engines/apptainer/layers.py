@@ -211,7 +211,12 @@ def make_upper(fd: int, where: str, given: str) -> None:
         path = f"{where}/{name}"
         try:
             os.mkdir(name, 0o755, dir_fd=fd)
-            os.chmod(name, 0o755, dir_fd=fd)  # upper is the container's root: no umask
+            # Upper is the container's root: no umask. Its owner may have put a link there since.
+            made = os.open(
+                name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd
+            )
+            os.fchmod(made, 0o755)
+            os.close(made)
         except FileExistsError:
             pass
         except OSError as error:

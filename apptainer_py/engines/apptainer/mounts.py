@@ -385,15 +385,31 @@ def _kernel(p: Plan) -> None:
             p.kernel("sysfs", "/sys")
 
 
+def _below(fd: int, name: str) -> int:
+    """Make and open a directory in place of `fd`; no link is followed, which may be another's."""
+    try:
+        os.mkdir(name, dir_fd=fd)
+    except FileExistsError:
+        pass
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    inner = os.open(name, flags, dir_fd=fd)
+    os.close(fd)
+    return inner
+
+
 def _workdir(p: Plan, name: str, mode: int) -> str:
     """Make a directory below --workdir, as the user; returns its path."""
     top = os.path.abspath(p.action.workdir)
     path = os.path.join(top, name)
     try:
-        os.stat(top)
-        os.makedirs(path, exist_ok=True)
-        if os.stat(path).st_uid == os.getuid():
-            os.chmod(path, mode)
+        fd = os.open(top, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            for part in filter(None, name.split("/")):
+                fd = _below(fd, part)
+            if os.fstat(fd).st_uid == os.getuid():
+                os.fchmod(fd, mode)
+        finally:
+            os.close(fd)
     except OSError as error:
         raise LaunchError(
             text=f"container creation failed: failed to create {path}: mkdir {path}: "
