@@ -73,6 +73,22 @@ def test_one_record_for_each_launch(own, sif, sink):
     assert (facts.st_uid, facts.st_gid, facts.st_mode & 0o777) == (0, 0, 0o600)
 
 
+def test_a_join_is_recorded_by_whom_it_enters(own, sif, sink):
+    """The instance's own record is its user's file, and says what that user likes."""
+    assert own.run("instance", "start", sif, "audited").returncode == 0
+    try:
+        folder = Path(own.user.pw_dir, ".apptainer/instances/app")
+        record = next(folder.glob("*/*/audited/audited.json"))
+        said = json.loads(record.read_text())
+        record.write_text(json.dumps({**said, "image": "/approved.sif"}))
+        assert own.run("exec", "instance://audited", "true").returncode == 0
+    finally:
+        assert own.run("instance", "stop", "audited").returncode == 0
+    shown = [record["image"] for record in records(sink)]
+    assert shown[0] == str(sif)
+    assert shown[-1] == f"/proc/{said['pid']}"
+
+
 def test_record_is_there_before_the_payload(own, sif, sink):
     """Whoever kills the launch is on record already."""
     go = own.start("exec", sif, "sh", "-c", "echo ready; exec sleep 100")

@@ -28,6 +28,7 @@ MODES = {
     "libexec/apptainer-py/bin/fuse-overlayfs": 0o711,
     "libexec/apptainer-py/bin/fuse2fs": 0o711,
     "libexec/apptainer-py/bin/fusefd.so": 0o644,
+    "libexec/apptainer-py/bin/gpgv": 0o711,
     "libexec/apptainer-py/bin/squashfuse_ll": 0o711,
     "libexec/apptainer-py/bin/unpack.so": 0o644,
     "lib/apptainer-py/apptainer_py/__init__.py": 0o644,

@@ -109,6 +109,46 @@ RULES = [
 ]  # fmt: skip
 
 
+def test_an_overlay_of_another_group_is_no_part_of_it(own, signed):
+    """A partition that is added beside what is signed leaves every signature as it was."""
+    write_list(own, signed, rule("whitelist", FIRST))
+    tree = signed.folder / "tree"
+    (tree / "upper").mkdir(parents=True)
+    (tree / "upper/added").write_text("added")
+    packed = signed.folder / "packed.squashfs"
+    subprocess.run(["mksquashfs", tree, packed, "-quiet"], check=True, stdout=subprocess.DEVNULL)
+    images_ = {group: signed.folder / f"added-{group}.sif" for group in (1, 2)}
+    for group, image in images_.items():
+        shutil.copy(signed.first, image)
+        os.chown(image, own.user.pw_uid, own.user.pw_gid)
+        real(
+            signed.folder, "sif", "add", "--datatype", "4", "--parttype", "4", "--partfs", "1",
+            "--partarch", "2", "--groupid", str(group), image, packed,
+        )  # fmt: skip
+    script = "cat /added /upper/added; echo ran"
+    for words in ((images_[2],), ("--overlay", f"{images_[2]}:ro", signed.first)):
+        done = own.run("exec", *words, "sh", "-c", script)
+        assert "added" not in done.stdout.replace("ran", "")
+    done = own.run("exec", images_[1], "sh", "-c", script)
+    assert (done.returncode, done.stdout) == (255, "")
+
+
+def test_nobody_speaks_for_the_program_that_verifies(own, signed):
+    """In the setuid flow it is a copy that its user cannot trace, and no other."""
+    write_list(own, signed, rule("whitelist", FIRST))
+    copy = own.libexec / "bin/gpgv"
+    assert (copy.stat().st_uid, copy.stat().st_mode & 0o7777) == (0, 0o711)
+    away = copy.with_name("gpgv.away")
+    copy.rename(away)
+    try:
+        done = own.run("exec", signed.first, "true")
+        assert done.returncode == 255
+        assert f"{copy} is not installed" in done.stderr
+        assert own.run("exec", "-u", signed.first, "true").returncode == 0
+    finally:
+        away.rename(copy)
+
+
 @pytest.mark.parametrize("flow", sorted(FLOWS))
 @pytest.mark.parametrize(("text", "answers"), RULES)
 def test_who_has_signed(own, signed, flow, text, answers):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -239,3 +240,54 @@ def test_the_kernel_reads_extfs_only_where_it_may(own, place):
     assert " - fuse fuse2fs " in of[0][0]
     assert " - ext3 /dev/loop" in of[1][0] or " - ext4 /dev/loop" in of[1][0], allowed.stderr
     assert bound.returncode != 0
+
+
+@pytest.fixture
+def covered(place) -> Iterator[Path]:
+    """A root file system with a letter that everybody may read, beneath a mount that nobody may."""
+    tree = place / "tree"
+    shutil.copytree(images.small_tree(images.shared_folder()), tree, symlinks=True)
+    (tree / "data").mkdir()
+    (tree / "data/letter").write_text(SECRET)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=0000", "none", tree / "data"], check=True)
+    yield tree
+    subprocess.run(["umount", tree / "data"], check=True)
+
+
+@pytest.mark.parametrize("kind", ["overlay", "sandbox", "writable"])
+def test_nothing_beneath_a_mount_is_uncovered(own, place, flow, covered, kind):
+    """Overlay sees through mounts, which an administrator may have made to hide something."""
+    sif = images.own_sif(images.shared_folder())
+    words = {
+        "overlay": ("--overlay", f"{covered}:ro", sif),
+        "sandbox": ("-B", "/etc/hostname:/none/x", covered),
+        "writable": ("--writable-tmpfs", covered),
+    }[kind]
+    done = launch(own, flow, *words, "cat", "/data/letter")
+    assert done.returncode != 0
+    assert SECRET not in done.stdout
+
+
+@pytest.mark.parametrize("words", [(), ("-p",), ("-C",)])
+def test_an_overlay_with_processes_of_its_own(own, place, flow, words):
+    """Whose numbers are those of a namespace: no map is written by one."""
+    (place / "o").mkdir()
+    give(own, place / "o")
+    sif = images.own_sif(images.shared_folder())
+    done = launch(own, flow, *words, "--overlay", place / "o", sif, "sh", "-c", "echo kept > /new")
+    assert done.returncode == 0, done.stderr
+    assert (place / "o/upper/new").read_text() == "kept\n"
+
+
+@pytest.mark.parametrize("name", ["tmp", "var_tmp"])
+def test_no_link_in_a_work_directory_is_followed(own, place, name):
+    """Root's launch with a user's --workdir changes the mode of nothing else."""
+    (place / "secret").mkdir(mode=0o700)
+    (place / "w").mkdir()
+    (place / "w" / name).symlink_to(place / "secret")
+    give(own, place / "w", place / "w" / name)
+    sif = images.own_sif(images.shared_folder())
+    done = own.run("exec", "--contain", "--workdir", place / "w", sif, "true", root=True)
+    assert done.returncode == 255
+    assert str(place / "w" / name) in done.stderr
+    assert (place / "secret").stat().st_mode & 0o7777 == 0o700
