@@ -23,7 +23,8 @@ SHARED = ("KEEPER_START", "DROP_MASTER", "LOAD_MASTER", "GO", "EXEC_PAYLOAD")
 STEPS = {
     name[5:]: value
     for name, value in NAMED.items()
-    if name.startswith("STEP_") and (value >= protocol.STEP_FORK_INIT or name[5:] in SHARED)
+    if name.startswith("STEP_")
+    and (protocol.STEP_FORK_INIT <= value <= protocol.STEP_UNDONE or name[5:] in SHARED)
 }
 OF_APPTAINER = ("OP_STREAM", "OP_IMAGE", "OP_OVERLAY")
 OPERATIONS = {
