@@ -31,7 +31,9 @@ OPERATIONS = {
     f"OP_{name[3:]}": 100 + value
     for name, value in NAMED.items()
     # Streams that the monitor keeps, and images, are of the other command line.
-    if name.startswith("OP_") and value >= protocol.OP_JOIN and name not in OF_APPTAINER
+    if name.startswith("OP_")
+    and protocol.OP_JOIN <= value <= protocol.OP_OVERLAY
+    and name not in OF_APPTAINER
 }
 NUMBERS = {**STEPS, **OPERATIONS}
 # Behind these the process is another program, or waits: whoever dies there is killed from outside.
