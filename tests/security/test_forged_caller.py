@@ -387,10 +387,11 @@ def test_timers_of_the_caller_do_not_end_the_launch(launch):
     def prepare() -> None:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
-            signal.setitimer(timer, 0.004, 0.004)
+            signal.setitimer(timer, after_s, 0.004)
 
     # Python itself may be hit before it has become the launcher: then nothing was tested.
-    for _ in range(20):
+    for tries in range(20):
+        after_s = 0.004 + tries / 2000
         done = launch(["echo", "ran"], prepare=prepare)
         if done.status == 0:
             break

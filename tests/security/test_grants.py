@@ -103,7 +103,7 @@ def lying(require_root, repository) -> Iterator[SimpleNamespace]:
     master.write_text(master.read_text() + LYING_MASTER)
     stage = copy / "apptainer_py/runtime/stages.py"
     text = stage.read_text() + LYING_STAGE.replace("LIES", str(place / "lies"))
-    at = "    seal()\n    try:\n        _, fd = _starter"
+    at = "    seal()\n    streams: list[int] = []"
     assert text.count(at) == 1
     stage.write_text(text.replace(at, "    kept = lie(info)\n" + at))
     argv = [copy / "install", "--prefix", place / "prefix", "--sysconfdir", place / "etc"]
