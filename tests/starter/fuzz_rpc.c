@@ -184,6 +184,11 @@ bool policy_limits_images(const struct launch *l) {
     return dice(2) == 0;
 }
 
+bool policy_holds_mounts(int fd) {
+    must(fcntl(fd, F_GETFD) >= 0, "a mount is named by its descriptor");
+    return dice(8) == 0;
+}
+
 uint64_t privs_last_cap_mask(void) {
     return (1ull << 41) - 1;
 }
