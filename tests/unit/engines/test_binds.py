@@ -31,6 +31,22 @@ def test_a_bind(spec: str, source: str, target: str, read_only: bool) -> None:
     assert parse_bind(spec, CWD) == wanted
 
 
+@pytest.mark.parametrize(
+    ("spec", "inside", "number"),
+    [
+        ("/a:/b:image-src=/c", "/c", 0),
+        ("/a:/b:image-src=c/../d,id=2", "/d", 2),
+        ("/a:/b:id=3", "/", 3),
+        ("/a:/b:image-src=/../../etc", "/etc", 0),
+    ],
+)
+def test_a_bind_from_an_image(spec: str, inside: str, number: int) -> None:
+    bind = parse_bind(spec, CWD)
+    assert bind is not None
+    assert (bind.source, bind.target) == ("/a", "/b")
+    assert (bind.image_source, bind.image_id) == (inside, number)
+
+
 @pytest.mark.parametrize("spec", ["", ":"])
 def test_nothing_is_no_bind(spec: str) -> None:
     assert parse_bind(spec, CWD) is None
@@ -45,7 +61,8 @@ def test_nothing_is_no_bind(spec: str) -> None:
         ("/a:b", "unable to add /a to mount list: destination must be an absolute path"),
         ("/a:", "unable to add /a to mount list: mount point must contain a destination"),
         ("/a::ro", "unable to add /a to mount list: destination must be an absolute path"),
-        ("/a:/b:image-src=/c", "not supported yet"),
+        ("/a:/b:id=0", "id number must be greater than 0"),
+        ("/a:/b:id=x", "x is not the number of an object"),
         ("/a\0b", "has a NUL in it"),
         ("/" + "a" * 5000, "too long"),
     ],
