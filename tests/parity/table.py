@@ -26,6 +26,11 @@ LEVEL = "bash counts SHLVL wherever it is the image's /bin/sh"
 GROUP = "root's group, which the image has, is not listed twice"
 INH = "a change to another user would take them along"
 HELP = "the help texts are our own"
+READ_ONLY = "squashfs is never writable, which the real one says of bare images alone"
+SHORTER = "what is missing is said without the names of the hooks that found out"
+SOONER = "the mistake is found before the image is opened"
+CGROUPFS = "root's limits need no systemd"
+PASSWD = "both files of the image are found and completed"
 SETTING = "a setting that is none, or that is empty, starts nothing"
 
 IMAGES = [
@@ -575,11 +580,76 @@ RUN_HELP = [
     ),
 ]
 
+# Layers, instances, --fakeroot, networks, limits: what a line can show of them.
+LAYERS = [
+    *(
+        Case(f"exec --overlay {words} {{sif}} sh -c 'cat /etc/test-release; touch /etc/new'")
+        for word in ("sandbox", "squash", "zstd")
+        for words in (f"{{{word}}}:ro",)
+    ),
+    Case("exec --overlay {squash}:ro --overlay {sandbox}:ro {sif} cat /etc/test-release"),
+    Case("exec --overlay {squash}:ro -B {data}:/none/such {sif} ls /none/such"),
+    Case("exec --overlay /nonexistent {sif} true"),
+    Case("exec --overlay /nonexistent:ro {sif} true"),
+    Case("exec --overlay '' {sif} true"),
+    Case("exec --overlay {sif} {sif} true", differs={"said": READ_ONLY}),
+    Case("exec --overlay /etc/hostname {sif} true"),
+    Case("exec --overlay {sandbox}:odd {sif} true"),
+    Case("exec --overlay {squash}:ro --writable-tmpfs {sif} sh -c 'echo w >/w; cat /w'"),
+    Case("exec -B {squash}:/m:image-src=/etc {sif} cat /m/test-release"),
+    Case("exec -B {squash}:/m:image-src=/none {sif} true", differs={"said": SHORTER}),
+    Case("exec -B {squash}:/m:id=0 {sif} true", differs={"said": SOONER}),
+    Case("exec -B {sif}:/m:image-src=/ {sif} true"),
+    Case("exec -B {squash}:/m:image-src=/etc/test-release {sif} true"),
+]
+INSTANCES = [
+    Case("instance list"),
+    Case("instance list --json"),
+    Case("instance list nothing*"),
+    Case("instance stop"),
+    Case("instance stop nothing"),
+    Case("instance stop --all"),
+    Case("instance stats nothing"),
+    Case("instance start {sif}"),
+    Case("instance start /nonexistent name"),
+    Case("exec instance://nothing true"),
+    Case("run instance://nothing"),
+    Case("shell instance://nothing"),
+]
+OTHERS = [
+    Case("exec --net --network none {sif} sh -c 'cat /proc/net/dev | wc -l'"),
+    Case("exec --dns 192.0.2.1,192.0.2.2 {sif} cat /etc/resolv.conf"),
+    Case("exec --dns 192.0.2.400 {sif} true"),
+    Case("exec --network none --net --hostname box {sif} cat /etc/hostname"),
+    Case("exec --cpuset-cpus x- {sif} true", differs={"said@root": CGROUPFS}),
+    *(
+        Case(f"exec {words} {{sif}} true")
+        for words in (
+            "--memory 10x",
+            "--memory -1",
+            "--cpus x",
+            "--cpus -1",
+            "--blkio-weight 5",
+            "--blkio-weight-device x",
+            "--apply-cgroups /nonexistent",
+        )
+    ),
+    Case("exec -f {sif} id -u", flows=BOTH, differs={"said@setuid": PASSWD}),
+    Case("exec -f {sif} cat /proc/self/uid_map", flows=BOTH, differs={"said@setuid": PASSWD}),
+    Case("exec -f --ignore-subuid {sif} cat /proc/self/uid_map", flows=BOTH),
+    Case(
+        "exec -f {sif} sh -c 'grep -e Cap -e NoNewPrivs /proc/self/status'",
+        flows=BOTH,
+        differs={"said@setuid": PASSWD},
+    ),
+]
+
 GROUPS = {
     "drivers": DRIVERS, "nested": NESTED, "run-help": RUN_HELP,
     "images": IMAGES, "status": STATUS, "environment": ENVIRONMENT, "files": FILES,
     "directory": DIRECTORY, "binds": BINDS, "flags": FLAGS, "mounts": MOUNTS, "process": PROCESS,
-    "spellings": SPELLINGS, "bad": BAD, "outside": OUTSIDE,
+    "spellings": SPELLINGS, "bad": BAD, "outside": OUTSIDE, "layers": LAYERS,
+    "instances": INSTANCES, "others": OTHERS,
 }  # fmt: skip
 # These groups run by default, in this flow; the others take minutes.
 QUICK = frozenset({("process", SETUID), ("process", USERNS), ("images", SETUID), ("bad", SETUID)})

@@ -55,11 +55,12 @@ def cpu_quota_us(text: str, processors: int) -> int:
     Raises:
         LimitWrong: it is no number, or more than there are.
     """
-    whole, _, part = text.strip().partition(".")
+    number = text.strip()
+    whole, _, part = number.removeprefix("-").partition(".")
     if not (whole + part).isascii() or not (whole + part).isdigit():
         raise LimitWrong(text=f"invalid cpus value: can't convert {text} to decimal")
     quota = int(whole or 0) * CPU_PERIOD_US + int((part + "00000")[:5])
-    if not CPU_PERIOD_US // 100 <= quota <= processors * CPU_PERIOD_US:
+    if number.startswith("-") or not CPU_PERIOD_US // 100 <= quota <= processors * CPU_PERIOD_US:
         raise LimitWrong(text=f"cpus value must be in range 0.01 - {processors}")
     return quota
 
