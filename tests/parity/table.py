@@ -610,7 +610,7 @@ INSTANCES = [
     Case("instance stop nothing"),
     Case("instance stop --all"),
     Case("instance stats nothing"),
-    Case("instance start {sif}"),
+    Case("instance start {sif}", differs={"stdout@setuid": HELP, "stdout@root": HELP}),
     Case("instance start /nonexistent name"),
     Case("exec instance://nothing true"),
     Case("run instance://nothing"),
