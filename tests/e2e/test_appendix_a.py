@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import images
+from tests import extfs_images, images
 from tests.e2e import test_oci_images
 from tests.e2e.three_flows import FLOWS, run
 from tests.own_install import Completed
@@ -56,6 +56,22 @@ def test_1_root_without_one_capability(installed, sif):
     assert done[0].returncode == 1
     assert "Requesting capability set" in done[0].stderr
     assert (done[1].returncode, done[1].stderr) == (0, "")
+
+
+def test_2_a_writable_ext3_overlay_in_the_setuid_flow(installed):
+    """There fuse2fs and its launch wait for each other until somebody ends them."""
+    tree = images.small_tree(images.shared_folder())
+    with tempfile.TemporaryDirectory(prefix="apptainer-py-extfs-", dir="/var/tmp") as folder:
+        os.chmod(folder, 0o755)
+        image = extfs_images.extfs(Path(folder, "overlay.img"), owner=installed.user.pw_uid)
+        os.chown(image, installed.user.pw_uid, installed.user.pw_gid)
+        words = ("5", "exec", "--overlay", image, tree, "sh", "-c", "echo x >/x; echo ran")
+        real, ours = (
+            run("/usr/bin/timeout", "setuid", [words[0], program, *words[1:]])
+            for program in (REAL, installed.program)
+        )
+    assert (real.returncode, real.stdout) == (124, "")
+    assert (ours.returncode, ours.stdout) == (0, "ran\n"), ours.stderr
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +133,18 @@ def test_5_cpu_shares_are_not_taken_for_cpus(installed, sif):
     assert "cpus" not in ours.stderr
     named = run(installed.program, "setuid", ["exec", sif, "true"], env={"APPTAINER_CPUS": "x"})
     assert "invalid cpus value" in named.stderr
+
+
+def test_7_an_instance_of_a_bare_sandbox(installed):
+    tree, name = images.small_tree(images.shared_folder()), "apy-bare"
+    real, ours = both(installed, "setuid", "instance", "start", tree, name)
+    try:
+        inside = run(installed.program, "setuid", ["exec", f"instance://{name}", "echo", "in"])
+    finally:
+        run(installed.program, "setuid", ["instance", "stop", name])
+    assert real.returncode == 255
+    assert "actions/start" in real.stderr
+    assert (ours.returncode, inside.stdout) == (0, "in\n"), ours.stderr
 
 
 @pytest.mark.parametrize("flow", USERS)
