@@ -31,14 +31,17 @@ def run(
     if flow != "root":
         groups = os.getgrouplist(user.pw_name, user.pw_gid)
         ids = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": groups}
-    return subprocess.run(  # type: ignore[call-overload,no-any-return]
+    done = subprocess.run(  # type: ignore[call-overload]
         [str(program), *line],
         env={"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": home, **(env or {})},
         cwd=cwd or "/",
-        input=stdin,
+        input=stdin.encode(),
         capture_output=True,
-        text=True,
         check=False,
         timeout=60,
         **ids,
+    )
+    # Decoded here: text=True would make newlines of the carriage returns that a payload prints.
+    return subprocess.CompletedProcess(
+        done.args, done.returncode, done.stdout.decode(), done.stderr.decode()
     )
