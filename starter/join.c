@@ -7,12 +7,15 @@
 #include <linux/magic.h>
 #include <linux/nsfs.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/vfs.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "starter.h"
@@ -114,10 +117,18 @@ static bool in_our_proc(int fd) {
            theirs.stx_mnt_id == ours.stx_mnt_id;
 }
 
-static bool is_our_program(int process_fd) {
+static bool is_our_program(const struct launch *l, int process_fd) {
     struct stat theirs, ours;
-    return fstatat(process_fd, "exe", &theirs, 0) == 0 && stat("/proc/self/exe", &ours) == 0 &&
-           theirs.st_dev == ours.st_dev && theirs.st_ino == ours.st_ino;
+    if (fstatat(process_fd, "exe", &theirs, 0) < 0)
+        return false;
+    /* The setuid starter's instances with --fakeroot are entered by the plain one too. */
+    const char *const programs[] = {"/proc/self/exe", APY_STARTER_SUID};
+    size_t count = l->flow == FLOW_USERNS && fakeroot_wanted(l) ? 2 : 1;
+    for (size_t i = 0; i < count; i++)
+        if (stat(programs[i], &ours) == 0 && theirs.st_dev == ours.st_dev &&
+            theirs.st_ino == ours.st_ino)
+            return true;
+    return false;
 }
 
 /* Its files in /proc are root's: the caller has no hand on it, and never had. */
@@ -134,7 +145,7 @@ static int judge_keeper(const struct launch *l, const struct status *shim) {
     int fd = open(path, O_PATH | O_DIRECTORY | O_CLOEXEC);
     int code = fd < 0 || read_status(fd, &keeper) < 0 ? ERR_INSTANCE_GONE
                /* In a user namespace there is no right to look, nor one that could be won. */
-               : l->flow != FLOW_USERNS && !is_our_program(fd) ? ERR_INSTANCE_FOREIGN
+               : l->flow != FLOW_USERNS && !is_our_program(l, fd) ? ERR_INSTANCE_FOREIGN
                                                                : ERR_OK;
     close_fd(&fd);
     if (code != ERR_OK)
@@ -150,14 +161,14 @@ static int judge_process(const struct launch *l, int fd) {
     if (read_status(fd, &shim) < 0)
         return ERR_INSTANCE_GONE;
     if (strcmp(shim.name, "appinit") != 0 || shim.depth != 2 || shim.numbers[1] != 1 ||
-        !is_our_program(fd))
+        !is_our_program(l, fd))
         return ERR_INSTANCE_FOREIGN;
     if (l->flow != FLOW_ROOT && !all_are(shim.uid, l->uid))
         return ERR_INSTANCE_FOREIGN;
     if (l->flow == FLOW_SETUID && (shim.permitted != 0 || !shim.no_new_privs || !is_closed(fd)))
         return ERR_INSTANCE_FOREIGN;
-    if (l->flow == FLOW_USERNS && !all_are(shim.gid, l->gid))
-        return ERR_INSTANCE_FOREIGN; /* no other group is mapped there */
+    if ((l->flow == FLOW_USERNS || fakeroot_wanted(l)) && !all_are(shim.gid, l->gid))
+        return ERR_INSTANCE_FOREIGN; /* no other group of the caller's is mapped there */
     int code = judge_keeper(l, &shim);
     if (code != ERR_OK)
         return code;
@@ -175,6 +186,16 @@ static bool belongs_to(int space_fd, uint64_t userns) {
     return same;
 }
 
+/* A user namespace right below ours, of which the caller is the owner, with every right there. */
+static bool is_owned(const struct launch *l, int userns_fd) {
+    struct stat st;
+    uid_t owner;
+    int fd = ioctl(userns_fd, NS_GET_PARENT);
+    bool right_below = fd >= 0 && fstat(fd, &st) == 0 && st.st_ino == l->host_spaces[USER];
+    close_fd(&fd);
+    return right_below && ioctl(userns_fd, NS_GET_OWNER_UID, &owner) == 0 && owner == l->uid;
+}
+
 /* Below the directory; those that are ours too need no entering. */
 static int open_spaces(const struct launch *l, struct instance *in) {
     struct stat st;
@@ -189,13 +210,10 @@ static int open_spaces(const struct launch *l, struct instance *in) {
         if (st.st_ino == l->host_spaces[i])
             close_fd(&in->spaces[i]);
     }
-    if ((in->spaces[USER] >= 0) != (l->flow == FLOW_USERNS) || in->spaces[MNT] < 0 ||
-        in->spaces[PIDS] < 0 || !belongs_to(in->spaces[MNT], userns) ||
-        !belongs_to(in->spaces[PIDS], userns))
-        return ERR_INSTANCE_FOREIGN;
-    uid_t owner;
-    if (l->flow == FLOW_USERNS &&
-        (ioctl(in->spaces[USER], NS_GET_OWNER_UID, &owner) < 0 || owner != l->uid))
+    bool has_userns = l->flow == FLOW_USERNS || fakeroot_wanted(l);
+    if ((in->spaces[USER] >= 0) != has_userns || in->spaces[MNT] < 0 || in->spaces[PIDS] < 0 ||
+        !belongs_to(in->spaces[MNT], userns) || !belongs_to(in->spaces[PIDS], userns) ||
+        (has_userns && !is_owned(l, in->spaces[USER])))
         return ERR_INSTANCE_FOREIGN;
     return fstatat(in->fd, "root", &in->root, 0) < 0 ? ERR_INSTANCE_GONE : ERR_OK;
 }
@@ -240,6 +258,9 @@ NO_RETURN static void joiner_main(struct launch *l, struct instance *in) {
     step_begin(STEP_JOIN_SPACES);
     if (enter_spaces(in) < 0)
         fail("the namespaces of the instance cannot be entered", errno);
+    /* SAFE: root of a namespace that is the caller's own, as its first process became it. */
+    if (fakeroot_wanted(l) && privs_become_inner_root() < 0)
+        fail("the identity of the instance cannot be taken", errno);
     step_end(STEP_JOIN_SPACES);
     step_begin(STEP_DROP_JOINER);
     stage_target(l, ROLE_BEARER, &target);
@@ -293,13 +314,62 @@ static pid_t fork_inside(struct launch *l, struct instance *in, int *error) {
     return pid;
 }
 
+struct born {
+    pid_t pid;
+    int error;
+};
+
+/* Its child is keeper's, and is born in the instance. */
+NO_RETURN static void go_between(struct launch *l, struct instance *in, int answer_fd) {
+    struct born born = {.pid = -1};
+    const unsigned long flags = (unsigned long)CLONE_PARENT | SIGCHLD;
+    /* SAFE: a namespace that open_instance() has looked at; what this process has holds there alone
+     * from then on, and who enters is its owner, or root. */
+    if (l->flow == FLOW_ROOT && !privs_raise(CAP_BIT(CAP_SYS_ADMIN)))
+        fail("the namespaces of the instance cannot be entered", EPERM);
+    bool there = setns(in->spaces[USER], CLONE_NEWUSER) == 0;
+    (void)prctl(PR_SET_DUMPABLE, 0);
+    if (there && setns(in->spaces[PIDS], CLONE_NEWPID) == 0)
+        born.pid = (pid_t)syscall(SYS_clone, flags, NULL, NULL, NULL, NULL);
+    if (born.pid == 0) {
+        close_fd(&answer_fd);
+        joiner_main(l, in);
+    }
+    born.error = errno;
+    _exit(write(answer_fd, &born, sizeof(born)) == (ssize_t)sizeof(born) ? 0 : 255);
+}
+
+/* With --fakeroot keeper stays outside, as it does when such an instance starts. */
+static pid_t fork_through(struct launch *l, struct instance *in, int *error) {
+    struct born born = {.pid = -1, .error = EIO};
+    int ends[2];
+    if (pipe2(ends, O_CLOEXEC) < 0) {
+        *error = errno;
+        return -1;
+    }
+    step_begin(STEP_FORK_JOINER);
+    pid_t between = fork();
+    if (between == 0) {
+        close_fd(&ends[0]);
+        go_between(l, in, ends[1]);
+    }
+    step_end(STEP_FORK_JOINER);
+    close_fd(&ends[1]);
+    ssize_t got = between < 0 ? -1 : read(ends[0], &born, sizeof(born));
+    while (between > 0 && waitpid(between, NULL, 0) < 0 && errno == EINTR)
+        ;
+    close_fd(&ends[0]);
+    *error = born.error;
+    return got == (ssize_t)sizeof(born) ? born.pid : -1;
+}
+
 int join_start(struct launch *l, int process_fd, pid_t *pid, int *error) {
     struct instance in = {.fd = process_fd};
     for (int i = 0; i < SPACE_COUNT; i++)
         in.spaces[i] = -1;
     int code = process_fd < 0 ? ERR_MALFORMED : open_instance(l, &in);
     if (code == ERR_OK) {
-        *pid = fork_inside(l, &in, error);
+        *pid = fakeroot_wanted(l) ? fork_through(l, &in, error) : fork_inside(l, &in, error);
         code = *pid < 0 ? ERR_INSTANCE_JOIN : ERR_OK;
     }
     if (code == ERR_OK)

@@ -317,7 +317,7 @@ static void close_container_ends(struct launch *l) {
 static int join_container(struct keeper *k, int process_fd, int *error) {
     int code = join_start(k->launch, process_fd, &k->container, error);
     k->container_alive = code == ERR_OK;
-    k->in_userns = k->launch->flow == FLOW_USERNS;
+    k->in_userns = k->launch->flow == FLOW_USERNS && !fakeroot_wanted(k->launch);
     return code;
 }
 

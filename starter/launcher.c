@@ -136,7 +136,7 @@ int main(int argc, char *argv[], char *envp[]) {
         choose_oci(&c, &s, argv);
     } else {
         struct fakeroot_options o = {0};
-        bool fakeroot = scan_asks_fakeroot(&s, envp, &o);
+        bool fakeroot = !s.joins && scan_asks_fakeroot(&s, envp, &o);
         flow_choose(&c, scan_asks_userns(&s, envp) || (fakeroot && fakeroot_by_userns(&o)));
         if (!fakeroot)
             c.forecast = scan_forecast(&s);

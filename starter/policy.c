@@ -75,7 +75,7 @@ static bool whole_grant(const struct container_plan *plan) {
 /* An instance lives as long as the first process of its own pid namespace.  Who joins one makes
  * nothing: what it enters is found out from that process alone (join.c). */
 static bool fits_instance(const struct container_plan *plan) {
-    const uint32_t joining = PLAN_JOIN | PLAN_NO_NEW_PRIVS;
+    const uint32_t joining = PLAN_JOIN | PLAN_NO_NEW_PRIVS | PLAN_FAKEROOT;
     if (plan->flags & PLAN_JOIN)
         return plan->spaces == 0 && plan->fuse_count == 0 && !(plan->flags & ~joining);
     return !(plan->flags & PLAN_INSTANCE) || (plan->flags & PLAN_SHIM && plan->spaces & SPACE_PID);
@@ -91,6 +91,9 @@ static int fakeroot_plan(const struct launch *l, const struct container_plan *pl
         return ERR_MALFORMED;
     if (l->flow == FLOW_USERNS)
         return ERR_OK;
+    /* Ids that are there already; an owner needs no right of ours to enter, as root would. */
+    if (plan->flags & PLAN_JOIN)
+        return l->flow == FLOW_ROOT ? ERR_OK : ERR_MALFORMED;
     /* One id needs no right of ours: then the user-namespace flow serves. */
     if (!(plan->flags & PLAN_SUBIDS) || !(plan->flags & PLAN_NO_NEW_PRIVS))
         return ERR_MALFORMED;

@@ -72,7 +72,8 @@ NO_RETURN void shim_main(struct launch *l, pid_t rpc, pid_t stage2) {
     /* Its user must open its namespaces to join them, and holds every right that there is in this
      * user namespace.  Whoever is inside finds no more in it than a program that is busy. */
     bool instance = (l->plan.flags & PLAN_INSTANCE) != 0;
-    if (instance && l->flow == FLOW_USERNS)
+    bool own = l->flow == FLOW_USERNS || (l->flow == FLOW_SETUID && fakeroot_wanted(l));
+    if (instance && own)
         (void)prctl(PR_SET_DUMPABLE, 1);
     trace_fd = -1;
     close_all_but(fd);

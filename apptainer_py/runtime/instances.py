@@ -57,6 +57,9 @@ class Owner(Record):
     home: str
 
 
+FAKEROOT_PARTS = ("namespace", "subids", "command")
+
+
 class Instance(Record):
     """What a record says. `started` is in clock ticks since the machine's start."""
 
@@ -75,7 +78,8 @@ class Instance(Record):
     stop_signal: str = ""
     cgroup: bool = False
     sharens: bool = False
-    fakeroot: bool = False
+    # What it has of --fakeroot: namespace, subids, command.
+    fakeroot: tuple[str, ...] = ()
 
 
 class Process(Record):
@@ -292,7 +296,7 @@ def _encoded(instance: Instance) -> bytes:
         "bootId": instance.boot,
         "pidNamespace": instance.pid_space,
         "stopSignal": instance.stop_signal,
-        "fakeroot": instance.fakeroot,
+        "fakeroot": list(instance.fakeroot),
     }
     return json.dumps(fields, separators=(",", ":")).encode("utf-8", "surrogateescape")
 
@@ -331,7 +335,10 @@ def _read_record(folder: int, file: str, owner: Owner) -> Instance | None:
         fields[ours] = value if type(value) is int and 0 <= value < 1 << 63 else 0
     fields["userns"] = found.get("userns") is True
     fields["cgroup"] = found.get("cgroup") is True
-    fields["fakeroot"] = found.get("fakeroot") is True
+    parts = found.get("fakeroot")
+    fields["fakeroot"] = tuple(
+        part for part in FAKEROOT_PARTS if isinstance(parts, list) and part in parts
+    )
     fields["sharens"] = found.get("sharensMode") is True
     return Instance(name=file.removesuffix(".json"), user=owner.name, **fields)  # type: ignore[arg-type]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -307,6 +308,101 @@ def test_nothing_is_left(own, tree):
         "FATAL:   --fakeroot requires either being in /etc/subuid, unprivileged user namespaces, "
         "or the fakeroot command"
     )
+
+
+# ---- instances ----
+
+JOIN = (
+    "id -u; grep -c . /proc/self/uid_map; grep -E 'CapEff|NoNew' /proc/self/status; "
+    "cat /proc/1/comm"
+)
+NAME = "apy-test-f"
+
+
+@pytest.fixture
+def instance(own, tree):
+    """Starts an instance, and stops what is left of it."""
+
+    def start(files, *options, root=False):
+        done = launch(
+            own, "-q", "instance", "start", "-f", *options, tree, NAME, files=files, root=root
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        return lambda *words: launch(own, *words, files=files, root=root)
+
+    yield start
+    for root in (False, True):
+        launch(own, "instance", "stop", "-F", NAME, root=root)
+
+
+@pytest.mark.parametrize("joining", FLOWS)
+@pytest.mark.parametrize("flow", FLOWS)
+def test_joining_an_instance_with_ranges(instance, own, flow, joining):
+    """Its owner enters the namespace: no starter with privilege is needed for that."""
+    run = instance(both(range_of(own)), *FLOWS[flow])
+    done = run("exec", *FLOWS[joining], f"instance://{NAME}", "sh", "-c", JOIN)
+    lines = done.stdout.split("\n")
+    assert lines[:2] == ["0", "2"], done.stderr
+    assert (int(lines[2].split()[1], 16), lines[3].split()[1], lines[4]) == (ALL, "1", "appinit")
+    made = run("exec", *FLOWS[joining], f"instance://{NAME}", "sh", "-c",
+               "touch /tmp/apy-of-42 && chown 42:43 /tmp/apy-of-42 && stat -c %u /tmp/apy-of-42; "
+               "rm /tmp/apy-of-42; echo $HOME; exit 7")  # fmt: skip
+    assert (made.returncode, made.stdout) == (7, "42\n/root\n"), made.stderr
+
+
+def test_joining_an_instance_with_one_id(instance, own):
+    run = instance(both(""), "--ignore-fakeroot-command")
+    done = run("exec", "-f", f"instance://{NAME}", "sh", "-c", JOIN)
+    assert done.stderr == "INFO:    --fakeroot ignored when joining instance\n"
+    assert done.stdout.split("\n")[:2] == ["0", "1"]
+    dropped = run("exec", "--drop-caps", "all", f"instance://{NAME}", "sh", "-c", JOIN)
+    assert int(dropped.stdout.split("\n")[2].split()[1], 16) == 0
+
+
+def test_joining_an_instance_of_root(instance, own):
+    files = both("root:200000:65536\n")
+    run = instance(files, root=True)
+    done = run("exec", f"instance://{NAME}", "sh", "-c", JOIN)
+    lines = done.stdout.split("\n")
+    assert (lines[:2], lines[4]) == (["0", "2"], "appinit"), done.stderr
+
+
+@needs_command
+@pytest.mark.parametrize("options", [(), ("--ignore-userns",)], ids=["namespace", "alone"])
+def test_joining_an_instance_with_the_command(own, dynamic, shared, options):
+    words = ["-q", "instance", "start", "-f", *options, dynamic, NAME]
+    files = both("")
+    try:
+        assert launch(own, *words, files=files).returncode == 0
+        joined = ["exec", f"instance://{NAME}", "sh", "-c", SCRIPT.format(shared)]
+        done = launch(own, *joined, files=files)
+        assert (done.stdout, done.stderr) == (PRETENDED, "")
+    finally:
+        launch(own, "instance", "stop", "-F", NAME)
+
+
+@pytest.mark.parametrize("lie", [[], ["namespace"], ["command"], "x"])
+@pytest.mark.parametrize("fakeroot", [(), ("-f",)], ids=["plain", "fakeroot"])
+def test_a_record_that_lies_about_the_degree(own, tree, lie, fakeroot):
+    """Who joins is told what it says; the starter finds out what there is."""
+    files = both(range_of(own))
+    launch(own, "-q", "instance", "start", *fakeroot, tree, NAME, files=files)
+    account = own.user.pw_name
+    record = next(Path(own.user.pw_dir).glob(f".apptainer/instances/app/*/{account}/{NAME}/*.json"))
+    try:
+        said = json.loads(record.read_text())
+        assert said["fakeroot"] == (["namespace", "subids"] if fakeroot else [])
+        record.write_text(json.dumps({**said, "fakeroot": lie}))
+        done = launch(own, "exec", f"instance://{NAME}", "id", "-u", files=files)
+        inside = lie == ["namespace"]
+        if inside == bool(fakeroot) and lie != ["command"]:
+            assert done.stdout == ("0\n" if inside else f"{own.user.pw_uid}\n")
+        else:
+            assert (done.returncode, done.stdout) == (255, "")
+            assert len([line for line in done.stderr.splitlines() if "FATAL" in line]) == 1
+        record.write_text(json.dumps(said))
+    finally:
+        launch(own, "instance", "stop", "-F", NAME)
 
 
 # ---- what stays true ----

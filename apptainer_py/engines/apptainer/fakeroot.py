@@ -28,6 +28,9 @@ _LIBRARIES: Final = (
     "/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib",
     "/usr/local/lib",
 )  # fmt: skip
+_PREFIX: Final = (f"{LIBS}/fakeroot", "-f", f"{LIBS}/faked", "-l", f"{LIBS}/libfakeroot.so")
+# What a file's owner shall be is remembered; the kernel is not even asked.
+VARIABLES: Final = {"FAKEROOTDONTTRYCHOWN": "1"}
 
 
 class NotPossible(LaunchError):
@@ -63,6 +66,16 @@ class Degree:
         self.command = command
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """What there is of it, for the record of an instance (`instances.FAKEROOT_PARTS`)."""
+        there = {
+            "namespace": self.namespace,
+            "subids": self.subids,
+            "command": self.command is not None,
+        }
+        return tuple(name for name, is_there in there.items() if is_there)
+
+    @property
     def flags(self) -> int:
         """The plan's flags; one id is worth nothing to who could become another user."""
         if not self.namespace:
@@ -84,9 +97,17 @@ class Degree:
     @property
     def prefix(self) -> list[str]:
         """The words that stand before the program's name."""
-        if self.command is None:
-            return []
-        return [f"{LIBS}/fakeroot", "-f", f"{LIBS}/faked", "-l", f"{LIBS}/libfakeroot.so"]
+        return [] if self.command is None else list(_PREFIX)
+
+
+def of_instance(parts: tuple[str, ...]) -> Degree:
+    """Return the degree that an instance was started with."""
+    inside = (_PREFIX[0], _PREFIX[2], _PREFIX[4])
+    return Degree(
+        namespace="namespace" in parts,
+        subids="subids" in parts,
+        command=inside if "command" in parts else None,
+    )
 
 
 def account(facts: Facts) -> str:

@@ -6,7 +6,7 @@ import os
 import stat
 
 from apptainer_py.base import log
-from apptainer_py.base.errors import ApptainerError, LaunchError, NotSupported
+from apptainer_py.base.errors import ApptainerError, LaunchError
 from apptainer_py.base.files import write_all
 from apptainer_py.model import protocol
 from apptainer_py.runtime import instances
@@ -39,7 +39,13 @@ class NotWritten(ApptainerError):
 class Service:
     """The instance that this launch starts."""
 
-    def __init__(self, action: ActionRequest, context: PrepareContext, image: str) -> None:
+    def __init__(
+        self,
+        action: ActionRequest,
+        context: PrepareContext,
+        image: str,
+        fakeroot: tuple[str, ...] = (),
+    ) -> None:
         facts = context.facts
         where = "while executing starter: while checking instance name: "
         self.name = instances.check_name(action.instance, where)
@@ -51,7 +57,7 @@ class Service:
         self.pid_file = action.pid_file
         self.ready_fd = context.ready_fd
         self.stop_signal = ""
-        self.fakeroot = action.fakeroot
+        self.fakeroot = fakeroot
         self.place = self._reserve()
         self.logs = instances.logs_of(self.owner, self.name)
         null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
@@ -150,12 +156,10 @@ def check_flow(facts: Facts, instance: instances.Instance) -> bool:
     """Return whether the plain starter has to join; the setuid one enters no user namespace.
 
     Raises:
-        NotSupported: it has ids of its own.
         LaunchError: the other starter is needed, and this launch has it not.
     """
-    if instance.fakeroot:
-        raise NotSupported(what="joining an instance that was started with --fakeroot")
-    if instance.userns:
+    # Who owns a user namespace enters it without anybody's help.
+    if instance.userns or ("namespace" in instance.fakeroot and facts.uid != 0):
         return facts.flow != protocol.FLOW_USERNS
     if facts.flow == protocol.FLOW_USERNS:
         raise LaunchError(text="a setuid installation is required to join this instance")

@@ -20,6 +20,7 @@ from apptainer_py.runtime import instances
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from apptainer_py.engines.apptainer.fakeroot import Degree
     from apptainer_py.model.plan import Capabilities
     from apptainer_py.model.request import ActionRequest
     from apptainer_py.runtime.contexts import CreateContext, PrepareContext
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 PREFIX = "instance://"
 _SHELLS = (b"/bin/sh", b"/bin/bash")
 _WHERE = "While setting image/instance: "
+_KEPT = protocol.PLANFLAG_NO_NEW_PRIVS | protocol.PLANFLAG_FAKEROOT
 _RUNSCRIPT = b"/.singularity.d/runscript"
 # What these promise would not hold; other options that shape a container are without effect here,
 # as they are with Apptainer.
@@ -153,18 +155,39 @@ def prepare(context: PrepareContext, flags: int, caps: Capabilities) -> Joined:
         raise instances.NoInstance(name=name)
     if check_flow(facts, found):
         context.use_plain_starter()
-    user = mounts.find_user(facts, action, context.environment)
+    degree = find_degree(action, found)
+    inside = degree is not None and degree.namespace
+    user = mounts.find_user(facts, action, context.environment, as_root=inside)
+    environment = environ.collect(action, context.environment)
+    if degree and degree.command:
+        from apptainer_py.engines.apptainer.fakeroot import VARIABLES
+
+        environment.forwarded.update(VARIABLES)
     lists = process.lists(
-        joined_action(action, name), context, found.image, user.home,
-        environ.collect(action, context.environment), "",
+        joined_action(action, name), context, found.image, user.home, environment, "",
+        degree.prefix if degree else None,
     )  # fmt: skip
+    if degree and inside:
+        caps = degree.capabilities(action)
+        flags = degree.flags & ~protocol.PLANFLAG_SUBIDS
     context.plan(
         ContainerPlan(
-            image=found.image, uid=facts.uid, gid=facts.gid, caps=caps,
-            flags=protocol.PLANFLAG_JOIN | flags & protocol.PLANFLAG_NO_NEW_PRIVS,
+            image=found.image, uid=0 if inside else facts.uid, gid=0 if inside else facts.gid,
+            caps=caps, flags=protocol.PLANFLAG_JOIN | flags & _KEPT,
         )
     )  # fmt: skip
     return Joined(lists)
+
+
+def find_degree(action: ActionRequest, found: instances.Instance) -> Degree | None:
+    """Return what the instance has of --fakeroot; who joins cannot ask for another."""
+    if action.fakeroot:
+        log.info("--fakeroot ignored when joining instance")
+    if not found.fakeroot:
+        return None
+    from apptainer_py.engines.apptainer.fakeroot import of_instance
+
+    return of_instance(found.fakeroot)
 
 
 def joined_action(action: ActionRequest, name: str) -> ActionRequest:

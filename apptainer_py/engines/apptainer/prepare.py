@@ -230,7 +230,8 @@ def judge(
     if action.instance:
         from apptainer_py.engines.apptainer.instance import Service
 
-        prepared.service = Service(action, context, prepared.image.realpath)
+        parts = prepared.fakeroot.parts if prepared.fakeroot else ()
+        prepared.service = Service(action, context, prepared.image.realpath, parts)
         context.streams = prepared.service.streams
     plan = ContainerPlan(
         image=prepared.image.realpath,
@@ -256,8 +257,9 @@ def judge(
     environment = environ.collect(action, context.environment)
     add_variables(prepared, environment)
     if prepared.fakeroot and prepared.fakeroot.command:
-        # What a file's owner shall be is remembered; the kernel is not even asked.
-        environment.forwarded["FAKEROOTDONTTRYCHOWN"] = "1"
+        from apptainer_py.engines.apptainer.fakeroot import VARIABLES
+
+        environment.forwarded.update(VARIABLES)
     context.tell_start(process.spec(action, context, prepared, environment, binds))
     context.plan(plan.replace(fuse_count=prepared.fuse_count))
     return prepared
