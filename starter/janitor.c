@@ -247,8 +247,9 @@ static void remove_groups(bool wait) {
 
 /* ---- the process ---- */
 
-/* Our own descriptors at fixed numbers; of the caller's streams the one for warnings alone. */
-static int arrange(pid_t container, int socket) {
+/* Our own descriptors at fixed numbers; of the caller's streams the one for warnings alone, and not
+ * even that where the caller goes and the instance stays. */
+static int arrange(const struct launch *l, pid_t container, int socket) {
     char space[64] = "/proc/";
     append_number(space, sizeof(space), (uint64_t)container);
     append_text(space, sizeof(space), "/ns/net");
@@ -260,8 +261,10 @@ static int arrange(pid_t container, int socket) {
     process = fcntl(process, F_DUPFD_CLOEXEC, 64);
     net = fcntl(net, F_DUPFD_CLOEXEC, 64);
     null = fcntl(null, F_DUPFD_CLOEXEC, 64);
-    if (dup2(null, 0) < 0 || dup2(null, 1) < 0 || dup3(from, SOCKET_FD, O_CLOEXEC) < 0 ||
-        dup3(process, CONTAINER_FD, O_CLOEXEC) < 0 || dup3(net, SPACE_FD, O_CLOEXEC) < 0)
+    bool stays = (l->plan.flags & PLAN_INSTANCE) != 0;
+    if (dup2(null, 0) < 0 || dup2(null, 1) < 0 || (stays && dup2(null, 2) < 0) ||
+        dup3(from, SOCKET_FD, O_CLOEXEC) < 0 || dup3(process, CONTAINER_FD, O_CLOEXEC) < 0 ||
+        dup3(net, SPACE_FD, O_CLOEXEC) < 0)
         return -1;
     trace_fd = -1;
     return close_range(FIRST_FREE_FD, ~0U, 0);
@@ -278,7 +281,7 @@ NO_RETURN static void janitor_main(struct launch *l, pid_t container, int socket
         _exit(255);
     step_end(STEP_DROP_JANITOR);
     trace_process();
-    if (arrange(container, socket) < 0)
+    if (arrange(l, container, socket) < 0)
         _exit(255);
     listen_to_master();
     wait_for(CONTAINER_FD);

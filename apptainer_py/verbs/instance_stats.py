@@ -1,13 +1,14 @@
-"""`instance stats`: what an instance uses, from what the kernel says of its processes.
+"""`instance stats`: what an instance uses, from its control groups or else from its processes.
 
-No control group is needed: all processes of an instance descend from its first, but those that have
-joined it, which are in the same pid namespace.
+Without groups all processes of an instance are those that descend from its first, and those that
+have joined it, which are in the same pid namespace. The JSON keys are Apptainer's.
 """
 
 from __future__ import annotations
 
 import os
 import select
+import sys
 import time
 
 from apptainer_py.base import log
@@ -17,25 +18,32 @@ from apptainer_py.runtime import instances
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
+    from typing import Any
 
+# Debian's own modules; the interpreter is started without them.
+_DISTRIBUTION = "/usr/lib/python3/dist-packages"
 _FIRST_S, _EACH_S = 0.2, 1.0
 _CLEAR = "\033[H\033[2J"
 _HEAD = ("INSTANCE NAME", "CPU USAGE", "MEM USAGE / LIMIT", "MEM %", "BLOCK I/O", "PIDS")
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
-# Fields of /proc/PID/stat behind the name: parent, user and system time, children's, resident.
-_PARENT, _USER, _SYSTEM, _RESIDENT = 1, 11, 12, 21
 
 
 class StatsForRoot(ApptainerError):
     message = "Only the root user can look at stats of a user's instance"
 
 
+class NoLibrary(ApptainerError):
+    message = "instance stats needs psutil, which is not installed"
+    hint = "install the package python3-psutil"
+
+
 class Usage(Record):
     """What all processes of an instance use together."""
 
-    ticks: int
+    cpu_ns: int
     memory: int
+    limit: int
     read: int
     written: int
     pids: int
@@ -57,6 +65,8 @@ def instance_stats(
     folder = -1 if found is None else instances.open_running(found, owner)
     if found is None or folder < 0:
         raise UsageError(text="no instance found")
+    if as_json and not once:
+        log.warning("JSON output is only available for a single timepoint (--no-stream)")
     log.info(f"Stats for {found.name} instance of {found.image} (PID={found.pid})")
     return _pages(found, folder, as_json=as_json, once=once or as_json, clear=clear)
 
@@ -64,7 +74,7 @@ def instance_stats(
 def _pages(
     instance: instances.Instance, folder: int, *, as_json: bool, once: bool, clear: bool
 ) -> Iterator[str]:
-    before, at = measure(instance.pid), time.monotonic()
+    before, at = measure(instance), time.monotonic()
     pause = _FIRST_S
     while True:
         select.select([], [], [], pause)
@@ -72,25 +82,80 @@ def _pages(
             instances.look(folder)
         except OSError:
             return
-        now, then = measure(instance.pid), time.monotonic()
-        seconds = (now.ticks - before.ticks) / os.sysconf("SC_CLK_TCK")
-        percent = max(0.0, 100 * seconds / (then - at))
+        now, then = measure(instance), time.monotonic()
         if as_json:
-            yield _json(instance, now, percent)
+            yield _json(now)
         else:
+            percent = max(0.0, 100e-9 * (now.cpu_ns - before.cpu_ns) / (then - at))
             yield (_CLEAR if clear and not once else "") + table(instance.name, now, percent)
         if once:
             return
         before, at, pause = now, then, _EACH_S
 
 
-def _fields(pid: int) -> list[int] | None:
+def measure(instance: instances.Instance) -> Usage:
+    """Return what an instance uses at this moment.
+
+    Raises:
+        NoLibrary: the library that looks into processes is missing.
+    """
+    if instance.cgroup:
+        found = _of_groups(instance.pid)
+        if found is not None:
+            return found
+    return _of_processes(instance.pid)
+
+
+# ---- control groups ----
+
+
+def _of_groups(pid: int) -> Usage | None:
+    from apptainer_py.host.cgroups.driver import CgroupError, read_file
+    from apptainer_py.host.cgroups.tree import parse_tree
+
     try:
-        with open(f"/proc/{pid}/stat", "rb") as source:
-            rest = source.read().rpartition(b")")[2].split()
-    except OSError:
+        tree = parse_tree(read_file("/proc/self", "mountinfo"), read_file(f"/proc/{pid}", "cgroup"))
+        paths = {
+            controller: one.own_directory()
+            for one in tree.hierarchies
+            for controller in one.controllers
+        }
+        return usage_of(paths, unified=tree.unified_only)
+    except CgroupError:
         return None
-    return [0, *(int(field) for field in rest[1:])]
+
+
+def usage_of(paths: Mapping[str, str], *, unified: bool) -> Usage:
+    """Return what the groups in these directories, by controller, have used.
+
+    Raises:
+        CgroupError: a file cannot be read.
+    """
+    if unified:
+        from apptainer_py.host.cgroups import stats_v2
+
+        found = stats_v2.collect(paths[""])
+    else:
+        from apptainer_py.host.cgroups import stats_v1
+
+        found = stats_v1.collect(dict(paths))
+    memory = found["memory"]["usage"]
+    return Usage(
+        cpu_ns=found["cpu"]["usage"].get("total", 0),
+        memory=memory.get("usage", 0),
+        limit=min(memory["limit"] or _installed(), _installed()),
+        read=_moved(found, "Read"),
+        written=_moved(found, "Write"),
+        pids=found["pids"].get("current", 0),
+    )
+
+
+def _moved(found: Mapping[str, Any], operation: str) -> int:
+    entries = found["blkio"].get("ioServiceBytesRecursive", ())
+    return sum(one.get("value", 0) for one in entries if one.get("op") == operation)
+
+
+# ---- processes ----
 
 
 def _space(pid: int) -> int:
@@ -100,45 +165,48 @@ def _space(pid: int) -> int:
         return 0  # one that is closed to us, as the first process is
 
 
-def _members(first: int) -> dict[int, list[int]]:
-    every = {int(name): _fields(int(name)) for name in os.listdir("/proc") if name.isdigit()}
-    living = {pid: fields for pid, fields in every.items() if fields is not None}
-    inside = {first} & living.keys()
+def _of_processes(first: int) -> Usage:
+    if _DISTRIBUTION not in sys.path:
+        sys.path.append(_DISTRIBUTION)
+    try:
+        import psutil  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    except ImportError:
+        raise NoLibrary from None
+    below = {first}
+    every = sorted(psutil.process_iter(["ppid"]), key=lambda one: one.pid)
+    living = {one.pid: one for one in every}
     grown = True
     while grown:
-        more = {pid for pid, fields in living.items() if fields[_PARENT] in inside} - inside
-        inside |= more
+        more = {pid for pid, one in living.items() if one.info["ppid"] in below} - below
+        below |= more
         grown = bool(more)
-    spaces = {_space(pid) for pid in inside} - {0}
-    inside |= {pid for pid in living if _space(pid) in spaces}
-    return {pid: living[pid] for pid in inside}
-
-
-def _io(pid: int) -> tuple[int, int]:
-    found = {"read_bytes": 0, "write_bytes": 0}
-    try:
-        with open(f"/proc/{pid}/io") as source:
-            for line in source:
-                key, _, value = line.partition(":")
-                if key in found:
-                    found[key] = int(value)
-    except OSError:
-        pass  # somebody else's, or gone
-    return found["read_bytes"], found["write_bytes"]
-
-
-def measure(first: int) -> Usage:
-    """Return what the processes of an instance use at this moment."""
-    members = _members(first)
-    page = os.sysconf("SC_PAGE_SIZE")
-    moved = [_io(pid) for pid in members]
-    return Usage(
-        ticks=sum(fields[_USER] + fields[_SYSTEM] for fields in members.values()),
-        memory=sum(fields[_RESIDENT] for fields in members.values()) * page,
-        read=sum(read for read, _ in moved),
-        written=sum(written for _, written in moved),
-        pids=len(members),
+    spaces = {_space(pid) for pid in below} - {0}
+    below |= {pid for pid in living if _space(pid) in spaces}
+    rows = []
+    for pid in below & living.keys():
+        try:
+            rows.append(_of_one(living[pid]))
+        except psutil.NoSuchProcess:
+            continue  # it has ended since
+    cpu, memory, read, written = (
+        (sum(column) for column in zip(*rows, strict=True)) if rows else (0,) * 4
     )
+    return Usage(
+        cpu_ns=int(cpu * 1e9),
+        memory=int(memory),
+        limit=_installed(),
+        read=int(read),
+        written=int(written),
+        pids=len(rows),
+    )
+
+
+def _of_one(process: Any) -> tuple[float, int, int, int]:
+    facts = process.as_dict(["cpu_times", "memory_info", "io_counters"])
+    spent, held, moved = facts["cpu_times"], facts["memory_info"], facts["io_counters"]
+    # None: it is somebody else's.
+    read, written = (moved.read_bytes, moved.write_bytes) if moved else (0, 0)
+    return spent.user + spent.system, held.rss, read, written
 
 
 def size_text(count: float) -> str:
@@ -150,18 +218,17 @@ def size_text(count: float) -> str:
     return f"{count:.4g}{_UNITS[unit]}"
 
 
-def _limit() -> int:
+def _installed() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def table(name: str, usage: Usage, percent: float) -> str:
     """Return the numbers as a table with its head."""
-    limit = _limit()
     row = (
         name,
         f"{percent:.2f}%",
-        f"{size_text(usage.memory)} / {size_text(limit)}",
-        f"{100 * usage.memory / limit:.2f}%",
+        f"{size_text(usage.memory)} / {size_text(usage.limit)}",
+        f"{100 * usage.memory / usage.limit:.2f}%",
         f"{size_text(usage.read)} / {size_text(usage.written)}",
         str(usage.pids),
     )
@@ -173,20 +240,14 @@ def table(name: str, usage: Usage, percent: float) -> str:
     )
 
 
-def _json(instance: instances.Instance, usage: Usage, percent: float) -> str:
+def _json(usage: Usage) -> str:
     import json
 
-    limit = _limit()
+    moved = [{"op": "Read", "value": usage.read}, {"op": "Write", "value": usage.written}]
     shown = {
-        "instance": instance.name,
-        "pid": instance.pid,
-        "cpuPercent": round(percent, 2),
-        "memory": {
-            "usage": usage.memory,
-            "limit": limit,
-            "percent": round(100 * usage.memory / limit, 2),
-        },
-        "blockIO": {"read": usage.read, "write": usage.written},
-        "pids": usage.pids,
+        "cpu_stats": {"cpu_usage": {"total_usage": usage.cpu_ns}},
+        "memory_stats": {"usage": {"usage": usage.memory, "limit": usage.limit}},
+        "pids_stats": {"current": usage.pids},
+        "blkio_stats": {"io_service_bytes_recursive": moved},
     }
     return json.dumps(shown, indent="\t") + "\n"

@@ -303,10 +303,13 @@ def test_starts_of_one_name_at_once(own: Instances, image: Path) -> None:
 def test_stats(own: Instances, user_tmp: Path) -> None:
     image = service(user_tmp, "while :; do :; done")
     assert own.start(image, "apy-test-1").returncode == 0
-    found = json.loads(own.run("instance", "stats", "--json", "apy-test-1").stdout)
-    assert found["pids"] == 2
-    assert found["cpuPercent"] > 1
-    assert 0 < found["memory"]["usage"] < found["memory"]["limit"]
+    done = own.run("instance", "stats", "--json", "apy-test-1")
+    assert "WARNING: JSON output is only available for a single timepoint" in done.stderr
+    found = json.loads(done.stdout)
+    assert found["pids_stats"]["current"] == 2
+    assert found["cpu_stats"]["cpu_usage"]["total_usage"] > 0
+    memory = found["memory_stats"]["usage"]
+    assert 0 < memory["usage"] < memory["limit"]
     table = own.run("instance", "stats", "--no-stream", "apy-test-1").stdout.splitlines()
     assert table[0].split()[:2] == ["INSTANCE", "NAME"]
     assert table[1].split()[0] == "apy-test-1"
@@ -315,6 +318,40 @@ def test_stats(own: Instances, user_tmp: Path) -> None:
         1,
         'Error for command "stats": no instance found',
     )
+
+
+def test_stats_of_control_groups(product, image: Path) -> None:
+    own = Instances(product.program, "root")
+    try:
+        done = own.start("--memory", "100M", image, "apy-test-1")
+        if "cannot use cgroups" in done.stderr:
+            pytest.skip("did not run: no control groups to be had here")
+        assert done.returncode == 0, done.stderr
+        found = json.loads(
+            own.run("instance", "stats", "--no-stream", "--json", "apy-test-1").stdout
+        )
+        assert found["memory_stats"]["usage"]["limit"] == 100 << 20
+        assert found["pids_stats"]["current"] >= 1
+        shown = own.run("instance", "stats", "--no-stream", "apy-test-1").stdout.splitlines()[1]
+        assert "/ 100MiB" in shown
+    finally:
+        own.forget()
+
+
+def test_live_stats_end_with_the_instance(product, image: Path) -> None:
+    own = Instances(product.program, "setuid")
+    assert own.start(image, "apy-test-1").returncode == 0
+    words = [own.program, "instance", "stats", "apy-test-1"]
+    ids = {"user": own.account.pw_uid, "group": own.account.pw_gid, "extra_groups": []}
+    pipe = subprocess.PIPE
+    shown = subprocess.Popen(words, env={"HOME": str(own.home)}, stdout=pipe, cwd="/", **ids)  # type: ignore[call-overload]
+    try:
+        assert shown.stdout.readline().startswith(b"INSTANCE NAME")
+        assert shown.stdout.readline().startswith(b"apy-test-1")
+    finally:
+        own.forget()
+    assert shown.wait(timeout=20) == 0
+    shown.stdout.close()
 
 
 def test_the_flow_is_the_instances_own(product, image: Path) -> None:

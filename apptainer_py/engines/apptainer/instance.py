@@ -44,7 +44,9 @@ class Service:
         action: ActionRequest,
         context: PrepareContext,
         image: str,
-        fakeroot: tuple[str, ...] = (),
+        fakeroot: tuple[str, ...],
+        *,
+        limited: bool,
     ) -> None:
         facts = context.facts
         where = "while executing starter: while checking instance name: "
@@ -58,6 +60,7 @@ class Service:
         self.ready_fd = context.ready_fd
         self.stop_signal = ""
         self.fakeroot = fakeroot
+        self.limited = limited
         self.place = self._reserve()
         self.logs = instances.logs_of(self.owner, self.name)
         null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
@@ -105,6 +108,7 @@ class Service:
                 pid_space=instances.pid_space(),
                 stop_signal=self.stop_signal,
                 fakeroot=self.fakeroot,
+                cgroup=self.limited,
             )
         )
         log.info("instance started successfully")

@@ -231,7 +231,9 @@ def judge(
         from apptainer_py.engines.apptainer.instance import Service
 
         parts = prepared.fakeroot.parts if prepared.fakeroot else ()
-        prepared.service = Service(action, context, prepared.image.realpath, parts)
+        prepared.service = Service(
+            action, context, prepared.image.realpath, parts, limited=prepared.limits is not None
+        )
         context.streams = prepared.service.streams
     plan = ContainerPlan(
         image=prepared.image.realpath,
