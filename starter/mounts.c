@@ -78,7 +78,7 @@ int op_session(struct rpc *r, const struct op_request *q, struct op_reply *a, in
 }
 
 /* Never the root itself: what is mounted over it would not be the root that is changed to. */
-static int open_target(const struct rpc *r, const char *path) {
+int open_target(const struct rpc *r, const char *path) {
     struct stat target, root;
     int fd = open2(r->final_fd, path, O_PATH, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS);
     if (fd >= 0 && (fstat(fd, &target) < 0 || fstat(r->final_fd, &root) < 0 ||
@@ -246,8 +246,10 @@ int op_space(struct rpc *r, const struct op_request *q, struct op_reply *a, int 
     if (q->flags || q->num[0] >= ARRAY_SIZE(paths) || q->num[1] || q->num[2] || q->num[3] ||
         q->num[4] || q->num[5] || q->length[0] || q->length[1])
         return ERR_MALFORMED;
-    /* In the setuid flow the network is not the user's to hold. */
-    if (r->launch->flow != FLOW_USERNS || !(r->launch->plan.spaces & SPACE_NET))
+    /* In the setuid flow the network is not the user's to hold; the user namespace of --fakeroot is
+     * the caller's own. */
+    bool network = r->launch->flow == FLOW_USERNS && r->launch->plan.spaces & SPACE_NET;
+    if (!network && !(q->num[0] == 1 && fakeroot_wanted(r->launch)))
         return ERR_REFUSED;
     *fd_out = open(paths[q->num[0]], O_RDONLY | O_CLOEXEC);
     return *fd_out < 0 ? answer(a, ERR_NAMESPACE, errno) : ERR_OK;

@@ -118,6 +118,13 @@ bool policy_image_bind(const struct launch *l) {
     return l->flow != FLOW_SETUID || config_bool(&l->config, CONFIG_USER_BIND_CONTROL);
 }
 
+/* One that a program of the user's serves: by `enable fusemount`, and for who could open the device
+ * without us (access(2) asks for the real ids, and grants them no capability). */
+bool policy_user_fuse(const struct launch *l) {
+    return l->flow != FLOW_SETUID || (config_bool(&l->config, CONFIG_ENABLE_FUSEMOUNT) &&
+                                      access("/dev/fuse", R_OK | W_OK) == 0);
+}
+
 /* A file system of the kernel's own: each has its directive and its one place. */
 bool policy_kernel_mount(const struct launch *l, enum kernel_fs kind, const char *target) {
     const struct config *c = &l->config;

@@ -160,6 +160,7 @@ MUST_USE int names_subids(const struct launch *l, struct subid_range range[2]);
 /* policy_mounts.c: decisions about single mounts, for rpc */
 bool policy_bind(const struct launch *l, const char *source, const char *target, int source_fd);
 bool policy_image_bind(const struct launch *l);
+bool policy_user_fuse(const struct launch *l);
 bool policy_kernel_mount(const struct launch *l, enum kernel_fs kind, const char *target);
 bool policy_layer(const struct launch *l, enum layer_kind kind);
 
@@ -240,6 +241,7 @@ int op_layer(struct rpc *r, const struct op_request *q, struct op_reply *a, int 
 int op_bind(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
 int op_mount(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
 int op_hostname(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
+int op_user_fuse(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
 int op_space(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
 int op_pivot(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out);
 enum rpc_phase { PHASE_SESSION = 1, PHASE_ROOT, PHASE_LAYER, PHASE_ASSEMBLE, PHASE_DONE };

@@ -165,8 +165,10 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "send SIGKILL"),
     ("force", "F", BOOL, False, ("FORCE",), ("instance stop",), SUPPORTED,
      "kill the instance at once"),
-    ("fusemount", "", LIST, (), ("FUSESPEC",), _ALL, REFUSED,
-     "mount a FUSE file system: type:command mountpoint"),
+    ("fusemount", "", LIST, (), ("FUSESPEC",), _ALL, SUPPORTED,
+     "mount a FUSE file system, \"TYPE:PROGRAM [ARGUMENT...] MOUNTPOINT\"; TYPE says where the "
+     "program runs, host or container, or host-daemon or container-daemon for one that leaves the "
+     "foreground"),
     ("get", "g", BOOL, False, (), ("config global",), SUPPORTED,
      "print the value of a directive"),
     ("group", "g", STRING, "", ("CAP_GROUP",), _GRANTING, SUPPORTED,

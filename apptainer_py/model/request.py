@@ -77,6 +77,7 @@ class ActionRequest(Invocation):
     env: tuple[tuple[str, str], ...] = ()
     env_file: tuple[str, ...] = ()
     fakeroot: bool = False
+    fusemount: tuple[str, ...] = ()
     home: str = ""
     hostname: str = ""
     ignore_fakeroot_command: bool = False

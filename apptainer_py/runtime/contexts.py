@@ -185,9 +185,9 @@ class CreateContext:
     process; or `joining`, where nothing is mounted. Each launch has only the one of its own kind.
     """
 
-    __slots__ = ("_methods_fd", "facts", "first_pid", "joining", "mounting", "nest")
+    __slots__ = ("_methods_fd", "_start_fd", "facts", "first_pid", "joining", "mounting", "nest")
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 one thing each
         self,
         facts: Facts,
         mounting: Mounting | None,
@@ -195,8 +195,10 @@ class CreateContext:
         nest: Nest | None = None,
         first_pid: int = 0,
         joining: Joining | None = None,
+        start_fd: int = -1,
     ) -> None:
         self.facts = facts
+        self._start_fd = start_fd
         self._methods_fd = methods_fd
         if mounting is not None:
             self.mounting = mounting
@@ -205,6 +207,13 @@ class CreateContext:
         if joining is not None:
             self.joining = joining
         self.first_pid = first_pid
+
+    def hand_over(self, fd: int) -> None:
+        """Give stage 2 one more descriptor, which it fetches with `fetch`, in order."""
+        try:
+            _starter.send_bytes(self._start_fd, b"more", fd)
+        except OSError:
+            return  # stage 2 has ended, which is seen, and told, at the seal
 
     def call(self, method: str, data: bytes) -> bytes:
         """Call a method that the engine registered with `register_rpc_methods`."""
@@ -217,11 +226,23 @@ class CreateContext:
 class StartContext:
     """As the payload, inside the container, sealed: may become the payload and nothing else."""
 
-    __slots__ = ("_streams", "message")
+    __slots__ = ("_start_fd", "_streams", "message")
 
-    def __init__(self, message: bytes, streams: tuple[int, ...] = ()) -> None:
+    def __init__(self, message: bytes, streams: tuple[int, ...] = (), start_fd: int = -1) -> None:
         self.message = message
         self._streams = streams
+        self._start_fd = start_fd
+
+    def fetch(self) -> int:
+        """Return the next descriptor that `create_container` has handed over."""
+        fd = _starter.receive_bytes(self._start_fd, 16)[1]
+        if fd < 0:
+            os._exit(255)  # master has ended, and keeper tells of that
+        return fd
+
+    def output(self) -> tuple[int, int]:
+        """Return what the payload will have for standard output and error."""
+        return (self._streams[1], self._streams[2]) if self._streams else (1, 2)
 
     def filter_calls(self, program: bytes, flags: int) -> None:
         """Have the payload start under this seccomp filter, or not at all."""

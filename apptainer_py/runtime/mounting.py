@@ -232,6 +232,10 @@ class Mounting:
             on_failure=on_failure,
         )
 
+    def user_fuse(self, device: int, target: bytes, what: str) -> int:
+        """Mount what a program of the user's will serve; returns the device for it."""
+        return self._ask(what, protocol.OP_USER_FUSE, numbers=(device,), paths=(target,))
+
     def hostname(self, name: str) -> None:
         """Set the host name of the container's UTS namespace."""
         self._send("cannot set the host name", protocol.OP_HOSTNAME, paths=(os.fsencode(name),))

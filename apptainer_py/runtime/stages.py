@@ -242,6 +242,7 @@ class Master:
             mounting,
             self.info["methods_fd"],
             joining=self._joining() if joins else None,
+            start_fd=self.info["start_fd"],
         )
         try:
             _starter.run_hook(
@@ -513,7 +514,8 @@ def _run_start(info: StageInfo, facts: Facts, load_builtin: LoadBuiltin) -> int:
         streams.append(fd)
     fd = streams.pop()
     os.lseek(fd, 0, 0)
-    context = StartContext(read_at_most(fd, os.fstat(fd).st_size), tuple(streams))
+    message = read_at_most(fd, os.fstat(fd).st_size)
+    context = StartContext(message, tuple(streams), info["start_fd"])
     if not _starter.wait_for_go():
         return 255
     try:

@@ -732,15 +732,25 @@ def test_images_that_are_not_read_yet(own, image, value):
     ran(own.run("exec", image.sif, "true"))
 
 
+@covers("enable fusemount")
+@pytest.mark.parametrize("value", ["yes", "no"])
+def test_file_systems_of_the_users_own(own, image, open_fuse, value):
+    own.configure(f"enable fusemount = {value}")
+    words = ("exec", "--fusemount", f"host:squashfuse_ll {image.squashfs} /mnt", image.sif, "true")
+    if value == "yes":
+        ran(own.run(*words))
+    else:
+        refused(own.run(*words), "fusemount disabled by configuration 'enable fusemount = no'")
+    ran(own.run("exec", image.sif, "true"))
+
+
 # Options whose directives take effect only through them, with what the options need.
 OPTIONS = {
-    ("--fusemount", "container:/bin/true /mnt"): ("enable fusemount",),
     ("--net", "--network", "bridge"): (
         "allow net users", "allow net groups", "allow net networks",
     ),
 }  # fmt: skip
 VALUES = {
-    "enable fusemount": ("yes", "no"),
     "allow net users": ("root",),
     "allow net groups": ("root",),
     "allow net networks": ("bridge",),

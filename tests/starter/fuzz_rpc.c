@@ -61,6 +61,7 @@ void made_up_report(const char *level, const char *text);
 #include "../../starter/images.c"
 #include "../../starter/layers.c"
 #include "../../starter/underlay.c"
+#include "../../starter/user_fuse.c"
 #undef report
 #undef syscall
 #undef open

@@ -64,6 +64,8 @@ class Apptainer(Operations):
         """Mounts die with their namespace; what else there is goes with the launch's last."""
         if self.prepared is not None and self.prepared.networks is not None:
             self.prepared.networks.close()
+        if self.prepared is not None and self.prepared.fuses is not None:
+            self.prepared.fuses.close()
         janitor = self.prepared.janitor if self.prepared is not None else None
         if janitor is not None:
             janitor.end(wait=context.status is not None)

@@ -398,6 +398,10 @@ class Creation:
                 self.mounting.settle()
                 if self.is_there(mount.target):
                     continue
+            if self.prepared.fuses and mount.kind == "fuse":
+                what = f"mount {mount.source}->{mount.target} error"
+                self.prepared.fuses.serve(self, mount.options, what)
+                continue
             self.mounting.mount(mount, None if mount.required else self.skip(mount))
         self.mounting.settle()
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from apptainer_py.engines.apptainer.drivers import Drivers
     from apptainer_py.engines.apptainer.environ import Environment
     from apptainer_py.engines.apptainer.fakeroot import Degree
+    from apptainer_py.engines.apptainer.fusemount import Fuses
     from apptainer_py.engines.apptainer.instance import Service
     from apptainer_py.engines.apptainer.joined import Existing, UserNetwork
     from apptainer_py.engines.apptainer.joining import Joined
@@ -93,6 +94,7 @@ class Prepared:
         "filter",
         "fuse",
         "fuse_count",
+        "fuses",
         "hostname",
         "image",
         "janitor",
@@ -126,6 +128,7 @@ class Prepared:
         self.fuse = False
         self.filter: list[bytes] = []
         self.fuse_count = 0
+        self.fuses: Fuses | None = None
         self.overlays = 0
         self.root_fs = "squashfs"
         self.root_fd = image.fd
@@ -211,6 +214,7 @@ def judge(
     """Choose root, layer, namespaces, mounts and process of an image that may be run."""
     facts = context.facts
     action = choose_drivers(prepared, action, context)
+    action = choose_fuses(prepared, action, context)
     degree = choose_fakeroot(prepared, action, facts)
     choose_root(prepared, action, facts)
     choose_layer(prepared, action, facts)
@@ -252,10 +256,7 @@ def judge(
 
         plan = apply(security, plan, prepared, action, facts)
     binds = mounts.plan(prepared, action, context)
-    if prepared.shown:
-        from apptainer_py.engines.apptainer import layers
-
-        plan = plan.replace(flags=plan.flags | layers.plan_flags(prepared))
+    plan = plan.replace(flags=plan.flags | number_devices(prepared))
     environment = environ.collect(action, context.environment)
     add_variables(prepared, environment)
     if prepared.fakeroot and prepared.fakeroot.command:
@@ -342,6 +343,29 @@ def choose_drivers(
 
     action, prepared.drivers = drivers.find(action, context)
     return action
+
+
+def choose_fuses(
+    prepared: Prepared, action: ActionRequest, context: PrepareContext
+) -> ActionRequest:
+    """Judge --fusemount; return the request with what follows from it."""
+    if not action.fusemount:
+        return action
+    from apptainer_py.engines.apptainer import fusemount
+
+    prepared.fuses = fusemount.choose(action, context.facts, context.environment)
+    return action.replace(pid=True) if prepared.fuses.inside else action
+
+
+def number_devices(prepared: Prepared) -> int:
+    """Give the file systems beside the root their devices; return what the plan says of them."""
+    if prepared.fuses:
+        prepared.fuses.plan(prepared)
+    if not prepared.shown:
+        return 0
+    from apptainer_py.engines.apptainer import layers
+
+    return layers.plan_flags(prepared)
 
 
 def add_variables(prepared: Prepared, environment: Environment) -> None:

@@ -331,6 +331,7 @@ def spec(
     if _has_console(prepared):
         found[b"console"] = [b"yes"]
     found[b"filter"] = prepared.filter
+    found[b"fuses"] = prepared.fuses.message() if prepared.fuses else []
     return pack(found)
 
 
@@ -379,5 +380,6 @@ def lists(  # noqa: PLR0913 one thing each
         b"umask": [b"%d" % (0o022 if action.no_umask else context.facts.umask)],
         b"console": [],
         b"filter": [],
+        b"fuses": [],
         b"level": [b"%d" % action.message_level],
     }

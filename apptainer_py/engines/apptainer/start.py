@@ -23,6 +23,8 @@ _SCRIPTS = {b"run": _RUNSCRIPT, b"start": b"/.singularity.d/startscript"}
 _FOLDER = "/.singularity.d/env"
 _FILE_BYTES = 1 << 16
 _STARTER_ENDS_S = 5
+# SIGINT, SIGQUIT and SIGTSTP, which the terminal sends, are for the payload.
+_BLOCKED = (2, 3, 20)
 # The actions whose program stage 2 finds as the script does; the others are the script's.
 _DIRECT = (b"exec", b"run", b"start")
 
@@ -47,6 +49,8 @@ def start(context: StartContext) -> None:
     """
     message = unpack(context.message)
     log.set_level(int(message[b"level"][0]))
+    if message[b"fuses"]:
+        _serve_fuses(context, message)
     _enter_directory(message[b"cwd"], required=bool(message[b"cwd_required"]))
     if message[b"console"]:
         _take_console()
@@ -68,6 +72,52 @@ def start(context: StartContext) -> None:
         if message[b"action"][0] != b"exec":
             raise NotStarted(text=_explain(shell, problem))
     _start_without_shell(context, message, directory)
+
+
+def _serve_fuses(context: StartContext, message: dict[bytes, list[bytes]]) -> None:
+    """Start the programs of --fusemount that run here, each with its device."""
+    left = message[b"fuses"]
+    while left:
+        ends, count = left[0] == b"1", int(left[1])
+        words, left = left[2 : 2 + count], left[2 + count :]
+        device = context.fetch()
+        _serve_fuse(context, message, words, device, ends=ends)
+        os.close(device)
+
+
+def _serve_fuse(
+    context: StartContext,
+    message: dict[bytes, list[bytes]],
+    words: list[bytes],
+    device: int,
+    *,
+    ends: bool,
+) -> None:
+    path = next(entry[5:] for entry in message[b"plain"] if entry.startswith(b"PATH="))
+    failed = f"could not start program {os.fsdecode(b' '.join(words))}"
+    try:
+        program = words[0] if b"/" in words[0] else _find(words[0], path)
+    except NotStarted as error:
+        raise NotStarted(text=f"{failed}: exec: {error}") from None
+    environment = dict(entry.split(b"=", 1) for entry in message[b"plain"])
+    empty, end = os.pipe2(os.O_CLOEXEC)
+    # The device last: 3 may be any of the others until then.
+    pairs = zip((empty, *context.output(), device), (0, 1, 2, 3), strict=True)
+    actions = [(os.POSIX_SPAWN_DUP2, fd, number) for fd, number in pairs]
+    try:
+        pid = os.posix_spawn(
+            program, [program, *words[1:]], environment, file_actions=actions, setsigmask=_BLOCKED
+        )
+    except OSError as error:
+        reason = f"fork/exec {os.fsdecode(program)}: {_reason(error)}"
+        raise NotStarted(text=f"{failed}: {reason}") from None
+    finally:
+        os.close(empty)
+        os.close(end)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) if ends else 0
+    if status != 0:
+        reason = f"exit status {status}" if status > 0 else f"signal {-status}"
+        raise NotStarted(text=f"{failed}: {reason}")
 
 
 def _check_start(message: dict[bytes, list[bytes]]) -> None:
