@@ -28,6 +28,9 @@ int image_fuse(struct launch *l, uint64_t device, const char *source, uint32_t f
         return -1;
     (void)set_string(fs, "source", source);
     (void)set_string(fs, "rootmode", "40000");
+    /* Else each read makes the kernel ask when the file was read last. */
+    if (!(flags & BIND_WRITABLE))
+        (void)set_flag(fs, "ro");
     int result = 0;
     if (set_number(fs, "fd", (uint64_t)l->fuse_fds[device]) < 0 ||
         set_number(fs, "user_id", fakeroot_wanted(l) ? 0 : l->uid) < 0 ||

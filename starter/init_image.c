@@ -94,6 +94,7 @@ static int mount_fuse(struct op_reply *a, int *device) {
         return init_failed_at(a, WHY_MOUNT);
     bool configured = set_string(fs, "source", "squashfuse_ll") == 0 &&
                       set_string(fs, "rootmode", "40000") == 0 &&
+                      syscall(SYS_fsconfig, fs, FSCONFIG_SET_FLAG, "ro", NULL, 0) == 0 &&
                       set_number(fs, "fd", (uint64_t)*device) == 0 &&
                       set_number(fs, "user_id", geteuid()) == 0 &&
                       set_number(fs, "group_id", getegid()) == 0 &&

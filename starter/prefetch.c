@@ -26,8 +26,9 @@ enum { MOST_SEGMENTS = 32, MOST_LIBRARIES = 8, NAME_BYTES = 256, STRINGS_BYTES =
 
 static const char *const program_directories[] = {"usr/local/bin/", "usr/bin/", "bin/", "sbin/",
                                                   "usr/sbin/"};
-static const char *const library_directories[] = {"lib/" TRIPLET "/", "usr/lib/" TRIPLET "/",
-                                                  "lib64/", "usr/lib64/", "lib/", "usr/lib/"};
+static const char *const library_directories[] = {
+    ".singularity.d/libs/", "lib/" TRIPLET "/", "usr/lib/" TRIPLET "/",
+    "lib64/", "usr/lib64/", "lib/", "usr/lib/"};
 
 struct wanted {
     char names[MOST_LIBRARIES][NAME_BYTES];
@@ -55,12 +56,12 @@ static int open_in_any(int root, const char *const *directories, size_t count, c
 }
 
 /* In order and in the image's whole blocks, of which the image server keeps one: a page fault's
- * window lies across two of them, and a part of one has it unpacked again for the rest. */
+ * window lies across two of them, and a part of one has it unpacked again for the rest.  Not waited
+ * for: who needs a page waits for that page. */
 static void read_blocks(int fd, uint64_t offset, uint64_t size) {
-    static char block[BLOCK_BYTES];
     uint64_t end = offset + (size > READ_MOST ? READ_MOST : size);
     for (offset &= ~(uint64_t)(BLOCK_BYTES - 1); offset < end; offset += BLOCK_BYTES)
-        if (pread(fd, block, sizeof(block), (off_t)offset) <= 0)
+        if (readahead(fd, (off_t)offset, BLOCK_BYTES) < 0)
             return;
 }
 
@@ -138,8 +139,10 @@ static void prefetch_file(int fd, struct wanted *w) {
 static void prefetch_names(int root) {
     static const char *const names[] = {
         "etc/resolv.conf", "etc/hosts", "etc/localtime", "proc", "sys", "dev", "tmp", "var/tmp",
-        "home", "root", "bin/sh", ".singularity.d/runscript"};
-    static const char *const files[] = {"etc/passwd", "etc/group"};
+        "home", "root", "bin/sh", ".singularity.d/runscript", "usr/sbin", "etc/ld.so.preload",
+        ".singularity.d/libs/glibc-hwcaps", ".singularity.d/libs/tls",
+        ".singularity.d/libs/x86_64"};
+    static const char *const files[] = {"etc/passwd", "etc/group", "etc/ld.so.cache"};
     static char content[BLOCK_BYTES];
     int fd;
     for (size_t i = 0; i < ARRAY_SIZE(names); i++) {

@@ -21,7 +21,7 @@ KINDS = {"gzip": (images.bare_squashfs, set(ALONE)), "zstd": (images.own_sif, {"
 
 
 @pytest.fixture(scope="module")
-def own(require_root) -> Iterator[own_install.Installation]:
+def own(require_root, open_fuse) -> Iterator[own_install.Installation]:
     made = own_install.installation()
     made.restore()
     yield made
