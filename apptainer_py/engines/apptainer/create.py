@@ -14,7 +14,7 @@ import stat
 from apptainer_py.base import log
 from apptainer_py.base.errors import LaunchError, is_gone
 from apptainer_py.base.files import read_at_most, write_all
-from apptainer_py.engines.apptainer import accounts
+from apptainer_py.engines.apptainer import accounts, places
 from apptainer_py.kernel import _starter
 from apptainer_py.model import protocol
 from apptainer_py.model.plan import Mount
@@ -36,6 +36,16 @@ _LAYERED = (protocol.LAYERKIND_OVERLAY, protocol.LAYERKIND_OVERLAY_TMPFS)
 _SKIPPABLE = ("kernel", "hostfs", "binds", "cwd", "files", "tmp", "dev", "home")
 
 
+class TargetMissing(LaunchError):
+    """A mount that was asked for cannot be made."""
+
+    message = (
+        "container creation failed: mount hook function failure: {what}: while mounting {source}: "
+        "{reason}"
+    )
+    hint = "{way_out}"
+
+
 def create(context: CreateContext, prepared: Prepared) -> None:
     """Put the container together; ends with the change of the root."""
     Creation(context, prepared).run()
@@ -53,6 +63,8 @@ class Creation:
         self.root_path = b""
         self.final = -1
         self.underlay: set[bytes] = set()
+        # Targets that could not be made in what another mount shows, and why.
+        self.unmade: dict[str, OSError] = {}
 
     def run(self) -> None:
         """Do the steps in their order (facts §6.3)."""
@@ -393,11 +405,16 @@ class Creation:
 
     def do_mounts(self) -> None:
         """Carry out the mount plan; what is not required is left out with a warning."""
-        for mount in self.prepared.mounts:
+        mounts = self.prepared.mounts
+        for at, mount in enumerate(mounts):
             if mount.tag == "cwd":
                 self.mounting.settle()
                 if self.is_there(mount.target):
                     continue
+            elif mount.required and places.above(mounts, at):
+                problem = places.make(mounts, at, self.session)
+                if problem is not None:
+                    self.unmade[mount.target] = problem
             if self.prepared.fuses and mount.kind == "fuse":
                 what = f"mount {mount.source}->{mount.target} error"
                 self.prepared.fuses.serve(self, mount.options, what)
@@ -408,23 +425,23 @@ class Creation:
     def mount_failed(self, error: StarterRefused) -> LaunchError:
         """Return what to tell the user about a required mount that failed."""
         what, code, number = (error.facts[name] for name in ("what", "code", "errno"))
-        for mount in self.prepared.mounts:
+        for at, mount in enumerate(self.prepared.mounts):
             if what != f"mount {mount.source}->{mount.target} error":
                 continue
+            way_out = ""
             reason = f"could not mount {mount.source}: {os.strerror(int(str(number))).lower()}"
             if code == protocol.ERR_TARGET and number in (errno.ENOTDIR, errno.EISDIR):
                 reason = f"could not mount {mount.source}: not a directory"
             elif code == protocol.ERR_TARGET:
                 reason = f"destination {mount.target} doesn't exist in container"
+                why = self.unmade.get(mount.target)
+                way_out = places.advice(self.prepared.mounts, at, why)
                 if self.prepared.writable_root:
                     log.warning(
                         f"By using --writable, Apptainer can't create {mount.target} destination "
                         "automatically without overlay or underlay"
                     )
-            return LaunchError(
-                text=f"container creation failed: mount hook function failure: {what}: while "
-                f"mounting {mount.source}: {reason}"
-            )
+            return TargetMissing(what=what, source=mount.source, reason=reason, way_out=way_out)
         return error
 
     def is_there(self, path: str) -> bool:
