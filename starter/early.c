@@ -25,6 +25,9 @@ bool early_plan(const struct launch *l, struct container_plan *plan) {
     if (!(h->forecast & FORECAST_CONTAINER) || l->flow == FLOW_ROOT || l->uid == 0 ||
         !builtin)
         return false;
+    /* Another rank's container may be there already, and who owns a namespace enters no other. */
+    if (h->forecast & FORECAST_RANK && l->flow == FLOW_USERNS)
+        return false;
     memset(plan, 0, sizeof(*plan));
     plan->uid = l->uid;
     plan->gid = l->gid;

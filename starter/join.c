@@ -35,7 +35,7 @@ static const struct {
 struct instance {
     int fd;                    /* its directory of /proc */
     int spaces[SPACE_COUNT];   /* -1: the same as ours */
-    struct stat root;
+    struct stat root;          /* inode 0: whatever it is */
 };
 
 /* What the kernel says about a process. */
@@ -245,8 +245,8 @@ static int enter_spaces(const struct instance *in) {
         if (in->spaces[order[i]] >= 0 && setns(in->spaces[order[i]], kinds[order[i]].kind) < 0)
             return -1;
     bool arrived = stat("/", &st) == 0 && st.st_dev == in->root.st_dev &&
-                   st.st_ino == in->root.st_ino && chdir("/") == 0;
-    return arrived ? 0 : -1;
+                   st.st_ino == in->root.st_ino;
+    return (arrived || in->root.st_ino == 0) && chdir("/") == 0 ? 0 : -1;
 }
 
 /* No Python: it becomes the payload that master describes, as bearer does. */
@@ -296,7 +296,8 @@ static pid_t fork_inside(struct launch *l, struct instance *in, int *error) {
     const struct raised *raised = privs_raise(CAP_BIT(CAP_SYS_ADMIN) | CAP_BIT(CAP_SYS_CHROOT));
     pid_t pid = -1;
     /* SAFE: a pid namespace that open_instance() has looked at, by descriptor. */
-    if (own >= 0 && raised && setns(in->spaces[PIDS], CLONE_NEWPID) == 0) {
+    if (own >= 0 && raised &&
+        (in->spaces[PIDS] < 0 || setns(in->spaces[PIDS], CLONE_NEWPID) == 0)) {
         step_begin(STEP_FORK_JOINER);
         pid = fork();
         if (pid == 0)
@@ -367,7 +368,10 @@ int join_start(struct launch *l, int process_fd, pid_t *pid, int *error) {
     struct instance in = {.fd = process_fd};
     for (int i = 0; i < SPACE_COUNT; i++)
         in.spaces[i] = -1;
-    int code = process_fd < 0 ? ERR_MALFORMED : open_instance(l, &in);
+    int code = process_fd < 0                  ? ERR_MALFORMED
+               : l->plan.flags & PLAN_SHARED ? share_open(l, in.fd, &in.spaces[USER],
+                                                          &in.spaces[MNT])
+                                             : open_instance(l, &in);
     if (code == ERR_OK) {
         *pid = fakeroot_wanted(l) ? fork_through(l, &in, error) : fork_inside(l, &in, error);
         code = *pid < 0 ? ERR_INSTANCE_JOIN : ERR_OK;

@@ -137,9 +137,13 @@ int main(int argc, char *argv[], char *envp[]) {
     } else {
         struct fakeroot_options o = {0};
         bool fakeroot = !s.joins && scan_asks_fakeroot(&s, envp, &o);
-        flow_choose(&c, scan_asks_userns(&s, envp) || (fakeroot && fakeroot_by_userns(&o)));
+        bool shares = scan_asks_sharing(&s, envp);
+        flow_choose(&c, shares || scan_asks_userns(&s, envp) ||
+                            (fakeroot && fakeroot_by_userns(&o)));
         if (!fakeroot)
             c.forecast = scan_forecast(&s);
+        if (shares || scan_is_rank(envp))
+            c.forecast.what |= FORECAST_RANK;
     }
     if (s.trace != NULL && *s.trace != '\0')
         c.trace_fd = open_trace(s.trace);

@@ -260,6 +260,18 @@ bool scan_asks_fakeroot(const struct scan *s, char *const envp[], struct fakeroo
     return true;
 }
 
+bool scan_asks_sharing(const struct scan *s, char *const envp[]) {
+    return s->instance == NULL && asks(s, envp, OPT_SHARENS, sharens_keys, COUNT(sharens_keys));
+}
+
+/* Has something like mpirun(1) started us, as one of several? */
+bool scan_is_rank(char *const envp[]) {
+    for (size_t i = 0; i < COUNT(rank_variables); i++)
+        if (variable(envp, rank_variables[i], "") != NULL)
+            return true;
+    return false;
+}
+
 bool scan_asks_oci(const struct scan *s, char *const envp[]) {
     if ((s->given & OPT_OCI) != 0)
         return (s->on & OPT_OCI) != 0;

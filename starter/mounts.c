@@ -240,16 +240,22 @@ int op_hostname(struct rpc *r, const struct op_request *q, struct op_reply *a, i
     return ERR_OK;
 }
 
-/* SPACE(which): the container's own network (0) or user namespace (1), for who connects it. */
+/* SPACE(which): the container's own network (0) or user namespace (1), for who connects it; or that
+ * of its mounts (2), for who shares them. */
 int op_space(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out) {
-    static const char *const paths[] = {"/proc/self/ns/net", "/proc/self/ns/user"};
+    static const char *const paths[] = {"/proc/self/ns/net", "/proc/self/ns/user",
+                                        "/proc/self/ns/mnt"};
     if (q->flags || q->num[0] >= ARRAY_SIZE(paths) || q->num[1] || q->num[2] || q->num[3] ||
         q->num[4] || q->num[5] || q->length[0] || q->length[1])
         return ERR_MALFORMED;
     /* In the setuid flow the network is not the user's to hold; the user namespace of --fakeroot is
      * the caller's own. */
-    bool network = r->launch->flow == FLOW_USERNS && r->launch->plan.spaces & SPACE_NET;
-    if (!network && !(q->num[0] == 1 && fakeroot_wanted(r->launch)))
+    const struct container_plan *plan = &r->launch->plan;
+    bool own = r->launch->flow == FLOW_USERNS;
+    bool planned = q->num[0] == 2 ? own && plan->flags & PLAN_SHARED
+                                  : (own && plan->spaces & SPACE_NET) ||
+                                        (q->num[0] == 1 && fakeroot_wanted(r->launch));
+    if (!planned)
         return ERR_REFUSED;
     *fd_out = open(paths[q->num[0]], O_RDONLY | O_CLOEXEC);
     return *fd_out < 0 ? answer(a, ERR_NAMESPACE, errno) : ERR_OK;

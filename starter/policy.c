@@ -75,10 +75,18 @@ static bool whole_grant(const struct container_plan *plan) {
 /* An instance lives as long as the first process of its own pid namespace.  Who joins one makes
  * nothing: what it enters is found out from that process alone (join.c). */
 static bool fits_instance(const struct container_plan *plan) {
-    const uint32_t joining = PLAN_JOIN | PLAN_NO_NEW_PRIVS | PLAN_FAKEROOT;
+    const uint32_t joining = PLAN_JOIN | PLAN_NO_NEW_PRIVS | PLAN_FAKEROOT | PLAN_SHARED;
     if (plan->flags & PLAN_JOIN)
         return plan->spaces == 0 && plan->fuse_count == 0 && !(plan->flags & ~joining);
     return !(plan->flags & PLAN_INSTANCE) || (plan->flags & PLAN_SHIM && plan->spaces & SPACE_PID);
+}
+
+/* Mounts that other launches of the caller's may enter: where the caller owns them, and where they
+ * are all that there is to enter. */
+static bool fits_sharing(const struct launch *l, const struct container_plan *plan) {
+    const uint32_t without = PLAN_FAKEROOT | PLAN_INSTANCE | PLAN_SHIM | PLAN_METHODS;
+    return !(plan->flags & PLAN_SHARED) ||
+           (l->flow == FLOW_USERNS && plan->spaces == 0 && !(plan->flags & without));
 }
 
 /* Root of a namespace of the caller's own: nothing in it reaches beyond what the caller has, and
@@ -107,12 +115,13 @@ int policy_plan(const struct launch *l, const struct container_plan *plan) {
     const uint32_t flags = PLAN_SHIM | PLAN_WRITABLE_LAYER | PLAN_KERNEL_IMAGE | PLAN_SLAVE |
                            PLAN_NO_NEW_PRIVS | PLAN_METHODS | PLAN_SETUID | PLAN_USER_LAYER |
                            PLAN_SERVED_LAYER | PLAN_KERNEL_EXTFS | PLAN_GROUPS | PLAN_FAKEROOT |
-                           PLAN_SUBIDS | PLAN_INSTANCE | PLAN_JOIN | PLAN_JOIN_NET;
+                           PLAN_SUBIDS | PLAN_INSTANCE | PLAN_JOIN | PLAN_JOIN_NET |
+                           PLAN_SHARED;
     const struct config *c = &l->config;
     if ((plan->spaces & ~spaces) || (plan->flags & ~flags) ||
         plan->fuse_count > LIMIT_FUSE_DEVICES ||
         (plan->flags & PLAN_SERVED_LAYER && plan->fuse_count == 0) ||
-        plan->group_count > LIMIT_GROUPS || !fits_instance(plan))
+        plan->group_count > LIMIT_GROUPS || !fits_instance(plan) || !fits_sharing(l, plan))
         return ERR_MALFORMED;
     if (plan->flags & PLAN_JOIN_NET &&
         (l->netns_fd < 0 || !(plan->spaces & SPACE_NET) || plan->flags & PLAN_FAKEROOT))

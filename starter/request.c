@@ -33,7 +33,8 @@ static int check_header(const struct request_header *h, off_t size) {
         h->header_size != sizeof(*h) || h->argc < 1 || h->argc > REQUEST_ARGC_MAX ||
         h->envc > REQUEST_ENVC_MAX || h->flags & ~(uint32_t)(REQUEST_TRACE | REQUEST_INSTANCE) ||
         h->image_arg >= h->argc ||
-        h->forecast & ~(uint32_t)(FORECAST_CONTAINER | FORECAST_FUSE | FORECAST_COMMAND))
+        h->forecast & ~(uint32_t)(FORECAST_CONTAINER | FORECAST_FUSE | FORECAST_COMMAND |
+                                  FORECAST_RANK))
         return -1;
     if (offsets[0] != sizeof(*h) || h->total > LIMIT_REQUEST_BYTES || (off_t)h->total != size)
         return -1;

@@ -38,8 +38,9 @@ enum request_flag {
 enum forecast_kind {
     FORECAST_CONTAINER = 1,              /* namespaces and flags are probably these */
     FORECAST_FUSE = 2,                   /* the image is a regular file */
-    FORECAST_COMMAND = 4                 /* the word after the image is a program in it; of the
+    FORECAST_COMMAND = 4,                /* the word after the image is a program in it; of the
                                             oci engine: one more process, in a container */
+    FORECAST_RANK = 8                    /* one of several that may share a container */
 };
 
 struct request_header {

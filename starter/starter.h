@@ -315,6 +315,9 @@ void detach_streams(struct launch *l);
 /* join.c: a process in an instance's namespaces; enum err */
 MUST_USE int join_start(struct launch *l, int process_fd, pid_t *pid, int *error);
 
+/* share.c: an ERR_*; both are the caller's to close */
+MUST_USE int share_open(const struct launch *l, int mounts_fd, int *user, int *mounts);
+
 /* caller.c: the flow CALLER, where this process is master and starter-init its child */
 bool caller_asked(int argc, char *const argv[]);
 NO_RETURN void caller_main(struct launch *l, int argc, char *const argv[]);

@@ -23,6 +23,7 @@ from apptainer_py.cli.table import (
     TRANSPORTS,
     command_row,
 )
+from apptainer_py.model.request import RANK_VARIABLES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ MEANINGS = {
     "no-privs": "OPT_UNFORESEEN",
     "oci": "OPT_OCI",
     "pid": "OPT_PID",
+    "sharens": "OPT_SHARENS",
     "trace": "OPT_TRACE",
     "userns": "OPT_USERNS",
     "uts": "OPT_UTS",
@@ -82,6 +84,7 @@ enum option_flag {
     OPT_WRITABLE_TMPFS = 8192,
     OPT_UNFORESEEN = 16384, /* changes the plan in ways that the launcher does not know */
     OPT_OCI = 32768,    /* the other engine */
+    OPT_SHARENS = 1 << 26, /* several launches of one parent process in one container */
     OPT_IGNORE_SUBUID = 1 << 28,
     OPT_IGNORE_USERNS = 1 << 29
 };
@@ -112,6 +115,8 @@ def header() -> str:
         _strings("ignore_subuid_keys", _keys("ignore-subuid")),
         _strings("ignore_userns_keys", _keys("ignore-userns")),
         _strings("oci_keys", _keys("oci")),
+        _strings("sharens_keys", _keys("sharens")),
+        _strings("rank_variables", RANK_VARIABLES),
         _strings("transports", TRANSPORTS),
         _strings("layouts", LAYOUTS),
         "#endif\n",

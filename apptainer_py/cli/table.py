@@ -309,8 +309,9 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "apparmor:profile, seccomp:file, uid:number, gid:number[:number...]"),
     ("set", "s", BOOL, False, (), ("config global",), SUPPORTED,
      "set a directive, or add to one that has several values"),
-    ("sharens", "", BOOL, False, ("SHARENS",), _ALL, REFUSED,
-     "share namespaces with the other containers of the same parent process"),
+    ("sharens", "", BOOL, False, ("SHARENS",), ACTIONS, SUPPORTED,
+     "live in one container with the other launches of the same image by the same parent "
+     "process, in the user-namespace flow"),
     ("shell", "s", STRING, "", ("SHELL",), ("shell",), SUPPORTED,
      "shell to start"),
     ("signal", "s", STRING, "SIGTERM", ("SIGNAL",), _OCI_ONE, SUPPORTED,

@@ -8,6 +8,14 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+# Which rank of several this is. The launcher (starter/launcher_scan.c) looks for the same names.
+# What one program has started in the job of another has the variables of both: the inner one's
+# come first.
+RANK_VARIABLES = (
+    "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PMI_RANK", "PALS_RANKID",
+    "FLUX_TASK_RANK", "JSM_NAMESPACE_RANK", "SLURM_PROCID",
+)  # fmt: skip
+
 
 class Invocation(Record):
     """What every command line has.
@@ -115,6 +123,7 @@ class ActionRequest(Invocation):
     rocm: bool = False
     scratch: tuple[str, ...] = ()
     security: tuple[str, ...] = ()
+    sharens: bool = False
     shell: str = ""
     underlay: bool = False
     userns: bool = False

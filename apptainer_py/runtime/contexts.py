@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from apptainer_py.model.plan import ContainerPlan
     from apptainer_py.model.request import ActionRequest
     from apptainer_py.runtime.joining import Joining
+    from apptainer_py.runtime.meeting import Meeting
     from apptainer_py.runtime.mounting import Mounting
     from apptainer_py.runtime.nest import Nest
 else:
@@ -111,7 +112,7 @@ class PrepareContext:
         self.call = call
         self.helpers_wanted = False
         self.message = b""
-        # The process of /proc whose instance is joined, or -1.
+        # The process of /proc whose instance is joined, the mounts that are shared, or -1.
         self.process_fd = -1
         # What an instance has for its standard streams, in their order.
         self.streams: tuple[int, ...] = ()
@@ -284,13 +285,18 @@ class MonitorContext:
         # The program that can wait in this process's place, or nothing.
         self.watcher = watcher
 
-    def wait(self) -> int:
-        """Return the payload's wait status (waitpid(2)); 255 << 8 if the starter is gone."""
+    def wait(self, meeting: Meeting | None = None) -> int:
+        """Return the payload's wait status (waitpid(2)); 255 << 8 if the starter is gone.
+
+        Until then who comes to a meeting has its answer.
+        """
         _starter.release_code()
         if self._keeper_fd < 0:
             return os.waitpid(self.pid, 0)[1]
         served = True
         while True:
+            if meeting is not None:
+                meeting.until(self._keeper_fd)
             event = _starter.receive_event(self._keeper_fd)
             if event is None:
                 return 255 << 8

@@ -27,6 +27,8 @@ _KERNEL_FS = {
     "tmpfs": protocol.KERNELFS_TMPFS,
 }
 _IN_FLIGHT = 24
+# Of `Mounting.space`.
+NETWORK, USER, MOUNTS = range(3)
 
 
 class StarterRefused(LaunchError):
@@ -152,8 +154,8 @@ class Mounting:
         return Janitor(self._keeper_fd, self.container_pid)
 
     def space(self, which: int) -> int:
-        """Return a descriptor of the container's network (0) or user namespace (1)."""
-        what = "cannot have the container's network"
+        """Return a descriptor of the container's network (0), user (1) or mount namespace (2)."""
+        what = "cannot have the container's namespace"
         return self._ask(what, protocol.OP_SPACE, numbers=(which,))
 
     def root_fuse(self, device: int, what: str, flags: int = 0) -> int:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         CleanupContext,
         CreateContext,
         InitContext,
+        MonitorContext,
         PostStartContext,
         PrepareContext,
         StartContext,
@@ -38,6 +39,7 @@ class Apptainer(Operations):
             self.joined = prepare_join(context)
         else:
             self.prepared = prepare(context)
+            self.joined = self.prepared.joined
 
     def create_container(self, context: CreateContext) -> None:
         """Put the container together from the plan."""
@@ -59,6 +61,10 @@ class Apptainer(Operations):
         """Tell of an instance that it stands."""
         if self.prepared is not None and self.prepared.service is not None:
             self.prepared.service.stands(context.pid)
+
+    def monitor_container(self, context: MonitorContext) -> int:
+        """Wait for the payload's end; meanwhile other ranks may come into the container."""
+        return context.wait(self.prepared.meeting if self.prepared is not None else None)
 
     def cleanup_container(self, context: CleanupContext) -> None:
         """Mounts die with their namespace; what else there is goes with the launch's last."""

@@ -18,7 +18,7 @@ from apptainer_py.engines.apptainer import accounts, places
 from apptainer_py.kernel import _starter
 from apptainer_py.model import protocol
 from apptainer_py.model.plan import Mount
-from apptainer_py.runtime.mounting import StarterRefused
+from apptainer_py.runtime.mounting import MOUNTS, StarterRefused
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -90,6 +90,8 @@ class Creation:
             self.join_networks()
         if self.prepared.limits is not None:
             self.limit()
+        if self.prepared.meeting is not None:
+            self.prepared.meeting.mounts = self.mounting.space(MOUNTS)
         self.mounting.pivot()
         for fd in (self.session, self.root, self.final):
             os.close(fd)

@@ -10,6 +10,7 @@ from apptainer_py.engines.apptainer import environ, mounts, policy, process
 from apptainer_py.image.detect import CannotOpen, open_image
 from apptainer_py.model import protocol
 from apptainer_py.model.plan import ContainerPlan
+from apptainer_py.model.request import RANK_VARIABLES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from apptainer_py.model.request import ActionRequest
     from apptainer_py.runtime.contexts import Facts, PrepareContext
     from apptainer_py.runtime.janitor import Janitor
+    from apptainer_py.runtime.meeting import Meeting
 
 IMAGE_SERVER = f"{build.LIBEXECDIR}/bin/squashfuse_ll"
 
@@ -98,9 +100,11 @@ class Prepared:
         "hostname",
         "image",
         "janitor",
+        "joined",
         "layer",
         "limits",
         "links",
+        "meeting",
         "mounts",
         "networks",
         "offset",
@@ -142,6 +146,9 @@ class Prepared:
         self.hostname = ""
         self.limits: Limits | None = None
         self.janitor: Janitor | None = None
+        # Where others of a job meet; and what is there already, if this is not the first.
+        self.meeting: Meeting | None = None
+        self.joined: Joined | None = None
         self.networks: Existing | Networks | UserNetwork | None = None
         self.shim = False
         self.session_mib = 0
@@ -264,8 +271,24 @@ def judge(
 
         environment.forwarded.update(VARIABLES)
     context.tell_start(process.spec(action, context, prepared, environment, binds))
-    context.plan(plan.replace(fuse_count=prepared.fuse_count))
+    plan = plan.replace(fuse_count=prepared.fuse_count)
+    context.plan(share(prepared, action, context, plan, (environment, binds)))
     return prepared
+
+
+def share(
+    prepared: Prepared,
+    action: ActionRequest,
+    context: PrepareContext,
+    plan: ContainerPlan,
+    rest: tuple[Environment, str],
+) -> ContainerPlan:
+    """Return the plan; another one, for a rank of several that live in one container."""
+    if not action.sharens and not any(name in context.environment for name in RANK_VARIABLES):
+        return plan
+    from apptainer_py.engines.apptainer import ranks
+
+    return ranks.arrange(ranks.Launch(prepared, action, context, *rest), plan)
 
 
 def choose_fakeroot(prepared: Prepared, action: ActionRequest, facts: Facts) -> Degree | None:
