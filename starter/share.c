@@ -1,6 +1,6 @@
-/* Ranks of one job, and who asks for it, live in one container: a launch enters the mounts of another
- * one of its caller's, by a descriptor that the other has handed out (runtime/meeting.py).  Only in
- * the user-namespace flow, where neither has a right that the caller has not. */
+/* Ranks of one job, and who asks for it, live in one container: a launch enters the mounts of
+ * another one of its caller's, by a descriptor that the other has handed out (runtime/meeting.py).
+ * Only in the user-namespace flow, where neither has a right that the caller has not. */
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/nsfs.h>

@@ -43,7 +43,10 @@ _MOST_ANCESTORS = 16
 
 
 class Rank(Record):
-    """One of several; `size` and `local` (how many on this machine) are 0 where nobody tells."""
+    """One of several; `size` and `local` (how many on this machine) are 0 where nobody tells.
+
+    `protocol` is PMIx, PMI, nothing where Slurm has been told to speak none, or "?".
+    """
 
     job: str
     rank: int
@@ -80,7 +83,9 @@ def _number(environment: Mapping[str, str], names: tuple[str, ...]) -> int:
 def _protocol(environment: Mapping[str, str]) -> str:
     if any(name in environment for name in _PMIX):
         return "PMIx"
-    return "PMI" if any(name in environment for name in _PMI) else ""
+    if any(name in environment for name in _PMI):
+        return "PMI"
+    return "" if "SLURM_STEP_ID" in environment else "?"
 
 
 def _job(environment: Mapping[str, str]) -> str:

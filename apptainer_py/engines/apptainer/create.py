@@ -70,6 +70,10 @@ class Creation:
         """Do the steps in their order (facts §6.3)."""
         self.session = self.mounting.session(self.prepared.session_mib)
         self.mount_root()
+        if self.prepared.rank is not None:
+            from apptainer_py.engines.apptainer import mpi_fit
+
+            mpi_fit.warn(self.root, self.prepared.rank, self.prepared.program)
         if self.prepared.service is not None:
             self.prepared.service.read_labels(self.read_image_file)
         if self.prepared.shown:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from apptainer_py.engines.apptainer.limits import Limits
     from apptainer_py.engines.apptainer.network import Networks
     from apptainer_py.engines.apptainer.security import Security
+    from apptainer_py.host.mpi import Rank
     from apptainer_py.image.detect import OpenImage
     from apptainer_py.model.plan import Mount
     from apptainer_py.model.request import ActionRequest
@@ -109,6 +110,8 @@ class Prepared:
         "networks",
         "offset",
         "overlays",
+        "program",
+        "rank",
         "read_only_root",
         "root_fd",
         "root_fs",
@@ -149,6 +152,9 @@ class Prepared:
         # Where others of a job meet; and what is there already, if this is not the first.
         self.meeting: Meeting | None = None
         self.joined: Joined | None = None
+        # Who tells whether the image's MPI fits; one of the job here.
+        self.rank: Rank | None = None
+        self.program = ""
         self.networks: Existing | Networks | UserNetwork | None = None
         self.shim = False
         self.session_mib = 0

@@ -22,6 +22,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from apptainer_py.engines.apptainer.environ import Environment
     from apptainer_py.engines.apptainer.prepare import Prepared
+    from apptainer_py.host.mpi import Rank
     from apptainer_py.model.plan import Mount
     from apptainer_py.model.request import ActionRequest
     from apptainer_py.runtime.contexts import PrepareContext
@@ -62,28 +63,43 @@ def arrange(launch: Launch, plan: ContainerPlan) -> ContainerPlan:
     Raises:
         NotShared: --sharens cannot be had.
     """
-    action, context = launch.action, launch.context
-    rank = mpi.find(context.environment)
-    if context.facts.flow != protocol.FLOW_USERNS:
+    prepared, action = launch.prepared, launch.action
+    rank = mpi.find(launch.context.environment)
+    who = _company(launch, plan, rank)
+    if who:
+        try:
+            prepared.meeting = meeting.meet(_key(launch, plan, who))
+        except meeting.Alone as error:
+            log.warning(f"Sharing no container with other ranks: {error.why}")
+    found = prepared.meeting
+    if found is not None and found.mounts >= 0:
+        return _enter(launch, plan, found.mounts)
+    if rank is not None and (found is not None or rank.rank == 0):
+        prepared.rank = rank
+        prepared.program = action.arguments[0] if action.command == "exec" else ""
+    if found is None:
         return plan
-    if not action.sharens and (rank is None or rank.local == 1):
-        return plan
+    return plan.replace(flags=plan.flags | protocol.PLANFLAG_SHARED)
+
+
+def _company(launch: Launch, plan: ContainerPlan, rank: Rank | None) -> str:
+    """Return what stands for those with whom it may live in one container; nothing: with nobody.
+
+    Raises:
+        NotShared: --sharens cannot be had.
+    """
+    asked = launch.action.sharens
+    if launch.context.facts.flow != protocol.FLOW_USERNS:
+        return ""
+    if not asked and (rank is None or rank.local == 1):
+        return ""
     what = _obstacle(launch, plan)
-    if what and action.sharens:
+    if what and asked:
         raise NotShared(what=what)
-    who = rank.job if rank is not None else mpi.parent()
-    if what or not who:
-        log.verbose(f"Sharing no container with other ranks: {what or 'who has started us?'}")
-        return plan
-    try:
-        found = meeting.meet(_key(launch, plan, who))
-    except meeting.Alone as error:
-        log.warning(f"Sharing no container with other ranks: {error.why}")
-        return plan
-    launch.prepared.meeting = found
-    if found.mounts < 0:
-        return plan.replace(flags=plan.flags | protocol.PLANFLAG_SHARED)
-    return _enter(launch, plan, found.mounts)
+    if what:
+        log.verbose(f"Sharing no container with other ranks: it has {what}")
+        return ""
+    return rank.job if rank is not None else mpi.parent()
 
 
 def _obstacle(launch: Launch, plan: ContainerPlan) -> str:
