@@ -70,10 +70,6 @@ class Creation:
         """Do the steps in their order (facts §6.3)."""
         self.session = self.mounting.session(self.prepared.session_mib)
         self.mount_root()
-        if self.prepared.rank is not None:
-            from apptainer_py.engines.apptainer import mpi_fit
-
-            mpi_fit.warn(self.root, self.prepared.rank, self.prepared.program)
         if self.prepared.service is not None:
             self.prepared.service.read_labels(self.read_image_file)
         if self.prepared.shown:
@@ -92,6 +88,11 @@ class Creation:
             self.mounting.hostname(self.prepared.hostname)
         if self.prepared.networks is not None:
             self.join_networks()
+        if self.prepared.rank is not None:
+            from apptainer_py.engines.apptainer import mpi_fit
+
+            self.mounting.settle()
+            mpi_fit.warn(self.final, self.prepared.rank, self.prepared.program)
         if self.prepared.limits is not None:
             self.limit()
         if self.prepared.meeting is not None:

@@ -37,7 +37,7 @@ _ADVICE = {
 
 
 class _Image:
-    """The image's files, as the program will find them without what is bound over them."""
+    """The container's files, as the program will find them."""
 
     def __init__(self, root: int) -> None:
         self.root = root
@@ -57,14 +57,11 @@ class _Image:
             os.close(fd)
 
     def needed(self, path: str) -> list[str]:
-        """Return what a program of the image, or one that is bound, is linked with."""
+        """Return what a program or library is linked with."""
         try:
             fd = self.open(path)
         except OSError:
-            try:
-                fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-            except OSError:
-                return []
+            return []
         try:
             return elf.needed(fd)
         except OSError:

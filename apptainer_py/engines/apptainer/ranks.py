@@ -145,14 +145,18 @@ def _key(launch: Launch, plan: ContainerPlan, who: str) -> str:
         build.BUILD_ID, who, spaces, os.getgroups(), plan,
         (facts.st_dev, facts.st_ino, facts.st_mtime_ns, facts.st_size, prepared.offset),
         (prepared.layer, prepared.session_mib, prepared.writable_root, prepared.underlay_allowed),
-        (user.name, user.home, user.home_source), prepared.staged, prepared.links,
-        [mount for mount in prepared.mounts if not _is_there(mount, prepared.mounts)],
+        (user.name, user.home, user.home_source), prepared.links,
+        # Each may have a terminal of its own, and has it open.
+        [entry for entry in prepared.staged if entry[1] != "dev/console"],
+        [mount for mount in prepared.mounts if not _differs(mount, prepared.mounts)],
     )  # fmt: skip
     return _blake2.blake2b(repr(parts).encode(), digest_size=_KEY_BYTES).hexdigest()
 
 
-def _is_there(mount: Mount, others: list[Mount]) -> bool:
-    """Return whether the current directory is shown with another mount anyway."""
+def _differs(mount: Mount, others: list[Mount]) -> bool:
+    """Return whether one may have it and others not: the current directory, shown in any case."""
+    if mount.target == "/dev/console":
+        return True
     if mount.tag != mounts.CWD:
         return False
     return any(
