@@ -111,6 +111,7 @@ def _obstacle(launch: Launch, plan: ContainerPlan) -> str:
         ("an instance", action.instance),
         ("limits of resources", prepared.limits),
         ("--security", action.security),
+        ("--fusemount", action.fusemount),
         ("overlays and image binds", prepared.shown),
         ("an ext3 image", prepared.root_fs == "ext3"),
     )
