@@ -24,14 +24,19 @@ def run(parsed: Parsed) -> int:
     Raises:
         ApptainerError: it cannot be done.
     """
-    if parsed.command in ("capability", "instance") and not parsed.help:
+    if parsed.command in ("capability", "instance", "key") and not parsed.help:
         raise UsageError(text="invalid command")
     if parsed.help or (parsed.command in GROUPS):
         from apptainer_py.cli import help as texts
 
         sys.stdout.write(texts.full(parsed.command))
         return 0
-    return _COMMANDS[parsed.command](parsed)
+    known = _COMMANDS.get(parsed.command)
+    if known is None:
+        from apptainer_py.cli import signing
+
+        known = signing.COMMANDS[parsed.command]
+    return known(parsed)
 
 
 def _help(parsed: Parsed) -> int:

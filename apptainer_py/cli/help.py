@@ -45,7 +45,26 @@ _ABOUT = {
     "starting it. Several options show several parts; labels are shown if there is none.",
     "run-help": "Prints the text that the image's author wrote for those who run it (%help); --app "
     "prints that of a SCIF application.",
-    "sif": "Shows the header of a SIF image and the data objects in it.",
+    "key": "Manages the OpenPGP keys that images are signed and verified with: the user's, in "
+    "~/.apptainer/keys or where APPTAINER_KEYSDIR says, and the machine's public ones.",
+    "key export": "Writes a key to a file. A private key keeps its passphrase there.",
+    "key import": "Adds the keys of a file, binary or as text, to a keyring.",
+    "key list": "Lists the keys of a keyring.",
+    "key newpair": "Makes an RSA key pair and adds it to the user's keyrings.",
+    "key pull": "Fetches the public key with a fingerprint from a key server and adds it to a "
+    "keyring. Compare the fingerprint with its owner first: a key in there is trusted.",
+    "key push": "Sends a public key of a keyring to a key server.",
+    "key remove": "Removes the key with a fingerprint from a keyring.",
+    "key search": "Asks a key server for the keys with these words in their owner's name.",
+    "sign": "Adds a digital signature to a SIF image for each group of its objects, for one group, "
+    "or for one object. The key is one of the OpenPGP keyring, or in a PEM file.",
+    "verify": "Compares a SIF image with the digital signatures in it. The keys are those of the "
+    "OpenPGP keyrings and of a key server, one in a PEM file, or that of a certificate.",
+    "sif": "Shows the header of a SIF image and the data objects in it, and changes them.",
+    "sif add": "Adds the content of a file to a SIF image.",
+    "sif del": "Takes a data object out of the table of a SIF image.",
+    "sif new": "Makes a SIF image without data objects.",
+    "sif setprim": "Makes a system partition the one that is started.",
     "sif list": "Lists the data objects of a SIF image.",
     "sif header": "Prints the global header of a SIF image.",
     "sif info": "Prints what the table of a SIF image says about one data object.",
@@ -88,6 +107,9 @@ _EXAMPLES = {
     "test": ("test image.sif",),
     "inspect": ("inspect image.sif", "inspect --json --runscript image.sif"),
     "sif": ("sif list image.sif", "sif dump 1 image.sif > image.def"),
+    "key newpair": ("key newpair", "key list --secret"),
+    "sign": ("sign image.sif", "sign --key private.pem image.sif"),
+    "verify": ("verify image.sif", "verify --key public.pem image.sif"),
     "config fakeroot": ("config fakeroot --add alice", "config fakeroot --disable alice"),
     "config global": (
         "config global --get 'bind path'",

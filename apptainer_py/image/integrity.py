@@ -14,12 +14,15 @@ from apptainer_py.image import sif
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import Any
 
     from apptainer_py.image.sif import Descriptor
 
 SIGNATURE_BYTES = 1 << 20
 _CHUNK_BYTES = 1 << 20
 _COVERED = "<iBIIqqqq"
+LEGACY_PREFIX = b"SIFHASH:\n"
+_LEGACY_HASHES = {64: "sha256", 96: "sha384", 128: "sha512"}
 
 
 class NotIntact(sif.SifError):
@@ -76,6 +79,14 @@ def read_signature(fd: int, entry: Descriptor) -> bytes:
     return sif.read_object(fd, entry, limit_bytes=SIGNATURE_BYTES).rstrip(b"\0")
 
 
+class Outcome(Record):
+    """How far a proven text is true: what was compared and is whole, and what is not."""
+
+    verified: tuple[Descriptor, ...]
+    failed: Descriptor | None = None
+    error: NotIntact | None = None
+
+
 class Checker:
     """Compares proven texts with the file; what is large is read once."""
 
@@ -90,6 +101,74 @@ class Checker:
         Raises:
             NotIntact: it is not.
         """
+        error = self.outcome(text).error
+        if error is not None:
+            raise error
+
+    def outcome(self, text: bytes, only: Sequence[Descriptor] | None = None) -> Outcome:
+        """Return how far a proven text is true of the group, or of `only` some of its objects."""
+        verified: list[Descriptor] = []
+        at: Descriptor | None = None
+        try:
+            header, pairs = self._said(text)
+            first = min((entry.id for entry in self.group.objects), default=0)
+            if only is None:
+                self._check_numbers({number + first for number in pairs})
+            wanted = self.group.objects if only is None else only
+            for entry in wanted:
+                if entry.id - first not in pairs:
+                    raise self._wrong(f"object {entry.id}: object not signed")
+            if not self._matches(header, _header_bytes(self.fd)):
+                raise self._wrong("header integrity compromised")
+            for at in wanted:
+                self._check_object(at, first, *pairs[at.id - first])
+                verified.append(at)
+        except NotIntact as error:
+            return Outcome(verified=tuple(verified), failed=at, error=error)
+        return Outcome(verified=tuple(verified))
+
+    def legacy_outcome(self, text: bytes, only: Sequence[Descriptor]) -> Outcome:
+        """Return whether a proven text of the old form is true: one hash over all the data."""
+        words = text.split()
+        name = _LEGACY_HASHES.get(len(words[1]), "") if len(words) == 2 else ""
+        at: Descriptor | None = None
+        try:
+            if not name or words[0] != LEGACY_PREFIX.rstrip():
+                raise self._wrong("legacy signature has an unknown form")
+            state = _new_hash(name)
+            for at in only:
+                self._feed(at, state.update)
+            if state.hexdigest().encode() != words[1].lower():
+                compromised = "data object integrity compromised"
+                ids = "" if len(only) > 1 else f": {only[0].id}"
+                raise self._wrong(compromised + ids)
+        except NotIntact as error:
+            return Outcome(verified=(), failed=at, error=error)
+        return Outcome(verified=tuple(only))
+
+    def metadata(self, only: Sequence[Descriptor]) -> bytes:
+        """Return what is to be signed to vouch for `only` these objects of the group."""
+        import hashlib
+        import json
+
+        def digest(data: bytes) -> str:
+            return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+        first = min(entry.id for entry in self.group.objects)
+        objects = [
+            {
+                "relativeId": entry.id - first,
+                "descriptorDigest": digest(_descriptor_bytes(entry, first)),
+                "objectDigest": self._content_digest(entry, "sha256:"),
+            }
+            for entry in only
+        ]
+        header = {"digest": digest(_header_bytes(self.fd))}
+        document = {"version": 1, "header": header, "objects": objects}
+        return json.dumps(document, separators=(",", ":")).encode()
+
+    def _said(self, text: bytes) -> tuple[str, dict[int, tuple[str, str]]]:
+        """Return the header's digest, and those of each object by its number in the group."""
         import json
 
         try:
@@ -106,17 +185,20 @@ class Checker:
                 raise ValueError
         except (ValueError, TypeError, KeyError, RecursionError):
             raise self._wrong("the signed metadata has an unknown form") from None
-        if not self._matches(str(header), _header_bytes(self.fd)):
-            raise self._wrong("global header integrity compromised")
-        first = min((entry.id for entry in self.group.objects), default=0)
-        if {entry.id - first for entry in self.group.objects} != pairs.keys():
-            raise self._wrong("signed and present objects differ")
-        for entry in self.group.objects:
-            descriptor, content = pairs[entry.id - first]
-            if not self._matches(descriptor, _descriptor_bytes(entry, first)):
-                raise self._wrong(f"descriptor integrity compromised: {entry.id}")
-            if content != self._content_digest(entry, content):
-                raise self._wrong(f"data object integrity compromised: {entry.id}")
+        return str(header), pairs
+
+    def _check_numbers(self, signed: set[int]) -> None:
+        present = {entry.id for entry in self.group.objects}
+        if signed - present:
+            raise self._wrong(f"object {min(signed - present)}: signed object not found")
+        if present - signed:
+            raise self._wrong(f"object {min(present - signed)}: object not signed")
+
+    def _check_object(self, entry: Descriptor, first: int, descriptor: str, content: str) -> None:
+        if not self._matches(descriptor, _descriptor_bytes(entry, first)):
+            raise self._wrong(f"data object descriptor integrity compromised: {entry.id}")
+        if content != self._content_digest(entry, content):
+            raise self._wrong(f"data object integrity compromised: {entry.id}")
 
     def _wrong(self, reason: str) -> NotIntact:
         return NotIntact(image="", reason=reason)
@@ -134,20 +216,28 @@ class Checker:
         return digest == f"{name}:{hashlib.new(name, data).hexdigest()}"
 
     def _content_digest(self, entry: Descriptor, like: str) -> str:
-        import hashlib
-
         name = self._algorithm(like)
         if (name, entry.id) not in self._digests:
-            sif.check_inside(self.fd, entry)
-            state, at, left = hashlib.new(name), entry.offset, entry.size_bytes
-            while left > 0:
-                part = os.pread(self.fd, min(left, _CHUNK_BYTES), at)
-                if not part:
-                    raise self._wrong(f"object {entry.id} is cut short")
-                state.update(part)
-                at, left = at + len(part), left - len(part)
+            state = _new_hash(name)
+            self._feed(entry, state.update)
             self._digests[name, entry.id] = f"{name}:{state.hexdigest()}"
         return self._digests[name, entry.id]
+
+    def _feed(self, entry: Descriptor, take: Callable[[bytes], object]) -> None:
+        sif.check_inside(self.fd, entry)
+        at, left = entry.offset, entry.size_bytes
+        while left > 0:
+            part = os.pread(self.fd, min(left, _CHUNK_BYTES), at)
+            if not part:
+                raise self._wrong(f"object {entry.id} is cut short")
+            take(part)
+            at, left = at + len(part), left - len(part)
+
+
+def _new_hash(name: str) -> Any:
+    import hashlib
+
+    return hashlib.new(name)
 
 
 def _header_bytes(fd: int) -> bytes:

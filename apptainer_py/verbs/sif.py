@@ -209,6 +209,11 @@ def _table(objects: tuple[sif.Descriptor, ...]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def type_name(entry: sif.Descriptor) -> str:
+    """Return what kind of object this is."""
+    return _TYPES.get(entry.data_type, _UNKNOWN)
+
+
 def _type_text(entry: sif.Descriptor) -> str:
     text = _TYPES.get(entry.data_type, _UNKNOWN)
     first, second = _two_numbers(entry)
