@@ -240,9 +240,9 @@ def _right(row: Option, path: str) -> str:
         default = ' (default "$HOME")'
     elif row[2] == MAP:
         default = " (default [])"
-    elif row[2] == STRING and row[3]:
+    elif row[2] == STRING and row[3] not in ("", "\0"):
         default = f' (default "{row[3]}")'
-    elif row[2] == INT and row[3]:
+    elif row[2] == INT and row[3] not in (0, -1):
         default = f" (default {row[3]})"
     note = f" ({OCI_ONLY})" if row[6] == OCI_ONLY else ""
     return text + default + note

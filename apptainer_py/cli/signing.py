@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from apptainer_py.verbs.verify import Verdict
 
 _NUMBER_MAX = 0xFFFFFFF
+# No argument of a command can hold it.
+_NOT_GIVEN = "\0"
 _TABLE = "ID  |GROUP   |LINK    |TYPE\n" + "-" * 48 + "\n"
 
 
@@ -249,7 +251,7 @@ def _key_newpair(parsed: Parsed) -> int:
         "Enter your email address (e.g., john.doe@example.com) : "
     )
     comment = str(options["comment"])
-    if not comment and not options["name"]:
+    if comment == _NOT_GIVEN:
         comment = ask.ask("Enter optional comment (e.g., development keys) : ")
     owner = key.user_id(name, comment, email)
     passphrase = _new_passphrase() if parsed.options["password"] == _NOT_GIVEN else ""
@@ -264,9 +266,6 @@ def _key_newpair(parsed: Parsed) -> int:
         rings = key.of_user(_keys_folder(parsed))
         sys.stdout.write(key.push(rings, _server(parsed), made.fingerprint))
     return 0
-
-
-_NOT_GIVEN = "\0"
 
 
 def _new_passphrase() -> str:

@@ -112,7 +112,7 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "file with the certificates to trust, the system's if not given"),
     ("cleanenv", "e", BOOL, False, ("CLEANENV",), _ALL, SUPPORTED,
      "do not pass the environment of the host"),
-    ("comment", "C", STRING, "", (), ("key newpair",), SUPPORTED,
+    ("comment", "C", STRING, "\0", (), ("key newpair",), SUPPORTED,
      "comment of the key"),
     ("compat", "", BOOL, False, ("COMPAT",), _ALL, SUPPORTED,
      "behave more like OCI runtimes: --containall, --no-init, --no-umask, --no-eval and "

@@ -151,7 +151,7 @@ def parts(fd: int, group: int, ident: int) -> list[Part]:
         if entry is None or not entry.group:
             raise integrity.NotIntact(image="", reason="object not found")
         found.append(Part(group=_whole(fd, entry.group).group, objects=(entry,)))
-    if not group and not ident:
+    if not group and not ident and numbers:
         if any(not entry.group for entry in entries):
             reason = "non-signature object not associated with object group"
             raise integrity.NotIntact(image="", reason=reason)

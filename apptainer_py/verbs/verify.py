@@ -185,11 +185,11 @@ def _tasks(fd: int, wanted: Wanted) -> Iterator[Task]:
         for entry in objects if wanted.everything else [_primary(objects)]:
             yield _object_task(fd, entry, entries, legacy=True)
         return
+    if not groups:
+        raise integrity.NotIntact(image="", reason="no groups found")
     if any(not entry.group for entry in objects):
         reason = "non-signature object not associated with object group"
         raise integrity.NotIntact(image="", reason=reason)
-    if not groups:
-        raise integrity.NotIntact(image="", reason="no groups found")
     for number in groups:
         yield _group_task(fd, number, legacy=False)
 

@@ -18,7 +18,6 @@ REAL = images.REAL_APPTAINER
 with_real = pytest.mark.skipif(
     not images.have_real_apptainer(), reason="did not run: no real Apptainer on this machine"
 )
-TWO = "sub/two"
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +50,6 @@ def bench(product, user, as_user, readable_tmp):
     for name, passphrase in (("Locked", "quiet"), ("Open", "")):
         words = ("--name", name, "--email", f"{name}@here", "--bit-length", "2048")
         done = ours("key", "newpair", *words, stdin=f"note\n{passphrase}\n{passphrase}\ny\n")
-        if name == "Locked":
-            done = ours("key", "newpair", *words, "-C", "c", stdin=f"{passphrase}\n{passphrase}\n")
         assert done.returncode == 0, done.stderr
     (place / "tree").write_bytes(b"x" * 5000)
     for words in (
