@@ -31,7 +31,7 @@ def completed(*words: str) -> list[str]:
 def test_commands() -> None:
     assert completed("apptainer-py", "ex") == ["exec"]
     assert completed("apptainer-py", "-q", "sh") == ["shell"]
-    assert completed("apptainer-py", "sif", "") == ["dump", "header", "info", "list"]
+    assert completed("apptainer-py", "sif", "s") == ["setprim"]
     assert completed("apptainer-py", "help", "insp") == ["inspect"]
     assert "build" not in completed("apptainer-py", "")
 
