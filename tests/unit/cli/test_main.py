@@ -13,7 +13,7 @@ import pytest
 
 import apptainer_py.base
 from apptainer_py.base import log
-from apptainer_py.cli import commands, signing, main, table
+from apptainer_py.cli import commands, main, signing, table
 from apptainer_py.cli.help import full, topic
 
 FACTS = {
