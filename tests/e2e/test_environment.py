@@ -202,7 +202,11 @@ def test_names_that_no_shell_can_hold_arrive_through_the_shells(
         ("set -u\nexport X=a$nosuch\n", 1),
         ("set -u\nX=$nosuch\n", 1),
         ("declare -x A=1\nset -u\nexport X=$nosuch\n", 1),
+        ("export X=a${nosuch?}\n", 1),
+        ("declare -x A=1\nX=${nosuch:?is missing}\n", 1),
         ("declare -x A=1\nexit 127\n", 127),
+        ("declare -x A=1\neval 'exit 127'\n", 127),
+        ("declare -x A=1\n(exit 127) || exit\n", 127),
         ("trap 'exit 9' EXIT\ndeclare -x A=1\n", 3),
     ],
 )

@@ -407,6 +407,19 @@ def test_the_umask_reaches_the_payload(launch, mask):
     assert (done.status, done.out) == (0, f"{mask:04o}\n"), done.err
 
 
+def test_priority_and_processors_reach_the_payload(launch):
+    """As with the real one: a batch system's choice holds for what it has started."""
+    one = max(os.sched_getaffinity(0))
+
+    def prepare() -> None:
+        os.nice(7)
+        os.sched_setaffinity(0, {one})
+
+    script = "cut -d ' ' -f 19 /proc/self/stat; grep ^Cpus_allowed_list /proc/self/status"
+    done = launch(["sh", "-c", script], prepare=prepare)
+    assert done.out.split() == ["7", "Cpus_allowed_list:", str(one)], done.err
+
+
 @pytest.mark.parametrize("kind", ["deleted", "unreadable"])
 def test_a_directory_that_is_not_there(launch, user, user_tmp, kind):
     inner = user_tmp / "inner"

@@ -65,14 +65,32 @@ __source() {
     if [ -z "$__done" ] && command eval '. "$__file"; __done=1'; then :; fi
     set +aefu
 }
-# Bash ends at a variable that is not set with 127, where other shells have a status below that.
-# An `exit 127` of the file's own looks the same, and is taken for one where `set -u` is not on.
+# Bash ends at a variable that is not set (`set -u`, `${x?}`) with 127, where other shells have a
+# status below that.  What the file ends with by itself is left alone, but for `set -u`.
 __status() {
     __done=$?
-    case $__done$- in 127*u*) __done=1 ;; esac
-    exit "$__done"
+    case $__done,$- in
+    127,*u*) __done=1 ;;
+    127,*e*) ;;
+    127,*) case ${__exits-},$BASH_COMMAND in
+        1,* | ,exec\ *) ;;
+        *) __done=1 ;;
+        esac ;;
+    esac
+    builtin exit "$__done"
 }
-[ -z "${BASH_VERSION-}" ] || trap __status EXIT
+__exit() {
+    set -- "${1-$?}"
+    __exits=1
+    builtin exit "$1"
+}
+if [ -n "${BASH_VERSION-}" ]; then
+    trap __status EXIT
+    case $SHELLOPTS in
+    *posix*) alias exit=__exit ;;
+    *) eval 'exit() { __exit "$@"; }' ;;
+    esac
+fi
 __set() {
     command eval "$1=$2; export $1" ||
         @WARN@__say "WARNING: Skipping environment variable $1: $2 is no shell word"
