@@ -57,9 +57,10 @@ static uint64_t caps_bounding(void) {
     return set;
 }
 
-static uint64_t caps_ambient(void) {
-    uint64_t set = 0;
-    for (int cap = 0; cap < 64; cap++) {
+/* The kernel keeps it within both others: where they have nothing in common, nobody need ask. */
+static uint64_t caps_ambient(const uint64_t caps[CAP_SETS]) {
+    uint64_t set = 0, most = caps[CAP_SET_PERMITTED] & caps[CAP_SET_INHERITABLE];
+    for (int cap = 0; most != 0 && cap < 64; cap++) {
         int has = prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_IS_SET, cap, 0, 0);
         if (has < 0)
             break;
@@ -76,9 +77,24 @@ uint64_t privs_last_cap_mask(void) {
     return mask;
 }
 
-int privs_identify(struct identity *who, bool with_spaces) {
+static void find_spaces(struct identity *who) {
     static const char *const names[8] = {"user", "mnt", "pid", "ipc", "uts", "net", "cgroup",
                                          "time"};
+    static const char place[] = "/proc/self/ns/";
+    int folder = open(place, O_PATH | O_DIRECTORY | O_CLOEXEC);
+    for (size_t i = 0; i < 8; i++) {
+        char path[32] = "";
+        struct stat st;
+        append_text(path, sizeof(path), folder < 0 ? place : "");
+        append_text(path, sizeof(path), names[i]);
+        if (fstatat(folder < 0 ? AT_FDCWD : folder, path, &st, 0) == 0)
+            who->spaces[i] = st.st_ino;
+    }
+    if (folder >= 0)
+        close(folder);
+}
+
+int privs_identify(struct identity *who, bool with_spaces) {
     memset(who, 0, sizeof(*who));
     if (getresuid(&who->uid[0], &who->uid[1], &who->uid[2]) < 0 ||
         getresgid(&who->gid[0], &who->gid[1], &who->gid[2]) < 0)
@@ -89,17 +105,12 @@ int privs_identify(struct identity *who, bool with_spaces) {
                  &who->caps[CAP_SET_INHERITABLE]) < 0)
         return -1;
     who->caps[CAP_SET_BOUNDING] = caps_bounding();
-    who->caps[CAP_SET_AMBIENT] = caps_ambient();
+    who->caps[CAP_SET_AMBIENT] = caps_ambient(who->caps);
     who->securebits = (uint32_t)prctl(PR_GET_SECUREBITS);
     who->no_new_privs = (uint16_t)prctl(PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0);
     who->dumpable = (uint16_t)prctl(PR_GET_DUMPABLE);
-    for (size_t i = 0; with_spaces && i < 8; i++) {
-        char path[32] = "/proc/self/ns/";
-        struct stat st;
-        append_text(path, sizeof(path), names[i]);
-        if (stat(path, &st) == 0)
-            who->spaces[i] = st.st_ino;
-    }
+    if (with_spaces)
+        find_spaces(who);
     return 0;
 }
 
