@@ -79,10 +79,10 @@ def warn(root: int, rank: Rank, program: str) -> None:
     advice = _ADVICE.get((rank.protocol, kind))
     if advice is None or _understands(image, rank.protocol, kind):
         return
-    who = f"is told its rank by {rank.protocol}" if rank.protocol else "is told no rank"
+    told = f"told its rank by {rank.protocol}, which it may not understand"
     log.warning(
-        f"The image's {kind} {who}, which it may not understand: then each of the ranks is rank 0 "
-        f"of 1; start it with {advice}"
+        f"The image's {kind} is {told if rank.protocol else 'not told its rank'}: then each of the "
+        f"ranks is rank 0 of 1; start it with {advice}"
     )
 
 
