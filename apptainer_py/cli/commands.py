@@ -201,6 +201,12 @@ def _sif_dump(parsed: Parsed) -> int:
     return 0
 
 
+def _build(parsed: Parsed) -> int:
+    from apptainer_py.cli import build
+
+    return build.run(parsed)
+
+
 def _capability_change(parsed: Parsed) -> int:
     from apptainer_py.verbs import capability
 
@@ -284,6 +290,7 @@ def _config_show(parsed: Parsed) -> int:
 
 
 _COMMANDS: dict[str, Callable[[Parsed], int]] = {
+    "build": _build,
     "buildcfg": _buildcfg,
     "capability add": _capability_change,
     "capability avail": _capability_avail,

@@ -16,10 +16,11 @@ from apptainer_py.image import sif, squashfs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 LAUNCHER = b"#!/usr/bin/env run-singularity\n"
 METADATA_NAME = b"inspect-metadata.json"
+OCI_CONFIG_NAME = b"oci-config.json"
 
 _DESCRIPTORS_OFFSET = 4096
 _DESCRIPTORS_TOTAL = 48
@@ -40,18 +41,20 @@ class _Placed(Record):
     extra: bytes = b""
 
 
-def write_sif(
+def write_sif(  # noqa: PLR0913 each is an object of the file
     target: str,
     squashfs_path: str,
     *,
     arch: str,
     deffile: bytes | None = None,
     metadata: bytes | None = None,
+    oci_config: bytes | None = None,
     epoch: int | None = None,
 ) -> None:
     """Write a SIF file around a squashfs file; an existing target is replaced at the end.
 
-    `arch` is a name such as `amd64`; without `deffile` or `metadata` (JSON) its object is left out.
+    `arch` is a name such as `amd64`; without `deffile`, `metadata` or `oci_config` (both JSON) its
+    object is left out.
     With `epoch`, in seconds since 1970, the same input gives the same bytes. The mode is 0755
     less the umask.
 
@@ -67,7 +70,12 @@ def write_sif(
         squashfs.read_superblock(source, 0, image=squashfs_path)
         out = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o755)
         try:
-            _fill(out, source, code=code, deffile=deffile, metadata=metadata, epoch=epoch)
+            objects = (
+                (sif.DEFFILE, b"", deffile),
+                (sif.GENERIC_JSON, METADATA_NAME, metadata),
+                (sif.GENERIC_JSON, OCI_CONFIG_NAME, oci_config),
+            )
+            _fill(out, source, code=code, objects=objects, epoch=epoch)
             os.fsync(out)
             os.rename(partial, target)
         except BaseException:
@@ -91,8 +99,7 @@ def _fill(
     source: int,
     *,
     code: bytes,
-    deffile: bytes | None,
-    metadata: bytes | None,
+    objects: Sequence[tuple[int, bytes, bytes | None]],
     epoch: int | None,
 ) -> None:
     import hashlib
@@ -101,10 +108,7 @@ def _fill(
     digest = hashlib.sha256()
     end = _DATA_OFFSET
     placed: list[_Placed] = []
-    for data_type, name, content in (
-        (sif.DEFFILE, b"", deffile),
-        (sif.GENERIC_JSON, METADATA_NAME, metadata),
-    ):
+    for data_type, name, content in objects:
         if not content:
             continue
         placed.append(

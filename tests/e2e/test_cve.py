@@ -216,7 +216,6 @@ ABSENT = [
     ["exec", "instance://x", "true"],
     ["exec", "docker://alpine", "true"],
     ["verify", "{sif}"],
-    ["build", "x.sif", "{sif}"],
     ["pull", "library://x/y"],
     ["cache", "clean"],
 ]

@@ -811,15 +811,13 @@ def test_directories_of_networks(own, image, tmp_path):
         refused(own.run(*words, root=True), text)
 
 
-@covers("suidbinary path", "mksquashfs procs", "mksquashfs mem", "download concurrency",
-        "download part size", "download buffer size", "apptheus socket path",
+@covers("suidbinary path", "download concurrency", "download part size",
+        "download buffer size", "apptheus socket path",
         "apptheus communication socket path")  # fmt: skip
 @pytest.mark.parametrize(
     ("line", "command"),
     [
         ("suidbinary path = /usr/bin", ()),
-        ("mksquashfs procs = 3", ("build", "x.sif", "x.def")),
-        ("mksquashfs mem = 1G", ("build", "x.sif", "x.def")),
         ("download concurrency = 1", ("pull", "library://x/y")),
         ("download part size = 1", ("pull", "library://x/y")),
         ("download buffer size = 1", ("pull", "library://x/y")),
@@ -835,6 +833,17 @@ def test_directives_of_what_is_not_there(own, image, line, command):
         done = own.run(*command)
         assert done.returncode != 0
         assert "not supported yet" in done.stderr, done.stderr
+
+
+@covers("mksquashfs procs", "mksquashfs mem")
+def test_how_an_image_is_packed(own, tmp_path):
+    (tmp_path / "x.def").write_text("Bootstrap: scratch\n")
+    words = ("build", str(tmp_path / "x.sif"), str(tmp_path / "x.def"))
+    own.configure("mksquashfs procs = 1\nmksquashfs mem = 64M")
+    ran(own.run(*words, root=True))
+    own.configure("mksquashfs mem = none")
+    done = own.run("build", "--force", *words[1:], root=True)
+    assert "mksquashfs could not pack" in done.stderr, done.stderr
 
 
 @covers("audit log")

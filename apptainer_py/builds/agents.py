@@ -1,0 +1,331 @@
+"""Bootstrap agents: from a header to a root directory.
+
+An agent is a function that fills an Order's `root`; the table is open, so that what fetches from a
+registry can register itself. `base` is what the rest of a build has to know of the image.
+"""
+
+from __future__ import annotations
+
+import os
+
+from apptainer_py.base import log
+from apptainer_py.base.errors import ApptainerError, ImageError, NotSupported
+from apptainer_py.base.record import Record
+from apptainer_py.builds import report
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from apptainer_py.image.detect import OpenImage
+
+_TOOLS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_MS_NOSUID, _MS_NODEV = 2, 4
+_LATER = (
+    "docker-archive", "docker-daemon", "oras", "library", "http", "https", "yum", "dnf", "zypper",
+    "arch", "busybox", "docker",
+)  # fmt: skip
+
+
+class Order(Record):
+    """What an agent is to do: `root` is an empty directory, `folder` one for temporary files.
+
+    `owns_all` tells that files can be given to any id; `may_share` that the base is only read, so
+    that a tree can be laid under `root` in place of a copy; `environ` is the caller's.
+    """
+
+    header: Mapping[str, str]
+    root: str
+    folder: str
+    owns_all: bool
+    may_share: bool
+    environ: Mapping[str, str]
+
+    @property
+    def source(self) -> str:
+        """The value of `From`."""
+        return self.header.get("from", "")
+
+
+class Base(Record):
+    """What came with a root directory: an OCI image's configuration, labels."""
+
+    oci_config: bytes = b""
+    labels: Mapping[str, str] = {}
+
+
+if TYPE_CHECKING:
+    Agent = Callable[[Order], Base]
+
+
+class ConveyorFailed(ApptainerError):
+    message = "While performing build: conveyor failed to get: {reason}"
+
+
+class UnknownAgent(ApptainerError):
+    message = "Unable to create build: unable to get conveyorpacker: invalid build source {agent}"
+
+
+class EndOfLife(ApptainerError):
+    message = "Singularity Hub ended in 2021: images from shub are no longer to be had"
+    hint = "the image may be at docker:// or library:// under another name"
+
+
+def find(agent: str) -> Agent:
+    """Return the function for the value of `Bootstrap`.
+
+    Raises:
+        UnknownAgent: there is none of that name.
+        NotSupported: Apptainer has it.
+        EndOfLife: nobody has it any more.
+    """
+    if agent in AGENTS:
+        return AGENTS[agent]
+    if agent == "shub":
+        raise EndOfLife
+    if agent in _LATER:
+        raise NotSupported(what=f"building from `{agent}`")
+    raise UnknownAgent(agent=agent)
+
+
+def register(name: str, agent: Agent) -> None:
+    """Add an agent, or put one in place of another."""
+    AGENTS[name] = agent
+
+
+def _scratch(order: Order) -> Base:
+    return Base()
+
+
+# -- images of this machine
+
+
+def _localimage(order: Order) -> Base:
+    from apptainer_py.image import detect
+
+    if not order.source:
+        raise ConveyorFailed(reason="the header has no From")
+    try:
+        image = detect.open_image(order.source)
+    except ImageError as error:
+        raise ConveyorFailed(reason=error.facts["reason"]) from None
+    try:
+        if image.kind != "sandbox":
+            log.info(f"Verifying bootstrap image {order.source}")
+        if order.header.get("fingerprints"):
+            raise NotSupported(what="the header key `Fingerprints`")
+        log.info("Extracting local image...")
+        return _unpack(image, order)
+    finally:
+        os.close(image.fd)
+
+
+def _unpack(image: OpenImage, order: Order) -> Base:
+    from apptainer_py.image import sif
+
+    if image.kind == "sandbox":
+        _from_sandbox(image, order)
+        return Base()
+    if image.kind == "squashfs":
+        _unsquash(image.fd, image.offset, order)
+        return Base()
+    if image.kind != "sif":
+        raise NotSupported(what=f"building from an {image.kind} image")
+    try:
+        part = sif.primary_partition(image.fd)
+        if part.fs != "squashfs":
+            raise NotSupported(what=f"building from a partition of the kind {part.fs}")
+        _unsquash(image.fd, part.offset, order)
+        return Base(oci_config=_oci_config(image.fd))
+    except sif.SifError as error:
+        raise ConveyorFailed(reason=error.facts["reason"]) from None
+
+
+def _oci_config(fd: int) -> bytes:
+    from apptainer_py.image import sif
+    from apptainer_py.image.oci_config import CONFIG_BYTES
+
+    for entry in sif.read_descriptors(fd):
+        if entry.data_type == sif.GENERIC_JSON and entry.name == b"oci-config.json":
+            return sif.read_object(fd, entry, limit_bytes=CONFIG_BYTES)
+    return b""
+
+
+def _unsquash(fd: int, offset: int, order: Order) -> None:
+    import subprocess
+
+    from apptainer_py.image import squashfs
+
+    argv = [squashfs.find_tool("unsquashfs"), "-no-progress", "-quiet", "-f", "-o", str(offset)]
+    argv += ["-d", order.root, f"/proc/self/fd/{fd}"]
+    with report.working("Unpacking"):
+        done = subprocess.run(
+            argv,
+            env={"PATH": _TOOLS, "LC_ALL": "C"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            pass_fds=(fd,),
+            check=False,
+        )
+    # 2: everything is there, but for owners or attributes that this caller cannot give.
+    if done.returncode not in (0, 2) or (done.returncode == 2 and order.owns_all):
+        lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        reason = lines[-1] if lines else f"unsquashfs ended with status {done.returncode}"
+        raise ConveyorFailed(reason=f"{order.source}: {reason}")
+
+
+def _from_sandbox(image: OpenImage, order: Order) -> None:
+    if order.may_share and _lay_over(image, order):
+        return
+    import subprocess
+
+    argv = [
+        "/bin/cp",
+        "-a",
+        "--reflink=auto",
+        "-T",
+        "--",
+        f"/proc/self/fd/{image.fd}/.",
+        order.root,
+    ]
+    with report.working("Copying"):
+        done = subprocess.run(
+            argv,
+            env={"PATH": _TOOLS, "LC_ALL": "C"},
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            pass_fds=(image.fd,),
+            check=False,
+        )
+    if done.returncode:
+        lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        raise ConveyorFailed(reason=lines[0] if lines else f"cp: status {done.returncode}")
+
+
+def _lay_over(image: OpenImage, order: Order) -> bool:
+    """Lay an empty layer over a directory in place of copying it; False where that is refused."""
+    from apptainer_py.kernel import _container
+
+    if any(letter in f"{image.realpath}{order.folder}" for letter in ",:\\"):
+        return False
+    upper, work = f"{order.folder}/upper", f"{order.folder}/work"
+    for folder in (upper, work):
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+    os.chmod(upper, image.mode & 0o7777)
+    options = f"lowerdir={image.realpath},upperdir={upper},workdir={work}"
+    for more in ("", ",userxattr"):
+        try:
+            _container.mount(
+                b"overlay",
+                os.fsencode(order.root),
+                b"overlay",
+                _MS_NOSUID | _MS_NODEV,
+                os.fsencode(options + more),
+            )
+        except OSError:
+            continue
+        # What was checked is what is there: the path may lead elsewhere by now.
+        if os.stat(image.realpath).st_ino == image.ino:
+            return True
+        _container.umount2(os.fsencode(order.root), 2)
+    return False
+
+
+# -- OCI images of this machine
+
+
+def _oci(order: Order) -> Base:
+    from apptainer_py.image.oci_layers import Unpacker
+    from apptainer_py.image.oci_layout import Layout
+
+    transport = order.header["bootstrap"]
+    log.info("Fetching OCI image...")
+    layout = None
+    try:
+        layout = Layout(f"{transport}:{order.source}")
+        image = layout.image()
+        log.info("Extracting OCI image...")
+        unpacker = Unpacker(order.root, owns_all=order.owns_all)
+        total = sum(layer.size_bytes for layer in image.layers)
+        with report.counting("Unpacking layers", total) as told:
+            layout.unpack(image, _Told(unpacker, told, [one.size_bytes for one in image.layers]))
+        unpacker.close()
+    except ImageError as error:
+        raise ConveyorFailed(reason=str(error)) from None
+    finally:
+        if layout is not None:
+            layout.close()
+    return from_oci_config(image.config)
+
+
+class _Told:
+    """An Unpacker that says after each layer how much of the image is there."""
+
+    def __init__(self, unpacker: object, told: Callable[[int], None], sizes: list[int]) -> None:
+        self._unpacker = unpacker
+        self._told = told
+        self._sizes = iter(sizes)
+
+    def apply(self, read: Callable[[int], bytes]) -> None:
+        self._unpacker.apply(read)  # type: ignore[attr-defined]
+        self._told(next(self._sizes, 0))
+
+
+def from_oci_config(document: bytes) -> Base:
+    """Return what an OCI image's configuration says: what SIF files keep of it, and its labels."""
+    import json
+
+    from apptainer_py.model.json_text import JsonWrong, loads
+
+    try:
+        whole = loads(document)
+    except JsonWrong as error:
+        raise ConveyorFailed(reason=f"the image's configuration: {error}") from None
+    config = whole.get("config") if isinstance(whole, dict) else None
+    config = config if isinstance(config, dict) else {}
+    labels = config.get("Labels")
+    labels = labels if isinstance(labels, dict) else {}
+    return Base(
+        oci_config=json.dumps(config, separators=(",", ":"), ensure_ascii=False).encode(),
+        labels={key: value for key, value in labels.items() if isinstance(value, str)},
+    )
+
+
+# -- distributions
+
+
+def _debootstrap(order: Order) -> Base:
+    import subprocess
+
+    header = order.header
+    suite, mirror = header.get("osversion", ""), header.get("mirrorurl", "")
+    if not suite or not mirror:
+        raise ConveyorFailed(reason="debootstrap needs the header keys OSVersion and MirrorURL")
+    program = _find("debootstrap")
+    argv = [program, "--variant=minbase", "--exclude=openssl,udev,systemd-sysv"]
+    include = ",".join(header.get("include", "").replace(",", " ").split())
+    argv += [f"--include={include}"] if include else []
+    argv += [suite, order.root, mirror]
+    done = subprocess.run(
+        argv, env={**order.environ, "PATH": _TOOLS}, stdin=subprocess.DEVNULL, check=False
+    )
+    if done.returncode:
+        raise ConveyorFailed(reason=f"debootstrap ended with status {done.returncode}")
+    return Base()
+
+
+def _find(program: str) -> str:
+    for folder in _TOOLS.split(":"):
+        if os.access(f"{folder}/{program}", os.X_OK):
+            return f"{folder}/{program}"
+    raise ConveyorFailed(reason=f"{program} is not installed")
+
+
+AGENTS: dict[str, Agent] = {
+    "debootstrap": _debootstrap,
+    "localimage": _localimage,
+    "oci": _oci,
+    "oci-archive": _oci,
+    "scratch": _scratch,
+}

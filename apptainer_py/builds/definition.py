@@ -1,0 +1,236 @@
+"""Definition files: a header and sections for each stage (Apptainer's grammar, facts §7.1).
+
+Sections begin with a line whose first word starts with `%`; a section that stands there twice is
+taken as one. What is kept of a section is its text and the line of the file that it starts on, so
+that a failure can name the line.
+"""
+
+from __future__ import annotations
+
+from apptainer_py.base.errors import ApptainerError
+from apptainer_py.base.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+HEADER_KEYS = frozenset(
+    "bootstrap includecmd mirrorurl updateurl osversion include library registry namespace stage "
+    "product user regcode productpgp registerurl modules fingerprints confurl setopt from target "
+    "frontend filename buildargs".split()
+)
+SECTIONS = frozenset(
+    "help setup files labels environment pre post runscript test startscript arguments".split()
+)
+APP_SECTIONS = frozenset(
+    "appinstall applabels appfiles appenv apptest apphelp apprun appstart".split()
+)
+_OTHER_URL = "otherurl"
+
+
+class DefinitionWrong(ApptainerError):
+    """The text is no definition file; `file` is what the user named."""
+
+    message = "Unable to build from {file}: while parsing definition: {file}: {reason}"
+
+
+class NoHeader(ApptainerError):
+    message = "Unable to create build: {reason}"
+
+
+class Line(Record):
+    """One line of a section and where it stands in the file, counted from 1."""
+
+    number: int
+    text: str
+
+
+class Section(Record):
+    """`words` follow the name on its line: `from build`, `-c /bin/bash`, the name of an app."""
+
+    name: str
+    words: tuple[str, ...]
+    lines: tuple[Line, ...]
+
+    @property
+    def text(self) -> str:
+        """The body, each line ended."""
+        return "".join(f"{line.text}\n" for line in self.lines)
+
+    @property
+    def app(self) -> str:
+        """The application that a section of one is for."""
+        return self.words[0] if self.words else ""
+
+
+class Stage(Record):
+    """From one `Bootstrap:` to the next; `text` is that part of the file."""
+
+    header: dict[str, str]
+    sections: tuple[Section, ...]
+    text: str
+
+    @property
+    def name(self) -> str:
+        """What `%files from` of a later stage calls it."""
+        return self.header.get("stage", "")
+
+    def all(self, name: str) -> list[Section]:
+        """Return the sections of this name, in their order."""
+        return [section for section in self.sections if section.name == name]
+
+    def joined(self, name: str) -> Section | None:
+        """Return the sections of this name as one; the last words count."""
+        found = self.all(name)
+        if not found:
+            return None
+        words = next((one.words for one in reversed(found) if one.words), ())
+        lines = tuple(line for one in found for line in one.lines)
+        return Section(name=name, words=words, lines=lines)
+
+    def apps(self) -> list[str]:
+        """Return the names of applications, in the order in which they appear."""
+        return list(dict.fromkeys(one.app for one in self.sections if one.name in APP_SECTIONS))
+
+
+def parse(text: str, *, file: str) -> tuple[Stage, ...]:
+    """Return the stages of a definition file.
+
+    Raises:
+        DefinitionWrong: a header key or section is unknown, or there is no stage.
+        NoHeader: a file without one.
+    """
+    lines = [Line(number=at, text=one) for at, one in enumerate(text.splitlines(), 1)]
+    if not any(_said(line) for line in lines):
+        raise DefinitionWrong(file=file, reason="no stages found in definition file")
+    return tuple(_stage(part, file) for part in _parts(lines))
+
+
+def implicit(agent: str, source: str) -> Stage:
+    """Return the stage that a bare image or URI stands for."""
+    header = {"bootstrap": agent, "from": source}
+    return Stage(header=header, sections=(), text=f"bootstrap: {agent}\nfrom: {source}\n\n")
+
+
+def _said(line: Line) -> str:
+    """Return a line's text, or "" for one that says nothing."""
+    text = line.text.strip()
+    return "" if text.startswith("#") else text
+
+
+def _parts(lines: Sequence[Line]) -> list[list[Line]]:
+    parts: list[list[Line]] = [[]]
+    begun = False
+    for line in lines:
+        if _key_of(line.text) == "bootstrap":
+            if begun:
+                parts.append([])
+            begun = True
+        parts[-1].append(line)
+    return parts
+
+
+def _key_of(text: str) -> str:
+    key, colon, _ = text.partition(":")
+    return key.strip().lower() if colon else ""
+
+
+def _stage(lines: Sequence[Line], file: str) -> Stage:
+    start = next(
+        (at for at, line in enumerate(lines) if line.text.lstrip().startswith("%")), len(lines)
+    )
+    header = _header(lines[:start], file)
+    if "bootstrap" not in header:
+        reason = "no bootstrap specification found"
+        if not header and any(map(_said, lines)):
+            reason = "multiple stages detected, all must have headers"
+        raise NoHeader(reason=reason)
+    sections = tuple(_sections(lines[start:]))
+    unknown = [
+        one.name for one in sections if one.name not in SECTIONS and one.name not in APP_SECTIONS
+    ]
+    if unknown:
+        names = ", ".join(dict.fromkeys(unknown))
+        number = next(line.number for line in lines[start:] if _name_of(line.text) == unknown[0])
+        reason = f"invalid section(s) specified: {names} (line {number})"
+        raise DefinitionWrong(file=file, reason=reason)
+    for one in sections:
+        if one.name in APP_SECTIONS:
+            _check_app(one, file)
+    text = "".join(f"{line.text}\n" for line in lines)
+    return Stage(header=header, sections=sections, text=text)
+
+
+def _check_app(section: Section, file: str) -> None:
+    name = section.app
+    if not name or name in (".", "..") or "/" in name:
+        reason = f"the section %{section.name} needs the name of an application"
+        raise DefinitionWrong(file=file, reason=reason)
+
+
+def _header(lines: Sequence[Line], file: str) -> dict[str, str]:
+    header: dict[str, str] = {}
+    for number, text in _continued(lines):
+        key, colon, value = text.partition(":")
+        key = key.strip().lower()
+        if not colon:
+            reason = f"header key {key} had no val (line {number})"
+        elif key not in HEADER_KEYS and not _is_other_url(key):
+            reason = f"invalid header keyword found: {key} (line {number})"
+        else:
+            header[key] = value.strip()
+            continue
+        raise DefinitionWrong(file=file, reason=f"failed to parse deffile header: {reason}")
+    return header
+
+
+def _is_other_url(key: str) -> bool:
+    return key.startswith(_OTHER_URL) and key[len(_OTHER_URL) :].isdecimal()
+
+
+def _continued(lines: Sequence[Line]) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a header that say something; a backslash goes on with the next line."""
+    waiting = ""
+    for line in lines:
+        said = _said(line)
+        if not said:
+            continue
+        said = said.partition(" #")[0].strip()
+        if said.endswith("\\"):
+            waiting += said[:-1].strip() + " "
+            continue
+        yield line.number, waiting + said
+        waiting = ""
+    if waiting:
+        yield lines[-1].number, waiting
+
+
+def _name_of(text: str) -> str:
+    words = text.split()
+    return words[0][1:].lower() if words and words[0].startswith("%") else ""
+
+
+def _sections(lines: Sequence[Line]) -> Iterator[Section]:
+    name = ""
+    words: list[str] = []
+    body: list[Line] = []
+    begun = False
+    for line in lines:
+        if line.text.lstrip().startswith("%"):
+            if begun:
+                yield Section(name=name, words=tuple(words), lines=tuple(body))
+            begun, name, words, body = True, _name_of(line.text), _words(line.text), []
+        else:
+            body.append(line)
+    if begun:
+        yield Section(name=name, words=tuple(words), lines=tuple(body))
+
+
+def _words(text: str) -> list[str]:
+    import shlex
+
+    rest = text.split(None, 1)[1:]
+    try:
+        return shlex.split("".join(rest), comments=True)
+    except ValueError:
+        return "".join(rest).split()

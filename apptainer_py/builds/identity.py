@@ -1,0 +1,131 @@
+"""Who a build is: root itself, or root of a user namespace that belongs to the caller.
+
+With ranges of subordinate ids (/etc/subuid) every id of an image can be given to a file; without,
+there is root alone, and programs that insist on others need the `fakeroot` command in the image.
+"""
+
+from __future__ import annotations
+
+import os
+
+from apptainer_py.base import log
+from apptainer_py.base.errors import ApptainerError
+from apptainer_py.base.record import Record
+from apptainer_py.host import subid, subid_file
+from apptainer_py.kernel import _container
+from apptainer_py.model.oci_plan import IdMap
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
+
+_NEWNS: Final = 0x00020000
+_NEWUSER: Final = 0x10000000
+_MS_REC, _MS_SLAVE = 0x4000, 0x80000
+
+
+class NoNamespace(ApptainerError):
+    message = "building as {user} needs a user namespace, which could not be made: {reason}"
+    hint = "the administrator allows them (user.max_user_namespaces), or builds as root"
+
+
+class Identity(Record):
+    """`maps` is empty for root itself; `owns_all` tells that ids of images can be given away."""
+
+    uid_maps: tuple[IdMap, ...] = ()
+    gid_maps: tuple[IdMap, ...] = ()
+    owns_all: bool = True
+
+    @property
+    def is_root(self) -> bool:
+        """Whether the build is the host's root."""
+        return not self.uid_maps
+
+
+def _name(uid: int) -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def choose(*, fakeroot: bool, ignore_subuid: bool, ignore_userns: bool) -> Identity:
+    """Return who the build will be.
+
+    Raises:
+        ApptainerError: root asked for ranges that it has not, or there is no way at all.
+    """
+    uid, gid = os.geteuid(), os.getegid()
+    if uid == 0 and not fakeroot:
+        return Identity()
+    name = _name(uid)
+    if ignore_userns:
+        raise NoNamespace(user=name, reason="--ignore-userns was given")
+    ranges = None if ignore_subuid else _ranges(name, uid)
+    if uid == 0 and ranges is None:
+        subid_file.check(subid_file.SUBUID, name, uid)
+    if ranges is not None:
+        own = (IdMap(inside=0, outside=uid, count=1), IdMap(inside=0, outside=gid, count=1))
+        return Identity(uid_maps=(own[0], ranges[0]), gid_maps=(own[1], ranges[1]))
+    if fakeroot and not ignore_subuid:
+        log.info("User not listed in /etc/subuid, trying root-mapped namespace")
+    return Identity(
+        uid_maps=(IdMap(inside=0, outside=uid, count=1),),
+        gid_maps=(IdMap(inside=0, outside=gid, count=1),),
+        owns_all=False,
+    )
+
+
+def _ranges(name: str, uid: int) -> tuple[IdMap, IdMap] | None:
+    found = []
+    for path, tool in ((subid_file.SUBUID, "newuidmap"), (subid_file.SUBGID, "newgidmap")):
+        listed = subid_file.usable(subid_file.read(path), name, uid)
+        enough = [one for one in listed if one.count >= subid_file.WANTED]
+        if not enough or (uid != 0 and subid.find_program(tool) is None):
+            return None
+        found.append(IdMap(inside=1, outside=enough[0].first, count=subid_file.WANTED))
+    return found[0], found[1]
+
+
+def enter(identity: Identity, ready: int, go: int) -> None:
+    """Become it, in a child whose parent writes the maps between `ready` and `go`.
+
+    Raises:
+        NoNamespace: the kernel refuses.
+    """
+    if identity.is_root:
+        try:
+            _container.unshare(_NEWNS)
+            _keep_mounts()
+        except OSError:
+            log.debug("no mount namespace of its own; trees are copied")
+        os.write(ready, b"1")
+        os.read(go, 1)
+        return
+    try:
+        _container.unshare(_NEWUSER | _NEWNS)
+    except OSError as error:
+        reason = os.strerror(error.errno or 0).lower()
+        raise NoNamespace(user=_name(os.geteuid()), reason=reason) from None
+    os.write(ready, b"1")
+    if os.read(go, 1) != b"1":
+        raise NoNamespace(user="this user", reason="its ids could not be mapped")
+    _keep_mounts()
+
+
+def _keep_mounts() -> None:
+    # What is mounted here is seen by nobody else, and goes with the last process here.
+    _container.mount(b"none", b"/", b"", _MS_REC | _MS_SLAVE)
+
+
+def write_maps(identity: Identity, pid: int) -> None:
+    """Write the maps of a child that has made its namespace.
+
+    Raises:
+        ApptainerError: the kernel, newuidmap or newgidmap refuses.
+    """
+    if not identity.is_root:
+        rootless = os.geteuid() != 0
+        subid.write_maps(pid, identity.uid_maps, identity.gid_maps, rootless=rootless)

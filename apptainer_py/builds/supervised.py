@@ -1,0 +1,342 @@
+"""Work in a process of its own, under one that cleans up after it whatever happens.
+
+caller ── sweeper ── worker: the caller may be killed at any instruction; the sweeper sees the end
+of a pipe, ends every process below itself and removes the build's folders. What a killed sweeper
+leaves has no lock any more, and goes with the next build.
+"""
+
+from __future__ import annotations
+
+import os
+
+from apptainer_py.base import log
+from apptainer_py.base.errors import ApptainerError, UsageError
+from apptainer_py.builds import identity as identities
+from apptainer_py.image.oci_layers import remove_tree
+from apptainer_py.kernel import _container
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Mapping, Sequence
+    from typing import Any, Final, NoReturn
+
+    from apptainer_py.builds.identity import Identity
+
+_PR_SET_PDEATHSIG: Final = 1
+_PR_SET_CHILD_SUBREAPER: Final = 36
+_FAILED: Final = 255
+_INTERRUPTED: Final = 130
+_SAID_BYTES: Final = 1 << 20
+
+
+class BuildFailed(ApptainerError):
+    """What went wrong in the worker."""
+
+    def advice(self) -> str | None:
+        """Return the hint that the worker's error had."""
+        return str(self.facts["advice"]) or None
+
+
+class BuildMisused(BuildFailed, UsageError):
+    """The worker found the command line wrong."""
+
+
+class Interrupted(ApptainerError):
+    message = "the build was interrupted; nothing of it is left"
+    exit_code = _INTERRUPTED
+
+
+class Launches:
+    """The worker's way to programs that start containers: they are run by the sweeper, which is
+    outside of the worker's user namespace, so that they can map ids for themselves.
+    """
+
+    def __init__(self, end: socket.socket) -> None:
+        self._end = end
+
+    def __call__(
+        self, argv: Sequence[str], environ: Mapping[str, str], umask: int, stderr: int
+    ) -> int:
+        """Run a program; return its status, 128 and more for a signal."""
+        import json
+        import socket
+
+        data = json.dumps([list(argv), dict(environ), umask]).encode()
+        head = len(data).to_bytes(4, "little")
+        socket.send_fds(self._end, [head], [stderr])
+        self._end.sendall(data)
+        answer = self._end.recv(4)
+        if len(answer) < 4:
+            raise Interrupted
+        return int.from_bytes(answer, "little")
+
+
+def run(
+    work: Callable[[Launches], None], identity: Identity, folders: Sequence[str], *, keep: bool
+) -> None:
+    """Do work as somebody else, and remove folders when it is done, or undone.
+
+    Raises:
+        ApptainerError: what the work raised, or that it was interrupted.
+    """
+    alive_read, alive_write = os.pipe()
+    said_read, said_write = os.pipe()
+    sweeper = os.fork()
+    if sweeper == 0:
+        os.close(alive_write)
+        os.close(said_read)
+        _Sweeper(work, identity, alive_read, said_write).run(() if keep else folders)
+    os.close(alive_read)
+    os.close(said_write)
+    try:
+        said = _read_all(said_read)
+        _, status = os.waitpid(sweeper, 0)
+    except KeyboardInterrupt:
+        os.close(alive_write)
+        os.waitpid(sweeper, 0)
+        raise Interrupted from None
+    os.close(alive_write)
+    if said:
+        _raise(said)
+    if status:
+        raise Interrupted
+
+
+def _read_all(fd: int) -> bytes:
+    parts = []
+    while data := os.read(fd, 65536):
+        parts.append(data)
+    os.close(fd)
+    return b"".join(parts)
+
+
+def _raise(said: bytes) -> None:
+    import json
+
+    facts: dict[str, Any] = json.loads(said)
+    kind = BuildMisused if facts["status"] == 1 else BuildFailed
+    raise kind(text=facts["text"], advice=facts["advice"])
+
+
+def _say(fd: int, error: BaseException) -> None:
+    import json
+
+    if isinstance(error, ApptainerError):
+        facts = {"text": str(error), "advice": error.advice(), "status": error.exit_code}
+    elif isinstance(error, OSError):
+        place = f"{error.filename}: " if error.filename else ""
+        words = (error.strerror or str(error)).lower()
+        facts = {"text": f"While performing build: {place}{words}", "advice": "", "status": 255}
+    else:
+        words = f"{type(error).__name__}: {error}"
+        if log.level >= log.DEBUG:
+            import traceback
+
+            traceback.print_exception(error)
+        facts = {"text": f"While performing build: internal error: {words}", "status": 255}
+    facts["advice"] = facts.get("advice") or ""
+    data = json.dumps(facts).encode()[:_SAID_BYTES]
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+def _prctl(option: int, value: int) -> None:
+    import ctypes
+
+    ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+class _Sweeper:
+    """The process in the middle: it starts containers for the worker, and cleans up after it."""
+
+    def __init__(
+        self, work: Callable[[Launches], None], identity: Identity, alive: int, said: int
+    ) -> None:
+        self._work = work
+        self._identity = identity
+        self._alive = alive
+        self._said = said
+        self._userns = -1
+
+    def run(self, folders: Sequence[str]) -> NoReturn:
+        """Be that process, to its end."""
+        import signal
+
+        status = _FAILED
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+                # A handler, as what is ignored would be ignored by the programs started here.
+                signal.signal(number, _pass)
+            _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+            status = self._guard()
+            _end_children()
+        except BaseException as error:  # noqa: BLE001 it has to reach the user as a line
+            _say(self._said, error)
+        finally:
+            _end_children()
+            self._clean(folders)
+            os._exit(status)
+
+    def _guard(self) -> int:
+        import socket
+
+        ready_read, ready_write = os.pipe()
+        go_read, go_write = os.pipe()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        worker = os.fork()
+        if worker == 0:
+            for fd in (ready_read, go_write, self._alive):
+                os.close(fd)
+            ours.close()
+            _be_worker(
+                self._work, self._identity, (ready_write, go_read), Launches(theirs), self._said
+            )
+        theirs.close()
+        os.close(ready_write)
+        os.close(go_read)
+        if os.read(ready_read, 1):
+            identities.write_maps(self._identity, worker)
+            if not self._identity.is_root:
+                self._userns = os.open(f"/proc/{worker}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+            os.write(go_write, b"1")
+        os.close(go_write)
+        return self._watch(worker, ours)
+
+    def _watch(self, worker: int, end: socket.socket) -> int:
+        """Wait for the worker's end, or the caller's; return the worker's status."""
+        import select
+
+        handle = os.pidfd_open(worker)
+        poll = select.poll()
+        for fd in (handle, self._alive, end.fileno()):
+            poll.register(fd, select.POLLIN)
+        launched: dict[int, int] = {}
+        while True:
+            ended = {fd for fd, _ in poll.poll()}
+            if self._alive in ended:
+                return _FAILED
+            for fd in ended & set(launched):
+                poll.unregister(fd)
+                end.sendall(_status(launched.pop(fd)).to_bytes(4, "little"))
+                os.close(fd)
+            if handle in ended:
+                _, status = os.waitpid(worker, 0)
+                return 0 if status == 0 else _FAILED
+            if end.fileno() in ended:
+                pid = _launch(end)
+                if pid < 0:
+                    poll.unregister(end.fileno())
+                    continue
+                fd = os.pidfd_open(pid)
+                launched[fd] = pid
+                poll.register(fd, select.POLLIN)
+
+    def _clean(self, folders: Sequence[str]) -> None:
+        """Remove the folders as whoever owns what is in them."""
+        if self._userns < 0:
+            _remove(folders)
+            return
+        child = os.fork()
+        if child == 0:
+            try:
+                _container.enter_userns(self._userns)
+                _remove(folders)
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+
+
+def _pass(number: int, frame: object) -> None:
+    """Take a signal that is meant for the worker, which gets it too."""
+
+
+def _status(pid: int) -> int:
+    _, status = os.waitpid(pid, 0)
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code
+
+
+def _launch(end: socket.socket) -> int:
+    """Start what the worker asks for; return its number, -1 when there is nobody to ask."""
+    import json
+    import socket
+    import subprocess
+
+    head, fds, _, _ = socket.recv_fds(end, 4, 1)
+    if len(head) < 4 or not fds:
+        return -1
+    data = b""
+    size = int.from_bytes(head, "little")
+    while len(data) < size:
+        data += end.recv(size - len(data))
+    argv, environ, umask = json.loads(data)
+    try:
+        # Waited for by its number: the object must not do that.
+        child = subprocess.Popen(argv, env=environ, stderr=fds[0], umask=umask)
+        child.returncode = 0
+        return child.pid
+    finally:
+        os.close(fds[0])
+
+
+def _be_worker(
+    work: Callable[[Launches], None],
+    identity: Identity,
+    pipes: tuple[int, int],
+    launches: Launches,
+    said: int,
+) -> NoReturn:
+    import signal
+
+    status = _FAILED
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+            signal.signal(number, signal.SIG_DFL)
+        identities.enter(identity, *pipes)
+        # Set last: a change of credentials would clear it.
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        work(launches)
+        status = 0
+    except BaseException as error:  # noqa: BLE001 it has to reach the user as a line
+        _say(said, error)
+    finally:
+        os._exit(status)
+
+
+def _end_children() -> None:
+    """End every process below this one: its subreaper is the parent of those that lost theirs."""
+    import signal
+
+    while True:
+        for pid in _children():
+            os.kill(pid, signal.SIGKILL)
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            return
+
+
+def _children() -> list[int]:
+    try:
+        with open(f"/proc/self/task/{os.getpid()}/children", "rb") as file:
+            return [int(word) for word in file.read().split()]
+    except OSError:
+        return []
+
+
+def _remove(folders: Sequence[str]) -> None:
+    for folder in folders:
+        above, name = os.path.split(folder)
+        try:
+            parent = os.open(above, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            remove_tree(parent, os.fsencode(name))
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            log.warning(f"{folder} could not be removed: {(error.strerror or '').lower()}")
+        finally:
+            os.close(parent)
