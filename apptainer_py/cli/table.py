@@ -440,8 +440,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
     ("secret", "s", BOOL, False, (), ("key list", "key export", "key remove"), SUPPORTED,
      "the private keys in place of the public ones"),
     ("section", "", LIST, (), ("SECTION",), _BUILD, SUPPORTED,
-     "sections of the definition file to use: all (the default), none, or some of setup, post, files, "
-     "environment, test, labels"),
+     "sections of the definition file to use: all (the default), none, or some of setup, post, "
+     "files, environment, test, labels"),
     ("security", "", LIST, (), ("SECURITY",), _ALL, SUPPORTED,
      "settings for SELinux, AppArmor, seccomp, and uid or gid for root: selinux:label, "
      "apparmor:profile, seccomp:file, uid:number, gid:number[:number...]"),
