@@ -146,7 +146,7 @@ static void wait_if_asked(struct init *s) {
     step_begin(STEP_GO);
     init_close(&s->socket);
     if (wait_for_start(s->passed, s->proc_fd) < 0)
-        die("cannot wait for the start: ", "exec.fifo", errno);
+        die("cannot wait for the start: ", "the fifo", errno);
     init_close(&s->passed);
     init_close(&s->proc_fd);
 }

@@ -50,8 +50,19 @@ size_t append_number(char *out, size_t size, uint64_t number) {
     return append_text(out, size, digits + at);
 }
 
+static int (*elsewhere)(const char *text);
+static int failure_status = 255;
+
+void report_elsewhere(int (*tell)(const char *text)) {
+    elsewhere = tell;
+}
+
 void report(const char *level, const char *text) {
     char line[1024] = "";
+    if (elsewhere != NULL && level[0] == 'F') {
+        failure_status = elsewhere(text);
+        return;
+    }
     append_text(line, sizeof(line), level);
     append_text(line, sizeof(line) - 1, text);
     append_text(line, sizeof(line), "\n");
@@ -71,5 +82,5 @@ void report_error(const char *what, int error) {
 
 NO_RETURN void fail(const char *what, int error) {
     report_error(what, error);
-    _exit(255);
+    _exit(failure_status);
 }

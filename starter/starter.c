@@ -75,6 +75,7 @@ int main(int argc, char *argv[]) {
     test_read_environment(environ);
     trace_set_role(ROLE_KEEPER);
 #endif
+    caller_log_begin(argc, argv);
     step_begin(STEP_KEEPER_START);
     sanitize_start(l);
     if (privs_check_start(l) < 0)

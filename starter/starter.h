@@ -87,6 +87,8 @@ struct launch {
 void report(const char *level, const char *text);
 void report_error(const char *what, int error);
 NO_RETURN void fail(const char *what, int error);
+/* What is FATAL goes to `tell` instead, which returns the status that fail() ends with. */
+void report_elsewhere(int (*tell)(const char *text));
 size_t append_text(char *out, size_t size, const char *text);
 size_t append_escaped(char *out, size_t size, const char *text, size_t length);
 size_t append_number(char *out, size_t size, uint64_t number);
@@ -321,6 +323,9 @@ MUST_USE int share_open(const struct launch *l, int mounts_fd, int *user, int *m
 /* caller.c: the flow CALLER, where this process is master and starter-init its child */
 bool caller_asked(int argc, char *const argv[]);
 NO_RETURN void caller_main(struct launch *l, int argc, char *const argv[]);
+
+/* caller_log.c: from here on failures of that flow are told in runc's form */
+void caller_log_begin(int argc, char *const argv[]);
 
 /* keeper.c */
 NO_RETURN void keeper_main(struct launch *l);

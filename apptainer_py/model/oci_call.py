@@ -17,6 +17,7 @@ class OciCall(Record):
     `program` is the program's name as typed, which messages begin with. `apptainer` tells the
     surface: runc's command line and messages, or those of Apptainer's own `oci` commands.
     `action` is an image that is to be started (`apptainer-py run --oci`), in place of a bundle.
+    `root_given` tells that `root` is not the default.
     `rootless` is "true", "false" or "auto"; `cgroup_manager` "cgroupfs", "systemd" or "disabled".
     """
 
@@ -25,6 +26,7 @@ class OciCall(Record):
     options: Mapping[str, object]
     arguments: tuple[str, ...] = ()
     root: str = ""
+    root_given: bool = False
     log: str = ""
     log_format: str = "text"
     debug: bool = False

@@ -131,3 +131,24 @@ class ActionRequest(Invocation):
     workdir: str = ""
     writable: bool = False
     writable_tmpfs: bool = False
+
+
+# Options that limit resources, and what each is where it is not given.
+_LIMITS = (
+    ("blkio_weight", 0),
+    ("blkio_weight_device", ()),
+    ("cpu_shares", -1),
+    ("cpus", ""),
+    ("cpuset_cpus", ""),
+    ("cpuset_mems", ""),
+    ("memory", ""),
+    ("memory_reservation", ""),
+    ("memory_swap", ""),
+    ("oom_kill_disable", False),
+    ("pids_limit", 0),
+)
+
+
+def limits_of(action: ActionRequest) -> dict[str, object]:
+    """Return the options that limit resources and were given: name of the field → value."""
+    return {name: value for name, unset in _LIMITS if (value := getattr(action, name)) != unset}

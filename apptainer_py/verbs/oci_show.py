@@ -80,11 +80,15 @@ def _owner(directory: str) -> str:
         return f"#{uid}"
 
 
-def _all(root: str) -> list[dict[str, Any]]:
+def _all(call: OciCall) -> list[dict[str, Any]]:
     found = []
+    root = call.root
     try:
         names = sorted(os.listdir(root))
     except FileNotFoundError:
+        # As long as there was no container there is no default directory; a chosen one is meant.
+        if call.root_given:
+            raise ContainerError(text=f"open {root}: no such file or directory") from None
         return []
     for name in names:
         try:
@@ -113,18 +117,18 @@ def listing(call: OciCall, environment: Mapping[str, str]) -> str:
     """Return all containers below the root directory.
 
     Raises:
-        ContainerError: there is no such format.
+        ContainerError: there is no such format, or no directory that was chosen.
     """
     form = call.text("format") or "table"
     if call.flag("quiet"):
-        return "".join(f"{one['id']}\n" for one in _all(call.root))
+        return "".join(f"{one['id']}\n" for one in _all(call))
     if form == "json":
-        found = _all(call.root)
+        found = _all(call)
         return (dumps(found) if found else "null") + "\n"
     if form != "table":
         raise ContainerError(text="invalid format option")
     names = ("id", "pid", "status", "bundle", "created", "owner")
-    rows = [[str(one[name]) for name in names] for one in _all(call.root)]
+    rows = [[str(one[name]) for name in names] for one in _all(call)]
     return table([_COLUMNS, *rows])
 
 

@@ -31,6 +31,8 @@ _NUMBERS = {
     "cpu-idle": ("cpu", "idle"),
     "blkio-weight": ("blockIO", "weight"),
 }
+# Go's name for what reads a number that may be negative; the others are not.
+_PARSERS = dict.fromkeys(("cpu-quota", "cpu-rt-runtime", "cpu-idle"), "ParseInt")
 _SIZES = {
     "memory": "limit",
     "memory-reservation": "reservation",
@@ -64,7 +66,8 @@ def _of_flags(call: OciCall) -> dict[str, Any]:
             try:
                 found.setdefault(section, {})[key] = int(word)
             except ValueError:
-                text = f'invalid value for {flag}: strconv.ParseUint: parsing "{word}": '
+                parser = f"strconv.{_PARSERS.get(flag, 'ParseUint')}"
+                text = f'invalid value for {flag}: {parser}: parsing "{word}": '
                 raise ContainerError(text=f"{text}invalid syntax") from None
     for flag, key in _SIZES.items():
         word = call.text(flag)

@@ -219,6 +219,22 @@ def test_options(run: Run, image: str) -> None:
     assert shown == ["box", "/opt", "b", "nameserver 192.0.2.1", "lo"]
 
 
+def test_limits_are_roots(run: Run, image: str, request: pytest.FixtureRequest) -> None:
+    groups = Path("/proc/self/cgroup").read_text()
+    v1 = ":memory:" in groups
+    names = ("memory/memory.limit_in_bytes", "pids/pids.max") if v1 else ("memory.max", "pids.max")
+    script = "; ".join(f"cat /sys/fs/cgroup/{name}" for name in names)
+    words = ("--memory", "64m", "--pids-limit", "50", image, "sh", "-c", script)
+    if request.node.callspec.params["run"] == "root":
+        assert lines(run("exec", "--oci", *words)) == [str(64 << 20), "50"]
+        wrong = run("exec", "--oci", "--memory", "much", image, "true")
+        assert "invalid memory value" in wrong.stderr
+        return
+    done = run("exec", "--oci", *words)
+    assert done.returncode == 255
+    assert "limits of resources with --oci are root's to set" in done.stderr
+
+
 def test_capabilities_are_dockers(run: Run, place: Path) -> None:
     words = ("sh", "-c", "grep CapEff /proc/self/status")
     plain = place / "plain.sif"
@@ -237,8 +253,6 @@ def test_the_variable_asks_for_it_too(run: Run, image: str) -> None:
     [
         (("run", "--oci", "docker://busybox"), "`docker:` is not supported yet"),
         (("run", "oci:/nowhere"), "not supported yet without --oci"),
-        (("exec", "--oci", "--memory", "1m", "IMAGE", "true"), "`--memory` is not supported with"),
-        (("exec", "--oci", "--cpu-shares", "2", "IMAGE", "true"), "`--cpu-shares` is not"),
         (("run", "--oci", "--writable", "IMAGE"), "`--writable` is not supported with --oci"),
         (("run", "--oci", "--net", "IMAGE"), "--net needs --network none"),
         (("run", "--oci", "/nowhere"), "could not open image /nowhere"),

@@ -16,6 +16,11 @@ DIFFERENCES: dict[str, dict[str, str]] = {
         "test_poststart_hooks_run_at_start": "it runs them in create",
         "test_a_poststart_hook_that_fails": "it runs them in create",
         "test_a_poststop_hook_that_fails": "it leaves the rest out",
+        "test_a_failure_before_the_interpreter_is_logged": "it has no such limit",
+        **{
+            f"test_exec_wait_fifo{name}": "a later version has the flag"
+            for name in ("", "_that_is_none[a file]", "_that_is_none[nothing]")
+        },
         "test_cgroup_manager_disabled": "the flag is one of crun's",
         "test_maps_without_a_user_namespace": "it ignores them; later versions refuse them",
         "test_a_path_that_is_relative[maskedPaths]": "it takes the path from its own directory",

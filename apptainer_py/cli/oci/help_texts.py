@@ -75,6 +75,7 @@ FLAGS = {
     "force": "kill the container's processes first; no error if there is no such container",
     "format": "form of the output, table or json (default: table)",
     "ignore-paused": "do so even in a paused container",
+    "exec-wait-fifo": "run the program once this fifo is opened for reading",
     "image-path": "directory of the image files",
     "interval": "time between two reports, as 5s or 1m (default: 5s)",
     "keep": "do not delete the container when its process ends",

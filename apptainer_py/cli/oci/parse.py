@@ -83,6 +83,15 @@ def _number(name: str, value: str) -> int:
         raise _Wrong(f'invalid value "{value}" for flag -{name}: parse error') from None
 
 
+def _one_more(before: object, name: str, typed: str, value: str) -> tuple[str, ...]:
+    is_number = value.removeprefix("-").isdigit() and value.isascii()
+    if name == "additional-gids" and not is_number:
+        why = f'strconv.ParseInt: parsing "{value}": invalid syntax'
+        raise _Wrong(f'invalid value "{value}" for flag -{typed}: {why}')
+    assert isinstance(before, tuple)
+    return (*before, value)
+
+
 def _scan(
     words: Sequence[str], flags: dict[str, tuple[str, str]]
 ) -> tuple[dict[str, object], list[str]]:
@@ -113,9 +122,7 @@ def _scan(
             value = words[place]
             place += 1
         if takes == "*":
-            before = values.get(name, ())
-            assert isinstance(before, tuple)
-            values[name] = (*before, value)
+            values[name] = _one_more(values.get(name, ()), name, typed, value)
         else:
             values[name] = _number(typed, value) if takes == "#" else value
     return values, list(words[place:])
@@ -175,6 +182,7 @@ def parse(
         options=options,
         arguments=arguments,
         root=str(settings.get("root") or state_root(environment, rootless=own_user)),
+        root_given=bool(settings.get("root")),
         log=str(settings.get("log", "")),
         log_format=str(settings.get("log-format", "text")),
         debug=bool(settings.get("debug")) or settings.get("log-level") == "debug",
@@ -191,6 +199,8 @@ def _read_command(
     row = COMMANDS.get(command)
     if row is None:
         if command in ("help", "h"):
+            if words and words[0] not in COMMANDS:
+                raise OciUsage(f"No help topic for '{words[0]}'\n", status=3)
             raise HelpWanted(words[0] if words else "")
         raise OciUsage(f"No help topic for '{command}'\n", status=3)
     try:

@@ -30,7 +30,7 @@ _CHECKPOINT = (
 _EXEC = (
     "console-socket= pidfd-socket= cwd= env,e* tty,t user,u= additional-gids,g* process,p= "
     "detach,d pid-file= process-label= apparmor= no-new-privs cap,c* preserve-fds# cgroup* "
-    "ignore-paused stay#"
+    "ignore-paused exec-wait-fifo= stay#"
 )
 _UPDATE = (
     "resources,r= blkio-weight= cpu-period= cpu-quota= cpu-burst= cpu-share= cpu-rt-period= "

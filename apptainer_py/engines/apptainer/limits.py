@@ -56,17 +56,28 @@ def find(
         LimitWrong: one of them is none.
         NoGroups: the caller cannot have any.
     """
+    from apptainer_py.host.cgroups.limits import with_devices
+
+    resources = resources_of(action, flags)
+    if action.apply_cgroups:
+        resources = with_devices(resources)
+    return _with_manager(resources, facts, environment)
+
+
+def resources_of(action: ActionRequest, flags: dict[str, Any]) -> dict[str, Any]:
+    """Return what flags or a file say, as `linux.resources`.
+
+    Raises:
+        LimitWrong: one of them is none, or there are both.
+    """
     from apptainer_py.host.cgroups import limits
 
-    if action.apply_cgroups:
-        if flags:
-            text = "cannot apply a cgroups TOML file while using limit flags"
-            raise limits.LimitWrong(text=text)
-        resources = _checked(action.apply_cgroups, limits.read_file(action.apply_cgroups))
-        resources = limits.with_devices(resources)
-    else:
-        resources = limits.from_flags(action.asdict(), os.cpu_count() or 1)
-    return _with_manager(resources, facts, environment)
+    if not action.apply_cgroups:
+        return limits.from_flags(action.asdict(), os.cpu_count() or 1)
+    if flags:
+        text = "cannot apply a cgroups TOML file while using limit flags"
+        raise limits.LimitWrong(text=text)
+    return _checked(action.apply_cgroups, limits.read_file(action.apply_cgroups))
 
 
 def _checked(path: str, found: dict[str, Any]) -> dict[str, Any]:

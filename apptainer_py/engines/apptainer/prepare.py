@@ -10,7 +10,7 @@ from apptainer_py.engines.apptainer import environ, mounts, policy, process
 from apptainer_py.image.detect import CannotOpen, open_image
 from apptainer_py.model import protocol
 from apptainer_py.model.plan import ContainerPlan
-from apptainer_py.model.request import RANK_VARIABLES
+from apptainer_py.model.request import RANK_VARIABLES, limits_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,21 +36,6 @@ if TYPE_CHECKING:
     from apptainer_py.runtime.meeting import Meeting
 
 IMAGE_SERVER = f"{build.LIBEXECDIR}/bin/squashfuse_ll"
-
-# Options that limit resources, and what each is where it is not given.
-_LIMITS = (
-    ("blkio_weight", 0),
-    ("blkio_weight_device", ()),
-    ("cpu_shares", -1),
-    ("cpus", ""),
-    ("cpuset_cpus", ""),
-    ("cpuset_mems", ""),
-    ("memory", ""),
-    ("memory_reservation", ""),
-    ("memory_swap", ""),
-    ("oom_kill_disable", False),
-    ("pids_limit", 0),
-)
 
 
 # What --build-config takes away: a build brings its own, and writes none of it into an image.
@@ -409,7 +394,7 @@ def add_variables(prepared: Prepared, environment: Environment) -> None:
 
 def find_limits(action: ActionRequest, context: PrepareContext) -> Limits | None:
     """Return what the container is limited to, if any limit is asked for."""
-    given = {name: value for name, unset in _LIMITS if (value := getattr(action, name)) != unset}
+    given = limits_of(action)
     if not given and not action.apply_cgroups:
         return None
     from apptainer_py.engines.apptainer import limits

@@ -365,7 +365,8 @@ class Creation:
                 self._send_listener(nest, listener)
         except ApptainerError as error:
             raise explained(error, self.plan.process, "error during container init: ") from None
-        log.debug(f"the first process is {self.pid}")
+        steps.log_set_up(self.pid)
+        log.debug("init: closing the pipe to signal completion")
         self.failed = False
         return self.pid
 

@@ -128,7 +128,8 @@ class ImageRun(Creation):
     def read_bundle(self) -> tuple[str, bytes]:
         """Return the directory of the container's state and its configuration."""
         action, call = self.action, self.call
-        image_spec.check_action(action)
+        rootless = facts.is_rootless(call, os.geteuid())
+        image_spec.check_action(action, rootless=rootless)
         check_own_directory(call.root)
         self.source = source = open_source(action.image)
         if source.layout is not None:
@@ -136,7 +137,6 @@ class ImageRun(Creation):
             check_own_directory(folder)
             self.unpacking = Unpacking(folder, self.name)
             source.directory = self.unpacking.root
-        rootless = facts.is_rootless(call, os.geteuid())
         uids, gids = maps_for(rootless=rootless)
         host = image_spec.Host(
             rootless=rootless,

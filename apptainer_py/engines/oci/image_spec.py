@@ -8,6 +8,7 @@ from apptainer_py.base.errors import LaunchError
 from apptainer_py.base.record import Record
 from apptainer_py.engines.oci.process import CAPABILITIES
 from apptainer_py.image.oci_config import DEFAULT_PATH
+from apptainer_py.model.request import limits_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,11 +35,11 @@ _TTY_GROUP = 5
 _UMASK = 0o022
 # What has no meaning here, or is not built: field of the request → option.
 _REFUSED = (
-    "allow_setuid", "app", "apply_cgroups", "blkio_weight", "blkio_weight_device", "cdi_dirs",
-    "compat32", "containlibs", "cpus", "cpuset_cpus", "cpuset_mems", "device", "fakeroot", "home",
+    "allow_setuid", "app", "cdi_dirs",
+    "compat32", "containlibs", "device", "fakeroot", "home",
     "ignore_fakeroot_command", "ignore_subuid", "ignore_userns",
-    "intel_hpu", "keep_privs", "memory", "memory_reservation", "memory_swap", "netns_path",
-    "network_args", "no_mount", "no_pid", "nv", "nvccli", "oom_kill_disable", "pids_limit", "rocm",
+    "intel_hpu", "keep_privs", "netns_path",
+    "network_args", "no_mount", "no_pid", "nv", "nvccli", "rocm",
     "security", "underlay", "workdir", "writable",
 )  # fmt: skip
 _ACTIONS = "/.singularity.d/actions"
@@ -62,18 +63,16 @@ class NotWithOci(LaunchError):
     hint = "leave `{option}` or `--oci` out"
 
 
-def check_action(action: ActionRequest) -> None:
+def check_action(action: ActionRequest, *, rootless: bool) -> None:
     """Refuse what would be left out silently.
 
     Raises:
         NotWithOci: an option that means nothing here.
-        LaunchError: a network of a kind that is not supported.
+        LaunchError: a network of a kind that is not supported, or limits for a user.
     """
     for name in _REFUSED:
         if getattr(action, name):
             raise NotWithOci(option="--" + name.replace("_", "-"))
-    if action.cpu_shares >= 0:
-        raise NotWithOci(option="--cpu-shares")
     for option, value in (
         ("--trace", action.trace_file),
         ("--config", action.config_file),
@@ -81,6 +80,11 @@ def check_action(action: ActionRequest) -> None:
     ):
         if value:
             raise NotWithOci(option=option)
+    if rootless and (action.apply_cgroups or limits_of(action)):
+        raise LaunchError(
+            text="limits of resources with --oci are root's to set: control groups of your own "
+            "are not supported yet"
+        )
     if action.network and not action.net:
         raise LaunchError(text="--network requires --net")
     if action.net and action.network != "none":
@@ -194,7 +198,7 @@ def config_of(
         linux["uidMappings"] = _lines(host.uid_maps)
         linux["gidMappings"] = _lines(host.gid_maps)
     if not host.rootless:
-        linux["resources"] = {"devices": [{"allow": False, "access": "rwm"}]}
+        linux["resources"] = _resources(action)
     return {
         "ociVersion": "1.2.1",
         "process": process,
@@ -203,6 +207,18 @@ def config_of(
         "mounts": [*_system_mounts(action, host), *mounts],
         "linux": linux,
     }
+
+
+def _resources(action: ActionRequest) -> dict[str, Any]:
+    devices = [{"allow": False, "access": "rwm"}]
+    flags = limits_of(action)
+    if not flags and not action.apply_cgroups:
+        return {"devices": devices}
+    from apptainer_py.engines.apptainer.limits import resources_of
+
+    found = resources_of(action, flags)
+    # Of the devices a file has the last word; flags say nothing of them.
+    return {**found, "devices": devices + (found.get("devices", []) if not flags else [])}
 
 
 def bind_mount(bind: Bind) -> dict[str, Any]:

@@ -276,11 +276,29 @@ def check_keys(value: object, shape: dict[str, Any]) -> None:
     _check_struct(value, shape, "")
 
 
+def _fold(node: dict[str, Any], shape: dict[str, Any]) -> bool:
+    """Give known keys that are written in another case their own names; whether there were any.
+
+    Go's decoder takes them so; of two spellings the last one counts.
+    """
+    names = {name.lower(): name for name in shape if name}
+    if not any(key not in shape and key.lower() in names for key in node):
+        return False
+    written = list(node.items())
+    node.clear()
+    for key, value in written:
+        node[names.get(key.lower(), key)] = value
+    return True
+
+
 def _check_struct(node: dict[str, Any], shape: dict[str, Any], path: str) -> None:
     nulls: list[str] | None = None
     for key, value in node.items():
         inner = shape.get(key)
         if inner is None or key == "":
+            if _fold(node, shape):
+                _check_struct(node, shape, path)
+                return
             continue
         if value is None:
             nulls = [*(nulls or ()), key]

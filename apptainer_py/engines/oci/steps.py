@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from apptainer_py.base import log
 from apptainer_py.engines.oci import texts
 from apptainer_py.kernel import _container, _starter
 from apptainer_py.model import protocol
@@ -41,6 +42,13 @@ class StartFailed(ContainerError):
 def reason_of(error: OSError) -> str:
     """Return what an errno means, as Go's runtime words it."""
     return (error.strerror or "unknown error").lower()
+
+
+def log_set_up(pid: int) -> None:
+    """Log with --debug, in words that are looked for in runc's log, that a process is inside."""
+    log.debug("runc exeseal: using /proc/self/exe clone: starter-init is a sealed memory file")
+    log.debug(f"nsexec[{pid}]: nsexec container setup: nsexec started, namespaces are there")
+    log.debug(f"child process in init(): {pid}")
 
 
 def explained(error: ApptainerError, spec: ProcessSpec, where: str) -> ApptainerError:

@@ -57,7 +57,7 @@ def subgroup_directories(own: dict[str, str], wanted: dict[str, str]) -> dict[st
             raise ContainerError(text=f"unable to create new parent process: {text}")
         path = posixpath.normpath(f"{base}/{below}")
         if path != base and not path.startswith(f"{base}/"):
-            text = f"{below} is not a sub cgroup path"
+            text = f"bad sub cgroup path: {below} is not a sub cgroup path"
             raise ContainerError(text=f"unable to create new parent process: {text}")
         chosen[name] = path
     return chosen
@@ -69,6 +69,6 @@ def group_rows(directories: dict[str, str], *, unified: bool) -> list[Row]:
     for path in dict.fromkeys(directories.values()):
         # `tasks` is v1's; it moves one thread and needs no lock of all others.
         row = group_row(path, "cgroup.procs" if unified or directories.get("") == path else "tasks")
-        says = "error adding pid to cgroups: failed to write 0: openat2 "
+        says = "error adding pid 0 to cgroups: failed to write 0: openat2 "
         rows.append(row.replace(says=f"{says}{path}/cgroup.procs: {{error}}"))
     return rows

@@ -7,6 +7,7 @@ time it is used; the namespaces that are joined are those in which it differs fr
 from __future__ import annotations
 
 import os
+import stat
 
 from apptainer_py.base import log
 from apptainer_py.base.errors import ApptainerError
@@ -72,6 +73,9 @@ def _user(process: dict[str, Any], call: OciCall) -> None:
     more = call.words("additional-gids")
     if more:
         had = process["user"].get("additionalGids") or []
+        for word in more:
+            if word.startswith("-"):
+                raise ContainerError(text=f"additional-gids must be a positive number {word}")
         process["user"]["additionalGids"] = [*had, *(_id(word, "gid") for word in more)]
 
 
@@ -118,6 +122,25 @@ def process_of(call: OciCall, config: dict[str, Any]) -> dict[str, Any]:
     return process
 
 
+def open_fifo(path: str) -> int:
+    """Return a descriptor of the fifo whose reader the process waits for; -1 for none.
+
+    Raises:
+        ContainerError: it is none.
+    """
+    if not path:
+        return -1
+    try:
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError as error:
+        text = f"failed to open exec wait fifo: open {path}: {(error.strerror or '').lower()}"
+        raise ContainerError(text=text) from None
+    if not stat.S_ISFIFO(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise ContainerError(text=f"exec wait fifo {path} is not a fifo")
+    return fd
+
+
 class Tenancy:
     """One more process on its way; each method is a hook of the engine."""
 
@@ -155,6 +178,7 @@ class Tenancy:
         self.own_spaces = host.own_spaces
         self.console = terminal.connect(call.text("console-socket"))
         self.pidfd_socket = terminal.connect(call.text("pidfd-socket"))
+        self.fifo = open_fifo(call.text("exec-wait-fifo"))
         self.program = steps.seccomp_program(self.plan, context.environment, host.uid)
         self.pid = 0
         self.pty = -1
@@ -259,12 +283,13 @@ class Tenancy:
     def let_go(self, nest: Nest) -> int:
         """Have the process become the payload; returns its pid."""
         try:
-            listener = steps.go(nest, -1)
+            listener = steps.go(nest, self.fifo)
             if listener >= 0:
                 self._send_listener(nest, listener)
         except ApptainerError as error:
             raise explained(error, self.plan.process, "") from None
-        log.debug(f"the process is {self.pid}")
+        steps.log_set_up(self.pid)
+        log.debug("setns_init: about to exec")
         self.failed = False
         return self.pid
 

@@ -77,11 +77,11 @@ class V1(Manager):
             raise CgroupError(text=NO_UNIFIED)
         if "devices" not in self.paths and not self.rootless:
             raise CgroupError(text="cgroup: subsystem does not exist: devices")
+        if self.frozen():
+            raise CgroupError(text="container's cgroup unexpectedly frozen")
         path = self.paths.get("devices")
         if path is None or not os.path.isdir(path):
             return
-        if self.frozen():
-            raise CgroupError(text="container's cgroup unexpectedly frozen")
         found = len(processes_below(path))
         if found:
             text = f"container's cgroup is not empty: {found} process(es) found"

@@ -232,3 +232,48 @@ def test_cgroup_manager_disabled(bed, bundle):
         [*argv, "run", "--bundle", str(bundle.path), bed.name()], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+DEBUG_LINES = ("nsexec", "container setup", "child process in init()")
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_debug_lines_of_a_launch(bed, bundle, form):
+    """What runc's own tests look for in the log of a launch; the payload's output has none."""
+    log = bed.place / "log"
+    bundle.args("true").write()
+    words = ("--debug", "--log", log, "--log-format", form, "run", "--bundle", bundle.path)
+    done = bed.good(*words, bed.name())
+    assert "debug" not in done.stderr
+    text = log.read_text()
+    assert ('"level":"debug"' if form == "json" else "level=debug") in text
+    for line in DEBUG_LINES:
+        assert line in text
+
+
+def test_a_failure_before_the_interpreter_is_logged(bed, bundle):
+    log = bed.place / "log"
+    bundle.write()
+    name = bed.name()
+    argv = bed.argv("--log", log, "--log-format=json", "create", "--bundle", bundle.path, name)
+    done = subprocess.run(
+        ["prlimit", "--nofile=16", *argv], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("runc create failed: the hard limit on open files")
+    found = json.loads(log.read_text())
+    assert (found["level"], found["msg"] + "\n") == ("error", done.stderr)
+
+
+def test_list_of_a_root_that_is_not_there(bed):
+    said = subprocess.run(
+        [bed.runtime.program, "--root", str(bed.place / "none"), "list"],
+        capture_output=True,
+        text=True,
+    )
+    assert said.returncode == 1
+    assert "none: no such file or directory" in said.stderr
+
+
+def test_help_of_an_unknown_command(bed):
+    assert bed.call("help", "unheard").returncode == 3

@@ -27,6 +27,15 @@ def test_an_unknown_property_is_ignored(bed, bundle):
     bed.output(bundle.args("true"))
 
 
+def test_keys_of_another_case(bed, bundle):
+    """Go's decoder, and so every runtime of that family, matches keys without regard to case."""
+    bundle.config["HostName"] = bundle.config.pop("hostname")
+    bundle.process["ARGS"] = ["hostname"]
+    del bundle.process["args"]
+    bundle.linux["Namespaces"] = [{"Type": row["type"]} for row in bundle.linux.pop("namespaces")]
+    assert bed.output(bundle) == "runc\n"
+
+
 def test_root_is_required(bed, bundle):
     del bundle.config["root"]
     assert "root" in bed.refused(bundle.args("true"))

@@ -259,3 +259,34 @@ def test_signals_to_exec_reach_the_process(container, bed):
         process.terminate()
         said, _ = process.communicate(timeout=20)
     assert (process.returncode, said) == (6, "got\n")
+
+
+def test_a_group_that_is_no_number(container):
+    done = container.exec("id", flags=("-g", "wheel"))
+    assert done.returncode == 1
+    assert 'invalid value "wheel" for flag -g' in done.stdout + done.stderr
+
+
+def test_exec_wait_fifo(container, bed):
+    """The program begins when the fifo is opened for reading; exec --detach does not wait."""
+    fifo, pid_file = bed.place / "fifo", bed.place / "pid"
+    os.mkfifo(fifo)
+    argv = bed.argv("exec", "-d", "--pid-file", pid_file, "--exec-wait-fifo", fifo, container.id)
+    script = "echo begun > /dev/shm/mark; exec sleep 600"
+    done = subprocess.run([*argv, "sh", "-c", script], stdin=subprocess.DEVNULL, timeout=60)
+    assert done.returncode == 0
+    assert pid_file.read_text().isdigit()
+    assert container.exec("test", "-e", "/dev/shm/mark").returncode == 1
+    assert fifo.read_text() == "0"
+    eventually(
+        lambda: container.exec("test", "-e", "/dev/shm/mark").returncode == 0, "it has begun"
+    )
+
+
+@pytest.mark.parametrize("name", ["a file", "nothing"])
+def test_exec_wait_fifo_that_is_none(container, bed, name):
+    path = "/etc/passwd" if name == "a file" else bed.place / "nothing"
+    done = container.exec("true", flags=("--exec-wait-fifo", str(path)))
+    assert done.returncode == 255
+    said = "is not a fifo" if name == "a file" else "failed to open exec wait fifo"
+    assert said in done.stderr

@@ -55,6 +55,19 @@ def test_a_cgroups_path_of_another_container_in_use(bed, bundle):
     assert container.status() == "running"
 
 
+def test_a_frozen_cgroup(bed, bundle):
+    """Whoever joins one stops for ever; no other hierarchy has the group."""
+    folder = beds.cgroup_folder("freezer", "/apytest/frozen")
+    folder.mkdir(parents=True)
+    try:
+        (folder / "freezer.state").write_text("FROZEN")
+        bundle.linux["cgroupsPath"] = "/apytest/frozen"
+        assert "container's cgroup unexpectedly frozen" in bed.refused(bundle)
+    finally:
+        (folder / "freezer.state").write_text("THAWED")
+        folder.rmdir()
+
+
 def test_a_cgroup_that_was_there_before(bed, bundle):
     """Resources that the runtime did not make: the limits are set all the same."""
     container = limited(bed, bundle, pids={"limit": 11})
