@@ -5,6 +5,7 @@
 #include <linux/close_range.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
+#include <poll.h>
 #include <signal.h>
 #include <string.h>
 #include <sys/prctl.h>
@@ -197,6 +198,15 @@ NO_RETURN static void stay_empty(void) {
     }
 }
 
+/* Taking an identity has cleared the signal; whoever ended since then has closed the channel. */
+static void tie_to_master(const struct init *s) {
+    struct pollfd master = {.fd = s->socket, .events = POLLRDHUP};
+    bool tied = (s->process.header.flags & PROCESS_TIED) != 0;
+    (void)prctl(PR_SET_PDEATHSIG, tied ? SIGKILL : 0);
+    if (tied && poll(&master, 1, 0) > 0)
+        _exit(255);
+}
+
 static void become(struct init *s, enum go_step *step) {
     const struct process *p = &s->process;
     const bool early = !(p->header.flags & PROCESS_NO_NEW_PRIVS);
@@ -218,7 +228,7 @@ static void become(struct init *s, enum go_step *step) {
     (void)sigaction(SIGPIPE, &ignore, &before);
     if (s->passed >= 0 && !empty)
         end_by_signals();
-    (void)prctl(PR_SET_PDEATHSIG, 0);
+    tie_to_master(s);
     if (!early && install_filter(s, step) < 0)
         return;
     wait_if_asked(s);

@@ -22,6 +22,7 @@
 #define MUCH_BYTES (1u << 20)            /* worth to be given back */
 /* poll(2) promises a pipe only so much: more could wait. */
 #define OWN_WRITE_BYTES 4096
+#define DRAIN_READS 4096u                /* no pipe holds more pieces */
 
 /* Output of the container on its way to our own stream. */
 struct output {
@@ -318,12 +319,13 @@ void streams_resize(uint16_t rows, uint16_t columns) {
         (void)ioctl(pty_fd, TIOCSWINSZ, &size);
 }
 
-/* A process that it left behind may hold the other end for ever: what is there counts. */
+/* A process that it left behind may hold the other end for ever, and write: what a pipe can have
+ * held at the payload's end counts. */
 void streams_drain(void) {
     for (size_t i = 0; i < 2; i++) {
         struct output *o = &outputs[i];
         struct pollfd ready = {.events = POLLIN};
-        for (;;) {
+        for (size_t reads = 0; reads < DRAIN_READS; reads++) {
             while (o->used > 0 && o->to >= 0) {
                 struct pollfd room = {.fd = o->to, .events = POLLOUT};
                 if (poll(&room, 1, -1) > 0)

@@ -37,7 +37,8 @@ enum process_flag {
     PROCESS_USERNS = 512,                /* it is in a user namespace that is not master's */
     PROCESS_LISTENER = 1024,             /* master takes the filter's listener and says so */
     PROCESS_EMPTY = 2048,                /* no program: init stays, and reaps */
-    PROCESS_FLAGS_ALL = 4095
+    PROCESS_TIED = 4096,                 /* it ends with master, as what runs in an image does */
+    PROCESS_FLAGS_ALL = 8191
 };
 
 enum process_part {

@@ -149,6 +149,15 @@ cdef extern from *:
         return -1;
     }
 
+    /* `parent` 0: nobody looks whether it is there still. */
+    static int apy_end_with(int parent) {
+        if (prctl(PR_SET_PDEATHSIG, SIGKILL) < 0)
+            return -1;
+        if (parent > 0 && getppid() != parent)
+            raise(SIGKILL);
+        return 0;
+    }
+
     /* SAFE: of a child that does nothing else: its ids are those of a namespace that its maker has
      * made, and none that the maker lacks. */
     static int apy_enter_userns(int fd) {
@@ -391,6 +400,7 @@ cdef extern from *:
     int apy_bpf_query(int target, int type, uint32_t *ids, uint32_t *count)
     int apy_bpf_by_id(uint32_t id)
     int apy_userns_holder()
+    int apy_end_with(int parent)
     int apy_enter_userns(int fd)
     void apy_end_child(int pid)
     int apy_connect(const char *path, int timeout_ms)
@@ -525,6 +535,16 @@ def make_userns(bytes uid_lines not None, bytes gid_lines not None, bint deny_se
         return posix.open(f"/proc/{pid}/ns/user", posix.O_RDONLY | posix.O_CLOEXEC)
     finally:
         apy_end_child(pid)
+
+
+def end_with(int parent):
+    """Have the kernel kill this process when its parent ends; `parent` is its number, or 0.
+
+    Raises:
+        OSError: the kernel refuses.
+    """
+    if apy_end_with(parent) < 0:
+        raise _failed()
 
 
 def enter_userns(int fd):

@@ -51,6 +51,7 @@ class ProcessSpec(Record):
     None keeps what the process has. `scheduler` is (policy, nice, priority, flags, runtime_ns,
     deadline_ns, period_ns); `io_priority` and `memory_policy` (mode with flags, nodes as a bit
     mask) are as the system calls take them. An `empty` one runs no program: it stays, and reaps.
+    A `tied` one is killed when the launch is.
     """
 
     arguments: tuple[bytes, ...]
@@ -72,6 +73,7 @@ class ProcessSpec(Record):
     in_user_namespace: bool = False
     tenant: bool = False
     empty: bool = False
+    tied: bool = False
 
 
 class CgroupWish(Record):

@@ -31,6 +31,7 @@ _TENANT = 256
 _USERNS = 512
 _LISTENER = 1024
 _EMPTY = 2048
+_TIED = 4096
 # What EINVAL means there.
 _UNMAPPED = {
     protocol.GOSTEP_UID: "cannot setuid to unmapped uid {uid} in user namespace",
@@ -105,6 +106,7 @@ def _flags(spec: ProcessSpec, program_flags: int) -> int:
         | (_TENANT if spec.tenant else 0)
         | (_USERNS if spec.in_user_namespace else 0)
         | (_EMPTY if spec.empty else 0)
+        | (_TIED if spec.tied else 0)
         | (_LISTENER if program_flags & LISTENER_FLAG else 0)
     )
 

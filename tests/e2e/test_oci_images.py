@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pty
+import select
 import subprocess
 import tarfile
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import pytest
 from apptainer_py.image import arch, sif_write, squashfs
 from tests import images
 from tests.conftest import AsUser
+from tests.oci import bed as beds
 
 CONFIG = {
     "Entrypoint": ["/bin/echo", "first"],
@@ -269,6 +271,43 @@ def test_refusals_are_one_line(run: Run, place: Path, words: tuple[str, ...], sa
     assert len(fatal) == 1
     assert said in fatal[0]
     assert not done.stdout
+
+
+def children_of(pid: int) -> list[int]:
+    try:
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+
+
+@pytest.mark.parametrize("kind", ["layout", "oci.sif"])
+def test_the_payload_ends_with_a_killed_launcher(
+    product: SimpleNamespace, place: Path, kind: str
+) -> None:
+    image = f"oci:{place / kind}:v1" if kind == "layout" else str(place / kind)
+    launcher = subprocess.Popen(
+        [product.program, "exec", "--oci", image, "sleep", "600"], stdin=subprocess.DEVNULL
+    )
+
+    def payloads() -> list[int]:
+        found = children_of(launcher.pid)
+        return [pid for pid in found if "sleep" in Path(f"/proc/{pid}/comm").read_text()]
+
+    beds.eventually(payloads, "the payload runs")
+    pidfd = os.pidfd_open(payloads()[0])
+    launcher.kill()
+    launcher.wait()
+    assert select.select([pidfd], [], [], beds.DEADLINE_S)[0], "the payload goes on"
+    os.close(pidfd)
+    runtime = f"{product.bindir}/apptainer-py-oci"
+    listed = subprocess.run([runtime, "list", "-q"], capture_output=True, text=True, check=True)
+    mine = [one for one in listed.stdout.split() if one.startswith(f"apy-{launcher.pid}-")]
+    for one in mine:
+        assert subprocess.run([runtime, "delete", "--force", one]).returncode == 0
+    assert mine
+    # What was unpacked goes with the next image.
+    layout = f"oci:{place / 'layout'}:v1"
+    subprocess.run([product.program, "exec", "--oci", layout, "true"], check=True)
 
 
 def test_a_hostile_layer_leaves_nothing(run: Run, place: Path, readable_tmp: Path) -> None:

@@ -12,11 +12,13 @@ from apptainer_py.base.errors import ApptainerError
 from apptainer_py.engines.oci.groups import groups_of
 from apptainer_py.engines.oci.hooks import run_frame
 from apptainer_py.kernel import _container
-from apptainer_py.runtime.containers import ContainerError, start_time
+from apptainer_py.model.json_text import loads
+from apptainer_py.runtime.containers import CONFIG, ContainerError, start_time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from typing import Any
 
     from apptainer_py.host.cgroups import Manager
     from apptainer_py.model.oci_plan import OciPlan
@@ -67,10 +69,22 @@ def delete(state: StateDir, record: RecordData, environment: Mapping[str, str]) 
         ApptainerError: something could not be removed; all else is.
     """
     groups = groups_of(record, environment)
+    wish = _resctrl_of(state)
     destroy(state, groups, record.init_pid, record.init_start, None)
+    if wish:
+        from apptainer_py.host import resctrl
+
+        resctrl.remove(wish, state.name)
     failed = run_frame(record.poststop, "poststop", 0, environment)
     if failed:
         log.warning(failed)
+
+
+def _resctrl_of(state: StateDir) -> dict[str, Any]:
+    config = loads(state.read(CONFIG) or b"{}")
+    linux = config.get("linux") if isinstance(config, dict) else None
+    wish = linux.get("intelRdt") if isinstance(linux, dict) else None
+    return wish if isinstance(wish, dict) else {}
 
 
 def destroy(

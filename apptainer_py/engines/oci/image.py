@@ -277,7 +277,8 @@ class ImageRun(Creation):
             may_set = len(gids) > 1 or os.geteuid() == 0
             kept = [gid for gid in user.groups if outside(gids, gid) is not None]
             groups = tuple(kept) if may_set else None
-        spec = spec.replace(uid=user.uid, gid=user.gid, groups=groups)
+        # Its root goes with the launch: nothing is to be left that runs in there.
+        spec = spec.replace(uid=user.uid, gid=user.gid, groups=groups, tied=True)
         if self.source.config is None and not _is_there(root, spec.arguments[0]):
             words = image_spec.plain_arguments(self.action)
             spec = spec.replace(arguments=tuple(map(os.fsencode, words)))

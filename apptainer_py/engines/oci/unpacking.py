@@ -107,8 +107,10 @@ def _remove_stale(folder: int, own: str) -> None:
 def _in_child(work: Callable[[], None], userns: int, interrupted: str) -> None:
     """Do something in a process of its own, which can be interrupted and have other ids."""
     reading, writing = os.pipe2(os.O_CLOEXEC)
+    parent = os.getpid()
     child = os.fork()
     if child == 0:
+        _container.end_with(parent)
         _run(work, userns, writing)
     os.close(writing)
     said = read_at_most(reading, _TEXT_BYTES).decode("utf-8", "replace")
@@ -125,7 +127,10 @@ def _run(work: Callable[[], None], userns: int, writing: int) -> None:
         from _signal import SIG_SETMASK, pthread_sigmask  # type: ignore[import-not-found]
 
         pthread_sigmask(SIG_SETMASK, ())
-        _container.enter_userns(userns) if userns >= 0 else None
+        if userns >= 0:
+            _container.enter_userns(userns)
+            # The new ids have undone it.
+            _container.end_with(0)
         # What no layer names has this mode; the directory around the image is 0700.
         os.umask(0o022)
         work()

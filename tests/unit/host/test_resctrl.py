@@ -58,3 +58,24 @@ def test_what_was_made_is_removed_when_it_is_refused(root):
     with pytest.raises(resctrl.ResctrlError, match="no such file"):
         resctrl.join({"l3CacheSchema": "L3:0=f"}, "box", 7, str(root))
     assert not (root / "box").exists()
+
+
+def test_delete_removes_the_group_of_a_container(root, tmp_path, monkeypatch):
+    """Of a container that nobody waits for, only its configuration is left to tell of it."""
+    from types import SimpleNamespace
+
+    from apptainer_py.engines.oci import cleanup
+
+    (root / "box").mkdir()
+    monkeypatch.setattr(resctrl, "find_root", lambda: str(root))
+    state = SimpleNamespace(
+        name="box",
+        read=lambda name: b'{"linux": {"intelRdt": {"l3CacheSchema": "L3:0=f"}}}',
+        remove=lambda: None,
+    )
+    groups = SimpleNamespace(pids=list, remove=lambda: None)
+    monkeypatch.setattr(cleanup, "groups_of", lambda *_: groups)
+    record = SimpleNamespace(init_pid=0, init_start=0, poststop=b"")
+    monkeypatch.setattr(cleanup, "run_frame", lambda *_: "")
+    cleanup.delete(state, record, {})
+    assert not (root / "box").exists()
