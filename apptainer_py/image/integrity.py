@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from apptainer_py.image.sif import Descriptor
 
 SIGNATURE_BYTES = 1 << 20
-_CHUNK_BYTES = 1 << 20
+# No larger than what the allocator keeps: pages that are new each time cost more than the hash.
+_CHUNK_BYTES = 1 << 16
 _COVERED = "<iBIIqqqq"
 LEGACY_PREFIX = b"SIFHASH:\n"
 _LEGACY_HASHES = {64: "sha256", 96: "sha384", 128: "sha512"}

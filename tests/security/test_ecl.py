@@ -163,6 +163,14 @@ def test_who_has_signed(own, signed, flow, text, answers):
         assert done.stderr == f"FATAL:   while checking container image with ECL: {said}\n"
 
 
+def test_an_image_that_is_started_with_oci_is_judged_too(own, signed):
+    for text, said in ((rule("whitelist", FIRST), REQUIRED), (rule("whitelist", SECOND), "")):
+        write_list(own, signed, text)
+        done = own.run("exec", "--oci", signed.second, "echo", "ran")
+        assert said in done.stderr
+        assert (REQUIRED in done.stderr, "ran" in done.stdout) == (bool(said), not said)
+
+
 def test_the_directory_decides_which_rule(own, signed):
     here = str(signed.folder)
     write_list(own, signed, rule("whitelist", FIRST, here))

@@ -80,6 +80,16 @@ def check_image(facts: Facts, image: OpenImage) -> None:
         raise ImageNotPermitted(reason="apptainer image is not owned by required group(s)")
     if paths and not any(_below(image.realpath, path) for path in paths):
         raise ImageNotPermitted(reason="apptainer image is not in an allowed configured path")
+    check_signers(facts, image)
+
+
+def check_signers(facts: Facts, image: OpenImage) -> None:
+    """Refuse an image that the execution control list leaves out, where there is one.
+
+    Raises:
+        NotPermitted: no rule lets it start.
+        ConfigError: the list cannot be followed.
+    """
     if _has_ecl():
         from apptainer_py.engines.apptainer import ecl
 

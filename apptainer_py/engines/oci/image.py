@@ -12,7 +12,7 @@ import stat
 
 from apptainer_py.base import build, log
 from apptainer_py.base.errors import ApptainerError, ImageError, LaunchError
-from apptainer_py.engines.apptainer import binds, environ
+from apptainer_py.engines.apptainer import binds, environ, policy
 from apptainer_py.engines.oci import facts, image_spec, steps
 from apptainer_py.engines.oci.create import Creation
 from apptainer_py.engines.oci.id_maps import maps_for
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from apptainer_py.model.oci_call import OciCall
     from apptainer_py.model.oci_plan import OciPlan, ProcessSpec
     from apptainer_py.model.request import ActionRequest
-    from apptainer_py.runtime.contexts import PrepareContext
+    from apptainer_py.runtime.contexts import Facts, PrepareContext
     from apptainer_py.runtime.nest import Nest
 
 IMAGE_SERVER = f"{build.LIBEXECDIR}/bin/squashfuse_ll"
@@ -65,7 +65,7 @@ class Source:
         self.image: Image | None = None
 
 
-def open_source(name: str) -> Source:
+def open_source(name: str, caller: Facts) -> Source:
     """Open an image: a file, a directory, or an OCI layout.
 
     Raises:
@@ -81,6 +81,7 @@ def open_source(name: str) -> Source:
         source.config = parse_config(source.image.config, image=name)
         return source
     image = open_image(name)
+    policy.check_signers(caller, image)
     source.realpath = image.realpath
     if image.kind == "ext3":
         raise ImageError(image=name, reason="ext3 images are not supported yet")
@@ -116,6 +117,7 @@ class ImageRun(Creation):
     def __init__(self, context: PrepareContext, call: OciCall) -> None:
         assert call.action is not None
         self.action: ActionRequest = call.action
+        self.caller = context.facts
         self.server_fd, self.server_pid = context.image_server()
         # Now: whoever waits for the payload reaps the server too, and its number is anybody's then.
         self.server = _container.pidfd_open(self.server_pid) if self.server_pid > 0 else -1
@@ -131,7 +133,7 @@ class ImageRun(Creation):
         rootless = facts.is_rootless(call, os.geteuid())
         image_spec.check_action(action, rootless=rootless)
         check_own_directory(call.root)
-        self.source = source = open_source(action.image)
+        self.source = source = open_source(action.image, self.caller)
         if source.layout is not None:
             folder = folder_of(self.environment, os.geteuid())
             check_own_directory(folder)
