@@ -186,6 +186,8 @@ class Checker:
                 raise ValueError
         except (ValueError, TypeError, KeyError, RecursionError):
             raise self._wrong("the signed metadata has an unknown form") from None
+        for digest in (str(header), *(digest for pair in pairs.values() for digest in pair)):
+            self._algorithm(digest)
         return str(header), pairs
 
     def _check_numbers(self, signed: set[int]) -> None:
