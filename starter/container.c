@@ -35,6 +35,8 @@ static void close_fd(int *fd) {
 
 static void close_fuse(struct launch *l) {
     close_fd(&l->overlay_socket[0]);
+    close_fd(&l->loan_socket[1]);
+    close_fd(&l->loan_mount);
     for (size_t i = 0; i < LIMIT_FUSE_DEVICES; i++)
         close_fd(&l->fuse_fds[i]);
 }
@@ -54,6 +56,7 @@ void container_close_outer_ends(struct launch *l) {
     close_fd(&l->serve_pipe[0]);
     close_fd(&l->probe_pipe[0]);
     close_fd(&l->probe_pipe[1]);
+    close_fd(&l->loan_socket[0]);
     for (int i = 0; i < 2; i++) {
         close_fd(&l->helper_sockets[i][0]);
         close_fd(&l->helper_sockets[i][1]);

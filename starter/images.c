@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "mountcalls.h"
+#include "loan.h"
 
 static void close_device(struct launch *l, uint64_t number) {
     close(l->fuse_fds[number]);
@@ -55,6 +56,28 @@ int image_fuse(struct launch *l, uint64_t device, const char *source, uint32_t f
     return mount_fd;
 }
 
+/* The mount of another launch of this image, which keeper has taken: served already. */
+static int shown_again(struct launch *l, uint64_t device) {
+    /* SAFE: a mount that rpc of another launch has made for this user: judge() in loan.c. */
+    int mount_fd = clone_tree(l->loan_mount,
+                              MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV, 0, false);
+    int error = errno;
+    close(l->loan_mount);
+    l->loan_mount = -1;
+    close_device(l, device);
+    errno = error;
+    return mount_fd;
+}
+
+static int root_image(struct launch *l, uint64_t device, const char *source, uint32_t flags) {
+    if (l->loan_mount >= 0 && device == 0 && flags == 0)
+        return shown_again(l, device);
+    int mount_fd = image_fuse(l, device, source, flags);
+    if (mount_fd >= 0 && device == 0 && flags == 0)
+        loan_spare(l, mount_fd);
+    return mount_fd;
+}
+
 /* ROOT_FUSE(device): the image, served by a process of the user's that the user cannot alter. */
 int op_root_fuse(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out) {
     struct launch *l = r->launch;
@@ -62,7 +85,7 @@ int op_root_fuse(struct rpc *r, const struct op_request *q, struct op_reply *a, 
         !is_device(l, q->num[0]))
         return ERR_MALFORMED;
     const char *source = q->flags & BIND_EXTFS ? "fuse2fs" : "squashfuse_ll";
-    int mount_fd = image_fuse(l, q->num[0], source, q->flags);
+    int mount_fd = root_image(l, q->num[0], source, q->flags);
     if (mount_fd < 0 || attach(mount_fd, r->places[PLACE_ROOTFS]) < 0)
         return answer(a, ERR_MOUNT, errno);
     return keep_mount(mount_fd, &r->root_fd, fd_out) < 0 ? answer(a, ERR_MOUNT, errno) : ERR_OK;

@@ -12,7 +12,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "starter.h"
+#include "loan.h"
 
 enum { SERVER_PATIENCE_MS = 5000 };
 enum phase { PREPARE, SETUP, RUN, ENDED };
@@ -25,6 +25,8 @@ struct keeper {
     bool master_alive, container_alive;
     uint32_t writers;                  /* bit n: servers[n] has what was written */
     bool early_server;                 /* servers[0] runs, but stage 1 has not asked for it yet */
+    bool lent_ended;                   /* the server of a mount that was taken */
+    struct loan loan;                /* the image's mount, from another launch or for the next */
     bool in_userns;
     bool recorded;                     /* the plan as it stands is in the audit log */
     bool closed;                       /* so is that nothing came of it */
@@ -56,7 +58,8 @@ static void open_channels(struct launch *l) {
         l->fuse_fds[i] = -1;
     l->fakeroot_socket[0] = l->fakeroot_socket[1] = l->fuse_node = -1;
     bool builtin = l->request.total - l->request.engine_file_off == 1;
-    if (wire_pair(l->keeper_socket) < 0 || wire_pair(l->rpc_socket) < 0 ||
+    if (wire_pair(l->loan_socket) < 0 || wire_pair(l->keeper_socket) < 0 ||
+        wire_pair(l->rpc_socket) < 0 ||
         wire_pair(l->start_socket) < 0 || pipe2(l->seal_pipe, O_CLOEXEC) < 0 ||
         pipe2(l->ready_pipe, O_CLOEXEC) < 0 ||
         socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, l->go_socket) < 0 ||
@@ -95,6 +98,8 @@ static void close_inner_ends(struct launch *l) {
     close_fd(&l->seal_pipe[1]);
     close_fd(&l->ready_pipe[0]);
     close_fd(&l->ready_pipe[1]);
+    close_fd(&l->loan_socket[0]);
+    close_fd(&l->loan_socket[1]);
     close_fd(&l->go_socket[0]);
     close_fd(&l->go_socket[1]);
     close_fd(&l->life_pipe[0]);
@@ -233,9 +238,9 @@ static int start_container(struct keeper *k, int *error) {
     int code = prepare_container(k, error);
     if (code != ERR_OK)
         return code;
-    if (l->early_fuse)
+    if (l->early_fuse && !k->loan.taken)
         k->servers[0] = server_start_early(l);
-    k->early_server = k->servers[0] > 0;
+    k->early_server = k->servers[0] > 0 || k->loan.taken;
     if ((code = start_overlay_server(k, error)) != ERR_OK)
         return code;
     if (pipe2(l->life_pipe, O_CLOEXEC) < 0) {
@@ -244,6 +249,7 @@ static int start_container(struct keeper *k, int *error) {
     }
     k->container = container_start(l, error);
     close_fd(&l->life_pipe[1]);
+    close_fd(&l->loan_mount); /* rpc has it */
     if (k->container < 0) {
         fakeroot_close(l);
         return *error == EAGAIN ? ERR_FORK : ERR_NAMESPACE;
@@ -273,11 +279,20 @@ static void undo_early(struct keeper *k) {
     wait_for_the_last(l);
     end_child(&k->servers[0]);
     k->container_alive = k->early_server = l->early_fuse = false;
+    loan_close(l, &k->loan);
+    loan_forget(l);
     close_fuse(l);
     for (int i = 0; i < 2; i++) {
         close_fd(&l->serve_pipe[i]);
         close_fd(&l->probe_pipe[i]);
     }
+}
+
+static bool take_mount(struct keeper *k) {
+    step_begin(STEP_TAKE_MOUNT);
+    bool taken = loan_take(k->launch, &k->loan);
+    step_end(STEP_TAKE_MOUNT);
+    return taken;
 }
 
 /* Container, mount and image server for the plan that stage 1 will most likely make. */
@@ -292,7 +307,8 @@ static void begin_early(struct keeper *k) {
         return; /* the same happens, and is told, when stage 1 asks */
     k->recorded = true;
     l->early_fuse = l->plan.fuse_count > 0 && !policy_limits_images(l) &&
-                    pipe2(l->serve_pipe, O_CLOEXEC) == 0 && pipe2(l->probe_pipe, O_CLOEXEC) == 0;
+                    (take_mount(k) || (pipe2(l->serve_pipe, O_CLOEXEC) == 0 &&
+                                       pipe2(l->probe_pipe, O_CLOEXEC) == 0));
     if (start_container(k, &error) != ERR_OK) {
         undo_early(k); /* stage 1 will ask for it, and be told why it cannot be had */
         return;
@@ -310,6 +326,7 @@ static void close_container_ends(struct launch *l) {
     close_fd(&l->seal_pipe[0]);
     close_fd(&l->seal_pipe[1]);
     close_fd(&l->ready_pipe[1]);
+    close_fd(&l->loan_socket[1]);
     close_fd(&l->go_socket[0]);
 }
 
@@ -448,8 +465,15 @@ static int op_serve_image(struct keeper *k, const union keeper_request *request,
     if (!S_ISREG(image.st.st_mode) || q->num[1] >= (uint64_t)image.st.st_size)
         return ERR_KIND;
     int *device = &l->fuse_fds[q->num[0]];
+    if (q->num[0] == 0 && k->loan.taken) {
+        k->early_server = false;
+        close_fd(device);
+        return loan_is(&k->loan, &image.st, q->num[1]) ? ERR_OK : ERR_CHANGED;
+    }
     if (q->num[0] == 0 && k->early_server && is_served(k, &image.st, q->num[1], &code)) {
         close_fd(device);
+        if (code == ERR_OK)
+            loan_seal(l, &k->loan, k->servers[0], &image.st, q->num[1]);
         return code;
     }
     k->servers[q->num[0]] = server_start(l, image_fd, *device, q->num[1]);
@@ -457,6 +481,8 @@ static int op_serve_image(struct keeper *k, const union keeper_request *request,
     close_fd(device); /* with our copy open, the server's death would hang every access */
     if (k->servers[q->num[0]] < 0)
         return ERR_FORK;
+    if (q->num[0] == 0)
+        loan_seal(l, &k->loan, k->servers[0], &image.st, q->num[1]);
     a->error = 0;
     return ERR_OK;
 }
@@ -692,6 +718,8 @@ static void child_ended(struct keeper *k, pid_t pid, int status) {
         k->container_alive = false;
         k->container = 0;
         k->container_status = status;
+        if (k->lent_ended)
+            tell_master(k, EVENT_SERVER_ENDED, 0, loan_server_status(&k->loan));
         tell_master(k, EVENT_PAYLOAD_ENDED, pid, status);
         step_end(STEP_PAYLOAD_ENDED);
     }
@@ -705,6 +733,18 @@ static void child_ended(struct keeper *k, pid_t pid, int status) {
             if (k->container_alive)
                 (void)kill(k->container, SIGKILL);
         }
+}
+
+static bool watches_lent(const struct keeper *k) {
+    return k->loan.taken && !k->lent_ended;
+}
+
+/* The server of a mount that was taken is another launch's child.  Why it has ended is asked when
+ * the container has, too: it may be that very end. */
+static void lent_server_ended(struct keeper *k) {
+    k->lent_ended = true;
+    if (k->container_alive)
+        (void)kill(k->container, SIGKILL);
 }
 
 static void reap(struct keeper *k) {
@@ -770,7 +810,9 @@ static void turn(struct keeper *k) {
     struct pollfd fds[] = {{.fd = k->signals, .events = POLLIN},
                            {.fd = l->keeper_socket[0], .events = POLLIN},
                            {.fd = k->phase == SETUP ? l->ready_pipe[0] : -1, .events = POLLIN},
-                           {.fd = l->waiter_fd, .events = 0}};
+                           {.fd = l->waiter_fd, .events = 0},
+                           {.fd = k->loan.listener, .events = POLLIN},
+                           {.fd = watches_lent(k) ? k->loan.server_fd : -1, .events = POLLIN}};
     if (poll(fds, ARRAY_SIZE(fds), -1) < 0 && errno != EINTR)
         fail("poll", errno);
     if (fds[0].revents) {
@@ -779,6 +821,10 @@ static void turn(struct keeper *k) {
     }
     if (fds[1].revents && l->keeper_socket[0] >= 0)
         serve(k);
+    if (fds[4].revents && k->loan.listener >= 0)
+        loan_serve(l, &k->loan);
+    if (fds[5].revents && watches_lent(k))
+        lent_server_ended(k);
     if (fds[3].revents && l->waiter_fd >= 0) {
         close_fd(&l->waiter_fd); /* nobody waits for this instance any more */
         give_up(k, SIGTERM);
@@ -831,6 +877,7 @@ static void drop_and_go(struct keeper *k) {
     ssize_t ignored = send(l->go_socket[1], "GG", 2, MSG_NOSIGNAL);
     (void)ignored;
     step_end(STEP_GO);
+    loan_listen(l, &k->loan);
 }
 
 static void wait_for_the_end(struct keeper *k) {
@@ -890,6 +937,7 @@ NO_RETURN void keeper_main(struct launch *l) {
     static struct keeper keeper;
     struct keeper *k = &keeper;
     k->launch = l;
+    loan_init(l, &k->loan);
     open_channels(l);
     k->signals = block_signals();
     if (k->signals < 0)

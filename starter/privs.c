@@ -10,6 +10,7 @@
 #include <string.h>
 #include <sys/auxv.h>
 #include <sys/fsuid.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -433,13 +434,15 @@ int privs_become_inner_root(void) {
     return who.dumpable == 0 && (who.securebits & SECUREBITS_OLD) == 0 ? 0 : -1;
 }
 
-/* The administrator's own files: created for root, never for the caller. */
-int privs_open_as_root(const char *path, int flags, mode_t mode) {
+/* Files are created for root, never for the caller: the administrator's own, or one in memory whose
+ * owner says that we have made it. */
+static int create_as_root(const char *name, int flags, mode_t mode, bool in_memory) {
     const struct raised *raised = privs_raise(CAP_BIT(CAP_SETUID) | CAP_BIT(CAP_SETGID));
     if (!raised)
         return -1;
     int uid = setfsuid(0), gid = setfsgid(0);
-    int fd = open(path, flags, mode), error = errno;
+    int fd = in_memory ? memfd_create(name, (unsigned)flags) : open(name, flags, mode);
+    int error = errno;
     (void)setfsgid((gid_t)gid);
     (void)setfsuid((uid_t)uid);
     if (setfsuid((uid_t)-1) != uid || setfsgid((gid_t)-1) != gid)
@@ -447,6 +450,14 @@ int privs_open_as_root(const char *path, int flags, mode_t mode) {
     privs_lower(raised);
     errno = error;
     return fd;
+}
+
+int privs_open_as_root(const char *path, int flags, mode_t mode) {
+    return create_as_root(path, flags, mode, false);
+}
+
+int privs_memory_as_root(const char *name) {
+    return create_as_root(name, MFD_CLOEXEC | MFD_ALLOW_SEALING, 0, true);
 }
 
 /* Privileged processes only: the payload keeps the caller's keyring (Kerberos). */

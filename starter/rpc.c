@@ -131,6 +131,7 @@ static void tell_server(struct launch *l) {
  * that nobody sees, and the image is served by a process without privilege. */
 static void head_start(struct rpc *r) {
     const struct launch *l = r->launch;
+    bool read_before = l->loan_mount >= 0; /* what another launch has read is in memory */
     early[0].fd = early[1].fd = -1;
     if (!l->early_fuse ||
         !do_early(r, &early[0], OP_SESSION,
@@ -138,7 +139,8 @@ static void head_start(struct rpc *r) {
         !do_early(r, &early[1], OP_ROOT_FUSE, 0, op_root_fuse))
         return;
     tell_server(r->launch);
-    start_reader(r);
+    if (!read_before)
+        start_reader(r);
 }
 
 static int target_of(const struct op_request *q) {

@@ -77,6 +77,8 @@ struct launch {
     bool early_fuse;                   /* the image is mounted and served before it is asked for */
     int life_pipe[2];                  /* closes when the last process of the container ends */
     int serve_pipe[2];                 /* rpc → early image server: the mount is there */
+    int loan_socket[2];               /* [0] keeper, [1] rpc: a copy of the image's mount */
+    int loan_mount;                   /* that copy, or one of another launch; -1 without */
     int overlay_socket[2];             /* rpc → overlay server: its directories; -1 without */
     int netns_fd;                      /* the network that the container joins, or -1 */
     int probe_pipe[2];                 /* early image server → keeper: what it opened */
@@ -128,6 +130,7 @@ MUST_USE int privs_enter_layer_userns(void);
 MUST_USE int privs_map_layer_userns(int process);
 void privs_new_keyring(void);
 MUST_USE int privs_open_as_root(const char *path, int flags, mode_t mode);
+MUST_USE int privs_memory_as_root(const char *name);
 uint64_t privs_last_cap_mask(void);
 
 /* request.c */

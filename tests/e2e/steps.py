@@ -22,9 +22,12 @@ from tests.own_install import Household, eventually
 # What belongs to the oci engine is no part of these launches: its steps, its rows from JOIN on.
 FIRST_OF_OCI = protocol.STEP_FORK_INIT
 FIRST_OF_INIT = protocol.OP_JOIN
-# Layers of overlays and --fakeroot. Those of instances and of root's janitor have none to kill yet:
-# both go on when the command has ended (test_instances.py, test_cni.py and test_limits.py kill).
-LATER_STEPS = ("FORK_LAYER", "OWN_NAMESPACE", "MAP_IDS", "FORK_ID_MAPPER", "BECOME_ROOT")
+# Layers of overlays, --fakeroot, and a mount of another launch. Those of instances and of root's
+# janitor have none to kill yet: both go on when the command has ended (test_instances.py,
+# test_cni.py and test_limits.py kill). OFFER_MOUNT needs two launches (test_sharing.py).
+LATER_STEPS = (
+    "FORK_LAYER", "OWN_NAMESPACE", "MAP_IDS", "FORK_ID_MAPPER", "BECOME_ROOT", "TAKE_MOUNT",
+)  # fmt: skip
 STEPS = {
     name[5:]: value
     for name, value in vars(protocol).items()
@@ -157,9 +160,9 @@ FORECASTS = {
     "userns": (FORESEEN, PID_AND_UTS, protocol.PLANFLAG_SHIM, 5),
 }
 EARLY = [
-    "FORK_MASTER", "DROP_MASTER", "LOAD_MASTER", "FORK_CONTAINER", "FORK_RPC", "DROP_RPC",
-    "FORK_SERVER", "DROP_SERVER", "FORK_STAGE2", "DROP_STAGE2", "LOAD_STAGE2", "FORK_READER",
-    "DROP_READER", "CONTAINER", "SERVE_IMAGE", "SESSION", "ROOT_FUSE", "SEALED",
+    "FORK_MASTER", "DROP_MASTER", "LOAD_MASTER", "TAKE_MOUNT", "FORK_CONTAINER", "FORK_RPC",
+    "DROP_RPC", "FORK_SERVER", "DROP_SERVER", "FORK_STAGE2", "DROP_STAGE2", "LOAD_STAGE2",
+    "FORK_READER", "DROP_READER", "CONTAINER", "SERVE_IMAGE", "SESSION", "ROOT_FUSE", "SEALED",
 ]  # fmt: skip
 FLOWS["early"] = (words(*ALL), "", "sif", EARLY)
 # The plan differs, so that all is begun a second time.

@@ -241,6 +241,66 @@ pid_t server_start_early(struct launch *l) {
     return born();
 }
 
+/* A mount of another launch: of the file that is asked for later, of another, or none. */
+static struct stat lent;
+
+void loan_init(struct launch *l, struct loan *s) {
+    l->loan_mount = s->token_fd = s->server_fd = s->listener = -1;
+    s->taken = false;
+}
+
+void loan_close(struct launch *l, struct loan *s) {
+    if (l->loan_mount >= 0)
+        close(l->loan_mount);
+    if (s->server_fd >= 0)
+        close(s->server_fd);
+    loan_init(l, s);
+}
+
+bool loan_take(struct launch *l, struct loan *s) {
+    must(is_on_record && kept.phase == PREPARE, "nothing is taken before it is on record");
+    must(!policy_limits_images(l), "nor where rules bind images");
+    if (dice(3) != 0)
+        return false;
+    must(fstat(3, &lent) == 0, "there is an image");
+    lent.st_ino += dice(3) == 0;
+    l->loan_mount = dup(1);
+    s->server_fd = dup(1);
+    return s->taken = true;
+}
+
+bool loan_is(const struct loan *s, const struct stat *st, uint64_t offset) {
+    must(s->taken, "what was taken is compared");
+    return st->st_ino == lent.st_ino && offset == 0;
+}
+
+void loan_forget(struct launch *l) {
+    must(l->loan_mount < 0, "what was taken is given up first");
+}
+
+void loan_seal(struct launch *l, struct loan *s, pid_t server, const struct stat *st,
+                uint64_t offset) {
+    must(server > 0 && (lives[server] == OURS || lives[server] == ENDED_OF_OURS),
+         "what is handed out is served");
+    must(!s->taken && S_ISREG(st->st_mode) && offset < (uint64_t)st->st_size, "and was judged");
+    (void)l;
+}
+
+int loan_server_status(const struct loan *s) {
+    must(s->taken, "a server of another launch's");
+    return dice(2) == 0 ? SIGKILL : 0;
+}
+
+void loan_listen(struct launch *l, struct loan *s) {
+    must(dropped || l->flow == FLOW_ROOT, "nobody listens with rights");
+    (void)s;
+}
+
+void loan_serve(const struct launch *l, const struct loan *s) {
+    (void)l;
+    must(s->listener >= 0, "somebody listens");
+}
+
 pid_t janitor_start(struct launch *l, pid_t container, int socket, int signals) {
     must(l->flow == FLOW_ROOT, "a janitor is root's alone");
     must(fcntl(socket, F_GETFD) >= 0 && fcntl(signals, F_GETFD) >= 0, "and has its descriptors");
@@ -439,6 +499,7 @@ static void reset(void) {
     launch.request.total = dice(2) + 1; /* of an engine that is built in, or not */
     kept.launch = &launch;
     kept.signals = -1;
+    loan_init(&launch, &kept.loan);
     open_channels(&launch);
     kept.master = born();
     kept.master_alive = kept.master > 0;

@@ -228,6 +228,10 @@ const char *early_word(const struct launch *l, uint32_t which, char *out, size_t
     return NULL;
 }
 
+void loan_spare(struct launch *l, int mount_fd) {
+    must(mount_fd >= 0 && l->loan_mount < 0, "a mount of our own is handed out");
+}
+
 void prefetch_program(int root_fd, const char *name) {
     (void)root_fd;
     (void)name;
@@ -347,6 +351,7 @@ static void reset(void) {
     launch.rpc_socket[0] = sockets[0];
     launch.seal_pipe[0] = 0;
     launch.serve_pipe[0] = launch.serve_pipe[1] = -1;
+    launch.loan_mount = dice(4) == 0 ? fcntl(0, F_DUPFD_CLOEXEC, 8) : -1;
     calls_to_a_failure = dice(3) == 0 ? 2 + dice(40) : 1;
     for (size_t i = 0; i < LIMIT_FUSE_DEVICES; i++)
         launch.fuse_fds[i] = dice(2) == 0 ? -1 : fcntl(0, F_DUPFD_CLOEXEC, 8);

@@ -1,0 +1,175 @@
+"""A second launch of an image that is in use shows the mount that is there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from apptainer_py.base.errors import ImageGone
+from tests import images, own_install
+from tests.e2e import sharing
+from tests.e2e.sharing import hold, is_offered, servers, tell
+from tests.own_install import HostState, Household, assert_nothing_left, eventually, household
+
+FLOWS = {"setuid": (), "userns": ("-u",)}
+
+
+@pytest.fixture(scope="module")
+def own(require_root) -> Iterator[own_install.Installation]:
+    sharing.need_copies()
+    made = own_install.installation()
+    made.restore()
+    yield made
+    made.restore()
+
+
+@pytest.fixture
+def home(own) -> Iterator[Household]:
+    with household() as found:
+        yield found
+
+
+@pytest.fixture(params=list(FLOWS))
+def flow(request) -> tuple[str, ...]:
+    if request.param == "userns":
+        request.getfixturevalue("open_fuse")
+    return FLOWS[request.param]
+
+
+@pytest.fixture
+def image(own, user_tmp) -> Path:
+    """A copy, which nobody else runs."""
+    target = user_tmp / "image.sif"
+    shutil.copyfile(images.own_sif(images.shared_folder()), target)
+    target.chmod(0o644)
+    os.chown(target, own.user.pw_uid, own.user.pw_gid)
+    return target
+
+
+def test_one_server_serves_both(own, home, flow, image):
+    first = hold(own, home, *flow, image)
+    eventually(lambda: is_offered(first), "the mount is offered")
+    second = hold(own, home, *flow, image)
+    assert len(servers(home)) == 1
+    assert tell(first) == tell(second) == b"still\n"
+
+
+def test_the_server_ends_with_its_last_user(own, home, flow, image):
+    host = HostState(own.session)
+    first = hold(own, home, *flow, image)
+    eventually(lambda: is_offered(first), "the mount is offered")
+    second = hold(own, home, *flow, image)
+    assert tell(first) == b"still\n"
+    assert first.wait(20) == 0
+    assert len(servers(home)) == 1
+    assert tell(second) == b"still\n"
+    assert second.wait(20) == 0
+    assert_nothing_left(home, host)
+
+
+@pytest.mark.parametrize("victim", ["keeper", "master"])
+def test_the_first_launch_is_killed(own, home, flow, image, victim):
+    host = HostState(own.session)
+    first = hold(own, home, *flow, image)
+    eventually(lambda: is_offered(first), "the mount is offered")
+    second = hold(own, home, *flow, image)
+    os.kill(first.pid if victim == "keeper" else sharing.master_of(first), signal.SIGKILL)
+    first.wait(20)
+    assert tell(second) == b"still\n"
+    assert second.wait(20) == 0
+    assert_nothing_left(home, host)
+
+
+def test_the_servers_end_is_told_to_both(own, home, flow, image):
+    first = hold(own, home, *flow, image)
+    eventually(lambda: is_offered(first), "the mount is offered")
+    second = hold(own, home, *flow, image, stderr=subprocess.PIPE)
+    os.kill(servers(home)[0], signal.SIGKILL)
+    assert first.wait(20) == second.wait(20) == -signal.SIGKILL
+    assert second.stderr is not None
+    assert second.stderr.read().decode() == f"FATAL:   {ImageGone()}\n"
+
+
+def test_a_third_begins_anew_when_the_first_has_ended(own, home, flow, image):
+    first = hold(own, home, *flow, image)
+    eventually(lambda: is_offered(first), "the mount is offered")
+    hold(own, home, *flow, image)
+    tell(first)
+    first.wait(20)
+    hold(own, home, *flow, image)
+    assert len(servers(home)) == 2
+
+
+CHANGES = {
+    "touched": os.utime,
+    "replaced": lambda image: (
+        shutil.copyfile(image, f"{image}.new"),
+        os.rename(f"{image}.new", image),
+    ),
+    "another mode": lambda image: image.chmod(0o640),
+}
+
+
+@pytest.mark.parametrize("change", list(CHANGES))
+def test_an_image_that_has_changed_is_another(own, home, image, change):
+    first = hold(own, home, image)
+    eventually(lambda: is_offered(first), "the mount is offered")
+    CHANGES[change](image)
+    os.chown(image, own.user.pw_uid, own.user.pw_gid)
+    hold(own, home, image)
+    assert len(servers(home)) == 2
+
+
+def test_the_flows_do_not_share(own, home, image, open_fuse):
+    first = hold(own, home, image)
+    eventually(lambda: is_offered(first), "the mount is offered")
+    hold(own, home, "-u", image)
+    assert len(servers(home)) == 2
+
+
+def test_another_control_group_has_a_server_of_its_own(own, home, image):
+    """A batch system ends all that a step has begun."""
+    first = hold(own, home, image)
+    eventually(lambda: is_offered(first), "the mount is offered")
+    with sharing.another_group():
+        second = hold(own, home, image)
+        assert len(servers(home)) == 2
+        tell(second)
+        second.wait(20)
+
+
+@pytest.mark.parametrize("rule", ["limit", "ecl"])
+def test_where_rules_bind_images_nothing_is_shared(own, home, image, rule):
+    """Neither is it offered, nor taken from a launch before the rule."""
+    first = hold(own, home, image)
+    eventually(lambda: is_offered(first), "the mount is offered")
+    ecl = own.sysconfdir / "ecl.toml"
+    try:
+        if rule == "limit":
+            own.configure(
+                f"limit container owners = {own.user.pw_name}\nallow setuid-mount squashfs = no"
+            )
+        else:
+            ecl.write_text("activated = false\n")
+        second = hold(own, home, image)
+        assert len(servers(home)) == 2
+        tell(first)
+        first.wait(20)
+        assert not is_offered(second)
+    finally:
+        ecl.unlink(missing_ok=True)
+        own.restore()
+
+
+def test_many_at_once(own, home, flow, image):
+    """Whoever comes first offers; nobody waits, and nothing stays."""
+    host = HostState(own.session)
+    started = [home.adopt(own.start("exec", *flow, image, "true")) for _ in range(8)]
+    assert [process.wait(60) for process in started] == [0] * 8
+    assert_nothing_left(home, host)
