@@ -208,6 +208,7 @@ def request_bytes(
     engine_file: str = "",
     trace_fd: int = -1,
     forecast: tuple[int, int, int, int] = (0, 0, 0, 0),
+    flags: int = 0,
 ) -> bytes:
     """Return the content of a request (starter/request.h)."""
     parts = [list(arguments), [f"{name}={value}" for name, value in environment.items()]]
@@ -220,7 +221,8 @@ def request_bytes(
     head = struct.pack(
         "=8sII64sIIIi8I4I",
         b"APYREQ1\0", REQUEST_VERSION, REQUEST_BYTES, build_id.encode(), flow, 0,
-        int(trace_fd >= 0), trace_fd, len(arguments), len(environment), *offsets, at, *forecast,
+        int(trace_fd >= 0) | flags, trace_fd, len(arguments), len(environment), *offsets, at,
+        *forecast,
     )  # fmt: skip
     return head + b"".join(packed)
 

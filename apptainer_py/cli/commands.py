@@ -63,6 +63,14 @@ def _completion(parsed: Parsed) -> int:
     return 0
 
 
+def _confgen(parsed: Parsed) -> int:
+    from apptainer_py.verbs import config
+
+    *old, new = parsed.arguments
+    config.confgen(new, "".join(old))
+    return 0
+
+
 def _buildcfg(parsed: Parsed) -> int:
     from apptainer_py.base import build
 
@@ -299,6 +307,7 @@ _COMMANDS: dict[str, Callable[[Parsed], int]] = {
     "completion bash": _completion,
     "completion fish": _completion,
     "completion zsh": _completion,
+    "confgen": _confgen,
     "config check": _config_check,
     "config fakeroot": _config_fakeroot,
     "config global": _config_global,

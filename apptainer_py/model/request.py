@@ -121,6 +121,7 @@ class ActionRequest(Invocation):
     pid_file: str = ""
     pids_limit: int = 0
     rocm: bool = False
+    runscript_timeout: str = ""
     scratch: tuple[str, ...] = ()
     security: tuple[str, ...] = ()
     sharens: bool = False

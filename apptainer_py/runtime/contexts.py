@@ -285,6 +285,16 @@ class MonitorContext:
         # The program that can wait in this process's place, or nothing.
         self.watcher = watcher
 
+    def ends_within(self, seconds: float, meeting: Meeting | None = None) -> bool:
+        """Return whether there is news of the payload, or of who serves it, within a time."""
+        if meeting is not None:
+            return meeting.until(self._keeper_fd, seconds)
+        import select
+
+        events = select.poll()
+        events.register(self._keeper_fd, select.POLLIN)
+        return bool(events.poll(seconds * 1000))
+
     def wait(self, meeting: Meeting | None = None) -> int:
         """Return the payload's wait status (waitpid(2)); 255 << 8 if the starter is gone.
 

@@ -48,15 +48,17 @@ class Meeting:
         self._listener = listener
         self.mounts = mounts
 
-    def until(self, fd: int) -> None:
-        """Answer who asks, until there is something to read at `fd`."""
+    def until(self, fd: int, seconds: float = -1.0) -> bool:
+        """Answer who asks, until there is something to read at `fd`; False if time is up before."""
+        end = time.monotonic() + seconds
         events = select.poll()
         events.register(fd, select.POLLIN)
         events.register(self._listener.fileno(), select.POLLIN)
         while True:
-            ready = [number for number, _ in events.poll()]
-            if fd in ready:
-                return
+            left = None if seconds < 0 else max(0.0, 1000 * (end - time.monotonic()))
+            ready = [number for number, _ in events.poll(left)]
+            if fd in ready or not ready:
+                return fd in ready
             self._answer()
 
     def _answer(self) -> None:

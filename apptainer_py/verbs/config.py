@@ -78,6 +78,28 @@ def config_global(
     return ""
 
 
+def confgen(new: str, old: str = "", *, template: str = TEMPLATE) -> None:
+    """Write a fresh configuration file, with the values of an old one if there is one.
+
+    Raises:
+        ConfigError: the old file is not good for it, or the new one cannot be written.
+    """
+    given: dict[str, tuple[str, ...]] = {}
+    text = _template(template)
+    if old:
+        present = read(old, require_root_owned=False)
+        if present.problems:
+            raise FileWrong(file=old, reason=present.problems[0])
+        given = _given(present)
+        text = render(text, given)
+    try:
+        with open(new, "w", encoding="utf-8", errors="surrogateescape") as target:
+            target.write(text)
+    except OSError as error:
+        reason = f"cannot be written: {(error.strerror or '').lower()}"
+        raise ConfigError(file=new, reason=reason) from None
+
+
 def _template(name: str) -> str:
     try:
         with open(name, encoding="utf-8") as source:

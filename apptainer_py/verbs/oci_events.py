@@ -8,6 +8,7 @@ import time
 
 from apptainer_py.base.errors import ApptainerError
 from apptainer_py.engines.oci.groups import groups_of
+from apptainer_py.model.duration import seconds_of
 from apptainer_py.model.json_out import dumps
 from apptainer_py.runtime.containers import ContainerError, StateDir
 
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from apptainer_py.host.cgroups import Manager
     from apptainer_py.model.oci_call import OciCall
 
-_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-
 
 def duration_seconds(word: str) -> float:
     """Return a duration as Go writes it: "5s", "1m30s", "250ms".
@@ -27,19 +26,11 @@ def duration_seconds(word: str) -> float:
     Raises:
         ContainerError: it is none.
     """
-    total, number, rest = 0.0, "", word
-    while rest:
-        if rest[0].isdecimal() or rest[0] == ".":
-            number, rest = number + rest[0], rest[1:]
-            continue
-        unit = next((u for u in ("ns", "us", "µs", "ms", "s", "m", "h") if rest.startswith(u)), "")
-        if not unit or not number:
-            break
-        total, number, rest = total + float(number) * _UNITS[unit], "", rest[len(unit) :]
-    if rest or number or not word:
+    try:
+        return seconds_of(word)
+    except ValueError:
         text = f'invalid value "{word}" for flag -interval: parse error'
-        raise ContainerError(text=text)
-    return total
+        raise ContainerError(text=text) from None
 
 
 def _line(kind: str, name: str, data: object) -> str:

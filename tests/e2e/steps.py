@@ -22,12 +22,14 @@ from tests.own_install import Household, eventually
 # What belongs to the oci engine is no part of these launches: its steps, its rows from JOIN on.
 FIRST_OF_OCI = protocol.STEP_FORK_INIT
 FIRST_OF_INIT = protocol.OP_JOIN
-# Layers of overlays, --fakeroot, and a mount of another launch. Those of instances and of root's
-# janitor have none to kill yet: both go on when the command has ended (test_instances.py,
-# test_cni.py and test_limits.py kill). OFFER_MOUNT needs two launches (test_sharing.py).
+# Layers of overlays, --fakeroot, root's janitor, and a mount of another launch. What is left of
+# instances and joins has a table of its own (test_kill_instances.py), for they go on when the
+# command has ended. OFFER_MOUNT needs two launches (test_sharing.py).
 LATER_STEPS = (
-    "FORK_LAYER", "OWN_NAMESPACE", "MAP_IDS", "FORK_ID_MAPPER", "BECOME_ROOT", "TAKE_MOUNT",
+    "FORK_LAYER", "OWN_NAMESPACE", "MAP_IDS", "FORK_ID_MAPPER", "BECOME_ROOT", "FORK_JANITOR",
+    "DROP_JANITOR", "TAKE_MOUNT",
 )  # fmt: skip
+LATER_OPERATIONS = ("NETNS", "JANITOR", "SPACE")
 STEPS = {
     name[5:]: value
     for name, value in vars(protocol).items()
@@ -38,7 +40,9 @@ STEPS = {
 OPERATIONS = {
     name[3:]: 100 + value
     for name, value in vars(protocol).items()
-    if name.startswith("OP_") and isinstance(value, int) and value < FIRST_OF_INIT
+    if name.startswith("OP_")
+    and isinstance(value, int)
+    and (value < FIRST_OF_INIT or name[3:] in LATER_OPERATIONS)
 }
 ROLES = {
     value: name[5:]
@@ -78,8 +82,9 @@ class Engine(Operations):
         context.want_host_helpers()
         context.tell_start(b"")
         context.plan(ContainerPlan(
-            image="", uid=context.facts.uid, gid=context.facts.gid, spaces=0,
-            flags=protocol.PLANFLAG_NO_NEW_PRIVS, fuse_count=0, caps=(0, 0, 0, 0, 0)))
+            image="", uid=context.facts.uid, gid=context.facts.gid,
+            spaces=protocol.SPACE_NET, flags=protocol.PLANFLAG_NO_NEW_PRIVS, fuse_count=0,
+            caps=(0, 0, 0, 0, 0)))
 
     def create_container(self, context):
         assert context.call("ping", b"x") == b"x"
@@ -88,6 +93,7 @@ class Engine(Operations):
         facts = os.stat("{tree}")
         os.close(mounting.root_directory("{tree}", facts.st_dev, facts.st_ino, 1, "root"))
         os.close(mounting.layer(protocol.LAYERKIND_NONE, "layer"))
+        os.close(mounting.space(0))
         mounting.pivot()
 
     def start_process(self, context):
@@ -137,7 +143,7 @@ FLOWS = {
     "not allowed": (words(), "allow setuid = no", "sif", ["PLAIN_STARTER"]),
     "engine": (("apptainer-py", "x"), "", "sandbox", [
         "HOST_HELPERS", "FORK_HELPER", "DROP_HELPER", "LOAD_HELPER", "FORK_METHODS",
-        "DROP_METHODS", "LOAD_METHODS",
+        "DROP_METHODS", "LOAD_METHODS", "SPACE",
     ]),
     "engine gives up": (("apptainer-py", "plain"), "", "sandbox", ["OP_PLAIN_STARTER"]),
     "overlays": (words("-p", "--overlay", "{overlay}", "--overlay", "{squashfs}"), "", "sif", [
@@ -149,8 +155,13 @@ FLOWS = {
     "fakeroot": (words("-f"), "", "sif", [
         "OWN_NAMESPACE", "MAP_IDS", "BECOME_ROOT", "DROP_RPC", "DROP_STAGE2", "GO",
     ]),
+    "limits": (words("--pids-limit", "100"), "", "sif", [
+        "JANITOR", "FORK_JANITOR", "DROP_JANITOR",
+    ]),
+    "netns": (words("--netns-path", "{netns}"), "", "sif", ["NETNS"]),
     "userns fakeroot": (words("-f"), "", "sif", ["MAP_IDS", "FORK_ID_MAPPER", "BECOME_ROOT"]),
 }  # fmt: skip
+ROOT_FLOWS = ("limits", "netns")
 # What the launcher foresees: kinds, namespaces, flags, the image's place among the arguments.
 FORESEEN = 1 | 2 | 4
 PID_AND_UTS = protocol.SPACE_PID | protocol.SPACE_UTS
@@ -197,9 +208,17 @@ HERE = rows({flow: row[3] for flow, row in FLOWS.items()})
 FROM_OUTSIDE = [(name, END) for name in (*BECOMES_ANOTHER, "OP_PLAIN_STARTER")]
 
 
+def flow_of(flow: str) -> int:
+    """Return the flow that the launcher would choose for one of the table."""
+    if flow in ROOT_FLOWS:
+        return protocol.FLOW_ROOT
+    plain = flow in ("userns", "engine", "engine gives up", "userns fakeroot")
+    return protocol.FLOW_USERNS if plain else protocol.FLOW_SETUID
+
+
 def launch(
     world: Any, flow: str, *, die: str = "", wait: str = "", trace: Path | None = None,
-    inherited: Sequence[int] = (), script: str = "echo ran",
+    inherited: Sequence[int] = (), script: str = "echo ran", netns: str = "/proc/self/ns/net",
 ) -> subprocess.Popen[bytes]:  # fmt: skip
     """Start the starter as the launcher does, with variables that it would not pass on."""
     arguments, configuration, kind, _ = FLOWS[flow]
@@ -212,13 +231,19 @@ def launch(
     target = trace or Path("/dev/null")
     trace_fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.set_inheritable(trace_fd, True)
-    setuid = flow not in ("userns", "engine", "engine gives up", "userns fakeroot")
-    places = {"place": world.place, "overlay": world.overlay, "squashfs": world.squashfs}
+    setuid = flow_of(flow) == protocol.FLOW_SETUID
+    root = flow in ROOT_FLOWS
+    places = {
+        "place": world.place,
+        "netns": netns,
+        "overlay": world.overlay,
+        "squashfs": world.squashfs,
+    }
     content = own_install.request_bytes(
         world.build_id,
         [word.format(image=image, script=script, **places) for word in arguments],
         own.environment(),
-        flow=protocol.FLOW_SETUID if setuid else protocol.FLOW_USERNS,
+        flow=flow_of(flow),
         cwd="/",
         engine="engine" if engine else "apptainer",
         engine_file=str(world.engine) if engine else "",
@@ -237,7 +262,7 @@ def launch(
             stderr=subprocess.PIPE,
             start_new_session=True,
             cwd="/",
-            **own.identity(),
+            **({} if root else own.identity()),
         )
     finally:
         os.close(request)

@@ -173,3 +173,51 @@ def test_root_is_root_without_more_than_it_had(product: SimpleNamespace, demo_si
                                          "/proc/self/status"])  # fmt: skip
     lines = dict(line.split(":\t", 1) for line in drop.stdout.splitlines() if ":\t" in line)
     assert int(lines["CapEff"], 16) & 1 == 0
+
+
+# ---- --runscript-timeout ----
+
+
+def hanging(copied: Path, text: str) -> Path:
+    """Make a copy whose environment takes that long to read."""
+    folder = copied / ".singularity.d/env"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "50-slow.sh").write_text(text)
+    (folder / "50-slow.sh").chmod(0o755)
+    return copied
+
+
+def test_an_environment_that_does_not_end(launch: Run, copied: Path) -> None:
+    image = hanging(copied, "while :; do :; done\n")
+    for more in ((), ("-p",)):
+        done = launch("run", *more, "--runscript-timeout", "200ms", image)
+        assert done.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL)
+        assert done.stderr.count("FATAL") == 1
+        assert "context deadline exceeded: the image's environment was not read" in done.stderr
+
+
+def test_a_runscript_may_take_its_time(launch: Run, copied: Path) -> None:
+    image = hanging(copied, "A=$(echo b); export A\n")
+    script = image / ".singularity.d/runscript"
+    script.write_text("#!/bin/sh\nsleep 1\necho done $A\n")
+    script.chmod(0o755)
+    done = launch("run", "--runscript-timeout", "300ms", image)
+    assert (done.returncode, done.stdout) == (0, "done b\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("bad", 'time: invalid duration "bad"'),
+        ("5", 'time: missing unit in duration "5"'),
+        ("0s", "context deadline exceeded: --runscript-timeout 0s"),
+    ],
+)
+def test_what_is_no_timeout(launch: Run, described: Path, value: str, said: str) -> None:
+    for words, env in (
+        (("--runscript-timeout", value), {}),
+        ((), {"APPTAINER_RUNSCRIPT_TIMEOUT": value}),
+    ):
+        done = launch("run", *words, described, env=env)
+        assert (done.returncode, done.stdout) == (255, "")
+        assert done.stderr.splitlines()[0] == f"FATAL:   {said}"

@@ -32,6 +32,15 @@ from tests.e2e.steps import (
 from tests.own_install import HostState, assert_nothing_left, eventually, household
 
 
+def orphaned_groups() -> list[str]:
+    """Return the control groups of launches that have ended (engines/apptainer/limits.py)."""
+    tops = [
+        *Path("/sys/fs/cgroup").glob("apptainer-py-*"),
+        *Path("/sys/fs/cgroup").glob("*/apptainer-py-*"),
+    ]
+    return [str(top) for top in tops if not Path("/proc", top.name.rpartition("-")[2]).exists()]
+
+
 def kill_at(world, flow: str, name: str, end: int) -> None:
     with household() as home:
         host = HostState(world.own.session, world.place)
@@ -39,6 +48,7 @@ def kill_at(world, flow: str, name: str, end: int) -> None:
         status, out, err = finish(process)
         assert b"STEPS:   a process dies here" in err, (status, out, err)
         assert_nothing_left(home, host)
+        eventually(lambda: not orphaned_groups(), "the control groups are gone")
     # The command ends as the killed one, or with its own word for it, or had done its work.
     assert status in ends(), (status, err)
     if name in HARMLESS:

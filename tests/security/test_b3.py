@@ -19,9 +19,10 @@ from pathlib import Path
 
 import pytest
 
+from apptainer_py.model import protocol
 from apptainer_py.model.directive_table import ROWS
 from tests import images, own_install
-from tests.e2e import test_oci_images
+from tests.e2e import steps, test_oci_images
 from tests.own_install import Installation, files, read_until
 
 FLOWS = {"setuid": (), "userns": ("-u",)}
@@ -44,7 +45,7 @@ ABSENT = {
     "S25": "no port is forwarded",
 }
 # Rows of what has come since; whoever builds it names a test after the row.
-LATER = {"S04", "S10", "S11", "S20", "S21"}
+LATER = {"S10", "S11", "S20"}
 
 
 @pytest.fixture(scope="module")
@@ -346,6 +347,64 @@ def test_s16_identities_are_random(tmp_path):
         sif_write.write_sif(str(target), str(packed), arch="amd64")
         seen.add(target.read_bytes()[48:64])
     assert len(seen) == 4
+
+
+def test_s21_no_plugin_runs_for_a_user(own, place):
+    """CVE-2023-38496: around CNI nothing of a user's launch has a right, for nothing is run."""
+    ran = place / "ran"
+    plugin = place / "bridge"
+    plugin.write_text(f"#!/bin/sh\ntouch {ran}\n")
+    plugin.chmod(0o755)
+    name = own.user.pw_name
+    own.configure(
+        f"cni plugin path = {place}\nallow net users = {name}\nallow net networks = bridge"
+    )
+    image = images.own_sif(images.shared_folder())
+    for words in (("--net",), ("--network", "bridge"), ("--net", "--network-args", "IP=1.2.3.4")):
+        for flow in ((), ("-u",)):
+            done = own.run("exec", *flow, *words, image, "true")
+            assert done.returncode == 255
+            assert "CNI networks are for root" in done.stderr
+    assert not ran.exists()
+
+
+# In an engine that mounts a tree (tests/e2e/steps.py): what root's launch tells its janitor.
+CLEANING = """
+        janitor = mounting.janitor()
+        for path in {paths}:
+            janitor.group(path)
+        mounting.pivot()
+        janitor.end(wait=False)
+"""
+
+
+def test_s21_nothing_but_control_groups_is_removed(own, place):
+    """Whatever is told to be undone: a directory that is none of cgroupfs stays, root's too."""
+    victim, link = place / "victim", place / "link"
+    (victim / "below").mkdir(parents=True)
+    link.symlink_to("/sys/fs/cgroup")
+    told = [str(victim), f"{place}/../{place.name}/victim", str(link), "/proc/1", "/nonexistent"]
+    engine = place / "engine.py"
+    text = steps.ENGINE.format(tree=images.small_tree(images.shared_folder()))
+    text = text.replace("        os.close(mounting.space(0))\n", "")  # a user namespace's alone
+    engine.write_text(text.replace("        mounting.pivot()\n", CLEANING.format(paths=told)))
+    content = own_install.request_bytes(
+        own.facts()["BUILD_ID"],
+        ["apptainer-py", "x"],
+        own.environment(), flow=protocol.FLOW_ROOT, cwd="/", engine="engine",
+        engine_file=str(engine),
+    )  # fmt: skip
+    request = own_install.sealed(content)
+    try:
+        done = subprocess.run(
+            ["Apptainer runtime parent", str(request)], executable=own.libexec / "starter",
+            pass_fds=(request,), env={}, cwd="/", capture_output=True, check=False, timeout=60,
+        )  # fmt: skip
+    finally:
+        os.close(request)
+    assert (done.returncode, done.stdout) == (0, b"ran\n"), done.stderr
+    assert sorted(path.name for path in place.iterdir()) == ["engine.py", "link", "victim"]
+    assert (victim / "below").is_dir()
 
 
 # ---- what a false /proc could hide ----

@@ -17,7 +17,7 @@ import pytest
 
 from tests import images
 from tests.e2e.test_instances import STARTED, Instances
-from tests.own_install import eventually
+from tests.own_install import descendants, eventually
 
 NAME = "apy-test-1"
 NAMED = 'import ctypes, time; ctypes.CDLL(None).prctl(15, b"appinit"); time.sleep(60)'
@@ -139,6 +139,49 @@ def test_nobody_enters_what_another_program_has_started(own: Instances, image: P
     finally:
         parent.kill()
         parent.wait()
+
+
+@pytest.mark.parametrize("claim", ["init", "self", "another's", "own program", "own container"])
+@pytest.mark.parametrize("userns", [False, True])
+def test_s04_no_record_leads_into_another_namespace(
+    own: Instances, image: Path, claim: str, userns: bool
+) -> None:
+    """CVE-2019-11328: whatever process the record names, nobody comes into its namespaces."""
+    left: list[subprocess.Popen[bytes]] = []
+    pid = {"init": 1, "self": os.getpid()}.get(claim, 0)
+    if claim == "another's":
+        left.append(subprocess.Popen(["/usr/bin/unshare", "-mp", "--fork", "/bin/sleep", "60"]))
+    elif claim == "own program":
+        left.append(as_user(own, "/bin/sleep", "60"))
+    elif claim == "own container":
+        line = [own.program, "exec", "-p", str(image), "/bin/sleep", "60"]
+        left.append(as_user(own, *line, env={"HOME": str(own.home)}, cwd="/"))
+    try:
+        if left:
+            children = Path(f"/proc/{left[0].pid}/task/{left[0].pid}/children")
+            if claim == "own container":  # its shim: our own program, but no instance's keeper
+                eventually(lambda: "appinit" in names_below(left[0].pid), "the shim is there")
+                pid = names_below(left[0].pid)["appinit"]
+            elif claim == "another's":
+                eventually(children.read_text, "the child is there")
+                pid = int(children.read_text().split()[0])
+            else:
+                pid = left[0].pid
+        forge(own, **facts_of(pid), userns=userns)
+        before = os.readlink("/proc/self/ns/mnt")
+        for option in ([], ["-u"]):
+            done = own.run("exec", *option, f"instance://{NAME}", "readlink", "/proc/self/ns/mnt")
+            assert (done.returncode, done.stdout) == (255, ""), done.stdout
+            assert len([line for line in done.stderr.splitlines() if "FATAL" in line]) == 1
+        assert os.readlink("/proc/self/ns/mnt") == before
+    finally:
+        for process in left:
+            process.kill()
+            process.wait()
+
+
+def names_below(pid: int) -> dict[str, int]:
+    return {name: number for number, (_, _, name) in descendants(pid).items()}
 
 
 def test_no_log_is_written_through_a_link(own: Instances, image: Path, user_tmp: Path) -> None:

@@ -24,6 +24,7 @@ class Apptainer(Operations):
 
     prepared: Prepared | None = None
     joined: Joined | None = None
+    patience: float = 0.0
 
     def init_config(self, context: InitContext) -> None:
         """Load what the later hooks of this stage need, while the host's files are there."""
@@ -35,6 +36,10 @@ class Apptainer(Operations):
         """Judge image, options and policy; plan mounts, identity and process."""
         from apptainer_py.engines.apptainer.prepare import prepare, prepare_join
 
+        if context.action is not None and context.action.runscript_timeout:
+            from apptainer_py.engines.apptainer import patience
+
+            self.patience = patience.read(context.action.runscript_timeout)
         if context.action is not None and context.action.image.startswith("instance://"):
             self.joined = prepare_join(context)
         else:
@@ -63,8 +68,16 @@ class Apptainer(Operations):
             self.prepared.service.stands(context.pid)
 
     def monitor_container(self, context: MonitorContext) -> int:
-        """Wait for the payload's end; meanwhile other ranks may come into the container."""
-        return context.wait(self.prepared.meeting if self.prepared is not None else None)
+        """Wait for the payload's end, and with --runscript-timeout for its start.
+
+        Meanwhile other ranks may come into the container.
+        """
+        meeting = self.prepared.meeting if self.prepared is not None else None
+        if self.patience:
+            from apptainer_py.engines.apptainer import patience
+
+            patience.watch(context, self.patience, meeting)
+        return context.wait(meeting)
 
     def cleanup_container(self, context: CleanupContext) -> None:
         """Mounts die with their namespace; what else there is goes with the launch's last."""

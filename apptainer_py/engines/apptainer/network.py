@@ -32,9 +32,10 @@ class RootOnly(NotPermitted):
     """A network that only root can have."""
 
     message = (
-        "container creation failed: networks other than none and user are not supported yet for "
-        "users other than root: use `--network user`, or leave --net out for the host's network"
+        "container creation failed: CNI networks are for root, whatever `allow net networks` says: "
+        "their plugins run as root, and nothing of a user's launch does"
     )
+    hint = "use `--network user` or `--network none`, or leave --net out for the host's network"
 
 
 class NotAnAddress(LaunchError):

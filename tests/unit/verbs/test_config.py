@@ -270,3 +270,37 @@ def test_same_answers_as_apptainer(tmp_path: Path) -> None:
                 expected[0],
                 expected[1].replace(", ", ",").replace(",", ", "),
             ), (words, key)
+
+
+# ---- confgen ----
+
+
+def test_confgen_writes_the_template(tmp_path: Path) -> None:
+    verb.confgen(str(tmp_path / "new"), template=str(SHIPPED))
+    assert (tmp_path / "new").read_text() == SHIPPED.read_text()
+
+
+def test_confgen_keeps_the_values_of_an_old_file(tmp_path: Path, conf: Path) -> None:
+    act(conf, "set", "max loop devices", "7")
+    act(conf, "set", "limit container paths", "/data")
+    conf.write_text(conf.read_text().replace("# ", "# old comment "))
+    verb.confgen(str(tmp_path / "new"), str(conf), template=str(SHIPPED))
+    written = (tmp_path / "new").read_text()
+    assert "\nmax loop devices = 7\n" in written
+    assert "\nlimit container paths = /data\n" in written
+    assert "old comment" not in written
+
+
+@pytest.mark.parametrize(("old", "new"), [("none", "new"), ("", "none/new")])
+def test_confgen_refuses_in_one_line(tmp_path: Path, old: str, new: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        verb.confgen(str(tmp_path / new), old and str(tmp_path / old), template=str(SHIPPED))
+    assert "no such file or directory" in str(raised.value)
+    assert not (tmp_path / "new").exists()
+
+
+def test_confgen_refuses_what_is_wrong(tmp_path: Path, conf: Path) -> None:
+    conf.write_text("allow setuid = perhaps\n")
+    with pytest.raises(FileWrong):
+        verb.confgen(str(tmp_path / "new"), str(conf), template=str(SHIPPED))
+    assert not (tmp_path / "new").exists()
