@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _TOOLS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _MS_NOSUID, _MS_NODEV = 2, 4
+_INITIAL_USERNS = "user:[4026531837]"
 _LATER = (
     "docker-archive", "docker-daemon", "oras", "library", "http", "https", "yum", "dnf", "zypper",
     "arch", "busybox", "docker",
@@ -176,19 +177,15 @@ def _unsquash(fd: int, offset: int, order: Order) -> None:
 
 
 def _from_sandbox(image: OpenImage, order: Order) -> None:
-    if order.may_share and _lay_over(image, order):
+    own = _is_own(image)
+    if own and order.may_share and _lay_over(image, order):
         return
     import subprocess
 
-    argv = [
-        "/bin/cp",
-        "-a",
-        "--reflink=auto",
-        "-T",
-        "--",
-        f"/proc/self/fd/{image.fd}/.",
-        order.root,
-    ]
+    # What belongs to somebody else cannot be given to him again.
+    how = ["-a"] if own and order.owns_all else ["-dR", "--preserve=mode,timestamps,links"]
+    argv = ["/bin/cp", *how, "--reflink=auto", "-T", "--", f"/proc/self/fd/{image.fd}/."]
+    argv.append(order.root)
     with report.working("Copying"):
         done = subprocess.run(
             argv,
@@ -201,6 +198,20 @@ def _from_sandbox(image: OpenImage, order: Order) -> None:
     if done.returncode:
         lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
         raise ConveyorFailed(reason=lines[0] if lines else f"cp: status {done.returncode}")
+
+
+def _is_own(image: OpenImage) -> bool:
+    """Return whether a sandbox, and what a build changes in it, is of the build's own root."""
+    if os.readlink("/proc/self/ns/user") == _INITIAL_USERNS:
+        return True
+    for name in ("", "/etc", "/.singularity.d", "/.singularity.d/env", "/.singularity.d/actions"):
+        try:
+            facts = os.lstat(f"/proc/self/fd/{image.fd}{name}/.")
+        except OSError:
+            continue
+        if facts.st_uid != 0:
+            return False
+    return True
 
 
 def _lay_over(image: OpenImage, order: Order) -> bool:

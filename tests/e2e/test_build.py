@@ -215,6 +215,20 @@ def test_from_scratch_and_back(build: Callable[..., str], place: SimpleNamespace
     assert "scratch" in (box / ".singularity.d/bootstrap_history/Apptainer0").read_text()
 
 
+def test_a_sandbox_of_somebody_else(
+    build: Callable[..., str], place: SimpleNamespace, readable_tmp: Path
+) -> None:
+    tree = readable_tmp / "of-root"
+    (tree / ".singularity.d/env").mkdir(parents=True)
+    (tree / "etc").mkdir()
+    (tree / "etc/file").write_text("x")
+    for words in (("of-root.sif",), ("--sandbox", "of-root.box")):
+        done = build(*words, str(tree))
+        assert done.returncode == 0, done.stderr
+    assert (place.folder / "of-root.box/etc/file").stat().st_uid != 0
+    assert sorted(os.listdir(tree)) == [".singularity.d", "etc"]
+
+
 def test_without_subordinate_ids(build: Callable[..., str], place: SimpleNamespace) -> None:
     definition = HEADER + "%post\n id -u; touch /o; chown 5:6 /o || echo no such id\n"
     words = ("--ignore-subuid", "--ignore-fakeroot-command")
