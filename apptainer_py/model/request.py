@@ -117,6 +117,8 @@ class ActionRequest(Invocation):
     oci: bool = False
     oom_kill_disable: bool = False
     overlay: tuple[str, ...] = ()
+    passphrase: bool = False
+    pem_path: str = ""
     pid: bool = False
     pid_file: str = ""
     pids_limit: int = 0

@@ -148,7 +148,7 @@ class Creation:
             self.root = layering.root_extfs(self)
         elif prepared.fuse:
             self.root = self.mounting.root_fuse(0, prepared.what)
-            self.mounting.serve_image(0, image.fd, prepared.offset, prepared.what)
+            self.mounting.serve_image(0, prepared.root_fd, prepared.offset, prepared.what)
         else:
             facts = (image.dev, image.ino, prepared.offset, prepared.size_bytes)
             self.root = self.mounting.root_squashfs(image.realpath, facts, prepared.what)

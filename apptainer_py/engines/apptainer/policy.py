@@ -33,6 +33,8 @@ class ImageNotPermitted(NotPermitted):
     message = "{reason}"
 
 
+# File systems whose image is `allow container encrypted`'s.
+ENCRYPTED = ("gocryptfs", "encrypted-squashfs")
 ECL_FILE = f"{SYSCONFDIR}/ecl.toml"
 _KINDS = {
     "sif": ("allow container sif", "unencrypted SIF containers"),
@@ -67,7 +69,7 @@ def check_image(facts: Facts, image: OpenImage) -> None:
         NotSupported: image files are to be mounted by a driver that we have not.
     """
     key, words = _KINDS[image.kind]
-    if not facts.configuration[key]:
+    if not facts.configuration[key] and not _is_encrypted(image):
         raise Disallowed(kind=words)
     if facts.configuration["image driver"] and image.kind != "sandbox":
         raise NotSupported(what="`image driver` in the configuration")
@@ -94,6 +96,23 @@ def check_signers(facts: Facts, image: OpenImage) -> None:
         from apptainer_py.engines.apptainer import ecl
 
         ecl.check(facts, image)
+
+
+def _is_encrypted(image: OpenImage) -> bool:
+    """Return whether it is for `allow container encrypted` to say."""
+    if image.kind != "sif":
+        return False
+    from apptainer_py.image import sif
+
+    try:
+        return sif.primary_partition(image.fd).fs in ENCRYPTED
+    except sif.SifError:
+        return False
+
+
+def judges_images(facts: Facts) -> bool:
+    """Return whether single images are judged, not their kinds alone."""
+    return images_are_limited(facts) or _has_ecl()
 
 
 def _has_ecl() -> bool:

@@ -214,7 +214,7 @@ def judge(
     action = choose_drivers(prepared, action, context)
     action = choose_fuses(prepared, action, context)
     degree = choose_fakeroot(prepared, action, facts)
-    choose_root(prepared, action, facts)
+    choose_root(prepared, action, context)
     choose_layer(prepared, action, facts)
     if action.overlay or prepared.overlays or (action.writable and prepared.image.kind == "sif"):
         from apptainer_py.engines.apptainer import layers
@@ -410,9 +410,9 @@ def open_file(action: ActionRequest) -> OpenImage:
         raise ImageUnusable(reason=f"While checking container encryption: {error}") from None
 
 
-def choose_root(prepared: Prepared, action: ActionRequest, facts: Facts) -> None:
+def choose_root(prepared: Prepared, action: ActionRequest, context: PrepareContext) -> None:
     """Find the root file system, and who may mount it: the kernel, or an image server."""
-    image = prepared.image
+    image, facts = prepared.image, context.facts
     prepared.what = f"cannot mount {image.path}"
     prepared.size_bytes = image.size_bytes
     prepared.offset = image.offset
@@ -421,7 +421,7 @@ def choose_root(prepared: Prepared, action: ActionRequest, facts: Facts) -> None
         prepared.read_only_root = not action.writable
         return
     if image.kind == "sif":
-        choose_partition(prepared)
+        choose_partition(prepared, action, context)
     elif image.kind == "ext3":
         prepared.root_fs = "ext3"
         prepared.size_bytes -= image.offset
@@ -430,8 +430,9 @@ def choose_root(prepared: Prepared, action: ActionRequest, facts: Facts) -> None
         return
     if action.writable and image.kind != "sif":
         raise NotWritable(image=image.path)
-    # The kernel mounts nothing by a device in a namespace of the user's.
-    prepared.fuse = prepared.inner or not policy.kernel_may_mount(facts)
+    # The kernel mounts nothing by a device in a namespace of the user's, and no nameless memory.
+    decrypted = prepared.root_fd != image.fd
+    prepared.fuse = prepared.inner or decrypted or not policy.kernel_may_mount(facts)
     if prepared.fuse and not os.path.exists(IMAGE_SERVER):
         raise ServerMissing(path=IMAGE_SERVER)
     prepared.fuse_count = 1 if prepared.fuse else 0
@@ -454,7 +455,7 @@ def choose_extfs(prepared: Prepared, action: ActionRequest, facts: Facts) -> Non
     prepared.fuse_count = extfs.ROOT_DEVICE + 1 if prepared.fuse else 0
 
 
-def choose_partition(prepared: Prepared) -> None:
+def choose_partition(prepared: Prepared, action: ActionRequest, context: PrepareContext) -> None:
     """Take the primary system partition of a SIF file."""
     from apptainer_py.image.sif import NoRootFileSystem, SifError, layout
 
@@ -466,12 +467,17 @@ def choose_partition(prepared: Prepared) -> None:
         raise ImageUnusable(reason=f"While checking container encryption: {error}") from None
     prepared.root_fs = partition.fs
     prepared.overlays = len(found.overlays)
+    prepared.offset = partition.offset
+    prepared.size_bytes = partition.size_bytes
+    if partition.fs in policy.ENCRYPTED:
+        from apptainer_py.engines.apptainer import encrypted
+
+        encrypted.open_root(prepared, partition, action, context)
+        return
     if partition.fs not in ("squashfs", "ext3"):
         raise ImageUnusable(
             reason=f"{image.path}: a root file system of type {partition.fs} is not supported yet"
         )
-    prepared.offset = partition.offset
-    prepared.size_bytes = partition.size_bytes
 
 
 def choose_layer(prepared: Prepared, action: ActionRequest, facts: Facts) -> None:

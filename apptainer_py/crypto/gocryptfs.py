@@ -1,0 +1,223 @@
+"""gocryptfs inside a SIF file: the one encrypted squashfs is written, decrypted, to an open file.
+
+Runs as a program of its own, so that `cryptography` is never loaded in a stage. The key, or what
+leads to it, comes through a pipe; nothing secret is ever in a command line or an environment.
+Formats: gocryptfs 2 with HKDF and 128-bit nonces, as the real one writes them (facts §5.4).
+"""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import os
+import sys
+from base64 import b64decode
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Iterator
+    from typing import Any
+
+_TOLD_FD, _IMAGE_FD, _OUT_FD = 3, 4, 5
+_UNSQUASHFS = "/usr/bin/unsquashfs"
+_CONF = "gocryptfs.conf"
+_BLOCK, _NONCE, _TAG, _FILE_ID = 4096, 16, 16, 16
+_HEADER = 2 + _FILE_ID
+_FLAGS = {"HKDF", "GCMIV128", "PlaintextNames"}
+# What a hostile image may make us compute: scrypt's memory is 128 * N * R bytes.
+_MOST_SCRYPT_BYTES = 1 << 28
+_MOST_CONF_BYTES = 1 << 16
+_MOST_TYPED_BYTES = 4096
+
+
+class Unreadable(Exception):
+    """Says in one line why the image cannot be decrypted."""
+
+
+def key_from_pem(pem: bytes, message: bytes) -> bytes:
+    """Return the key that a SIF file's cryptographic message holds for a private RSA key.
+
+    Raises:
+        Unreadable: it is for another key, or one of them is malformed.
+    """
+    from cryptography.hazmat.primitives import hashes, serialization  # type: ignore[import-not-found,unused-ignore]
+    from cryptography.hazmat.primitives.asymmetric import padding, rsa  # type: ignore[import-not-found,unused-ignore]
+
+    try:
+        private = serialization.load_pem_private_key(pem, password=None)
+    except (ValueError, TypeError) as error:
+        raise Unreadable(f"invalid encryption private key: {error}") from None
+    if not isinstance(private, rsa.RSAPrivateKey):
+        raise Unreadable("invalid encryption private key: it is no RSA key")
+    oaep = padding.OAEP(mgf=padding.MGF1(hashes.SHA256()), algorithm=hashes.SHA256(), label=None)
+    try:
+        key: bytes = private.decrypt(_octets(message), oaep)
+    except ValueError:
+        raise Unreadable(
+            "the private key is not the one that the image was encrypted for"
+        ) from None
+    return key
+
+
+def _octets(message: bytes) -> bytes:
+    """Return what is in the ASN.1 octet string of a PEM block of type MESSAGE."""
+    lines = message.strip().splitlines()
+    if len(lines) < 3 or lines[0] != b"-----BEGIN MESSAGE-----":
+        raise Unreadable("the image's cryptographic message is malformed")
+    der = b64decode(b"".join(lines[1:-1]))
+    if len(der) < 2 or der[0] != 4:
+        raise Unreadable("the image's cryptographic message is malformed")
+    start = 2 + (der[1] & 0x7F if der[1] & 0x80 else 0)
+    return der[start:]
+
+
+def master_key(conf: bytes, password: bytes) -> bytes:
+    """Return the key of a file system, from its gocryptfs.conf and a password.
+
+    Raises:
+        Unreadable: the password is wrong, or the file system is of another kind.
+    """
+    import json
+
+    try:
+        facts: dict[str, Any] = json.loads(conf)
+        scrypt = facts["ScryptObject"]
+        n, r, p = int(scrypt["N"]), int(scrypt["R"]), int(scrypt["P"])
+        salt, encrypted = b64decode(scrypt["Salt"]), b64decode(facts["EncryptedKey"])
+        flags = set(facts["FeatureFlags"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise Unreadable(f"{_CONF} is malformed: {error}") from None
+    if facts.get("Version") != 2 or flags != _FLAGS:
+        raise Unreadable(f"gocryptfs with the features {', '.join(sorted(flags))} is not supported")
+    if 128 * n * r > _MOST_SCRYPT_BYTES or not 0 < p <= 4 or scrypt.get("KeyLen") != 32:
+        raise Unreadable(f"{_CONF} asks for more work than is reasonable")
+    try:
+        hashed = hashlib.scrypt(
+            password, salt=salt, n=n, r=r, p=p, dklen=32, maxmem=2 * _MOST_SCRYPT_BYTES
+        )
+    except ValueError as error:
+        raise Unreadable(f"{_CONF} is malformed: {error}") from None
+    return _open(_content_key(hashed), encrypted, bytes(8), "the key is wrong")
+
+
+def _content_key(key: bytes) -> Any:
+    from cryptography.hazmat.primitives import hashes  # type: ignore[import-not-found,unused-ignore]
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM  # type: ignore[import-not-found,unused-ignore]
+    from cryptography.hazmat.primitives.kdf.hkdf import HKDF  # type: ignore[import-not-found,unused-ignore]
+
+    info = b"AES-GCM file content encryption"
+    return AESGCM(HKDF(hashes.SHA256(), length=32, salt=None, info=info).derive(key))
+
+
+def _open(cipher: Any, block: bytes, associated: bytes, wrong: str) -> bytes:
+    from cryptography.exceptions import InvalidTag  # type: ignore[import-not-found,unused-ignore]
+
+    if len(block) < _NONCE + _TAG:
+        raise Unreadable("the encrypted data is cut short")
+    try:
+        opened: bytes = cipher.decrypt(block[:_NONCE], block[_NONCE:], associated)
+    except InvalidTag:
+        raise Unreadable(wrong) from None
+    return opened
+
+
+def decrypt(key: bytes, source: Any) -> Iterator[bytes]:
+    """Return the plain text of one file's cipher text, block by block.
+
+    Raises:
+        Unreadable: a block was changed, or is missing.
+    """
+    head = source.read(_HEADER)
+    if len(head) != _HEADER or head[:2] != b"\0\2":
+        raise Unreadable("the encrypted data has no header")
+    cipher, number = _content_key(key), 0
+    while block := source.read(_NONCE + _BLOCK + _TAG):
+        associated = number.to_bytes(8, "big") + head[2:]
+        if not any(block):
+            yield bytes(max(0, len(block) - _NONCE - _TAG))  # a hole
+        else:
+            yield _open(cipher, block, associated, f"block {number} of the image was changed")
+        number += 1
+
+
+def _cat(image_fd: int, offset: int, name: str) -> subprocess.Popen[bytes]:
+    import subprocess
+
+    argv = [_UNSQUASHFS, "-o", str(offset), "-cat", f"/proc/self/fd/{image_fd}", name]
+    return subprocess.Popen(
+        argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, pass_fds=(image_fd,), env={}
+    )
+
+
+def _name_of_cipher(image_fd: int, offset: int) -> str:
+    import subprocess
+
+    argv = [_UNSQUASHFS, "-o", str(offset), "-lc", f"/proc/self/fd/{image_fd}"]
+    done = subprocess.run(argv, capture_output=True, pass_fds=(image_fd,), env={}, check=False)
+    names = [line.partition("/")[2] for line in done.stdout.decode(errors="replace").splitlines()]
+    found = [name for name in names if name.startswith("squashfs-") and "/" not in name]
+    if _CONF not in names or len(found) != 1:
+        raise Unreadable("its encrypted partition does not hold one gocryptfs file system")
+    return found[0]
+
+
+def unlock(image_fd: int, offset: int, out_fd: int, password: bytes) -> None:
+    """Write the squashfs inside of an encrypted partition to an open file.
+
+    Raises:
+        Unreadable: as `master_key` and `decrypt`.
+    """
+    name = _name_of_cipher(image_fd, offset)
+    with _cat(image_fd, offset, _CONF) as conf:
+        assert conf.stdout is not None
+        key = master_key(conf.stdout.read(_MOST_CONF_BYTES), password)
+    with _cat(image_fd, offset, name) as source, os.fdopen(out_fd, "wb", closefd=False) as out:
+        assert source.stdout is not None
+        for block in decrypt(key, source.stdout):
+            out.write(block)
+
+
+def _ask() -> bytes:
+    """Return a passphrase that the user types, or the first line of what stands for a terminal."""
+    prompt = "Enter encryption passphrase: "
+    if os.isatty(0):
+        return os.fsencode(getpass.getpass(prompt))
+    sys.stderr.write(prompt + "\n")
+    sys.stderr.flush()
+    typed = b""
+    # What comes behind is the payload's.
+    while (byte := os.read(0, 1)) not in (b"", b"\n") and len(typed) < _MOST_TYPED_BYTES:
+        typed += byte
+    return typed
+
+
+def _password() -> bytes:
+    with os.fdopen(_TOLD_FD, "rb") as told:
+        kind, _, size = told.readline().decode().partition(" ")
+        secret, message = told.read(int(size or 0)), told.read()
+    if kind == "ask":
+        return _ask()
+    if not secret:
+        raise Unreadable("the key is empty")
+    return key_from_pem(secret, message) if kind == "pem" else secret
+
+
+def _say(reason: object) -> None:
+    os.write(1, str(reason).encode())
+
+
+def main() -> int:
+    """Decrypt from descriptor 4 to 5 with what the pipe at 3 says; say on 1 why it cannot be."""
+    try:
+        unlock(_IMAGE_FD, int(sys.argv[1]), _OUT_FD, _password())
+    except Unreadable as error:
+        _say(error)
+        return 1
+    except ModuleNotFoundError as error:
+        _say(f"the Python package {error.name} is missing: install python3-cryptography")
+        return 1
+    except OSError as error:
+        _say((error.strerror or "it failed").lower())
+        return 1
+    return 0
