@@ -41,8 +41,8 @@ def key_from_pem(pem: bytes, message: bytes) -> bytes:
     Raises:
         Unreadable: it is for another key, or one of them is malformed.
     """
-    from cryptography.hazmat.primitives import hashes, serialization  # type: ignore[import-not-found,unused-ignore]
-    from cryptography.hazmat.primitives.asymmetric import padding, rsa  # type: ignore[import-not-found,unused-ignore]
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
     try:
         private = serialization.load_pem_private_key(pem, password=None)
@@ -102,16 +102,16 @@ def master_key(conf: bytes, password: bytes) -> bytes:
 
 
 def _content_key(key: bytes) -> Any:
-    from cryptography.hazmat.primitives import hashes  # type: ignore[import-not-found,unused-ignore]
-    from cryptography.hazmat.primitives.ciphers.aead import AESGCM  # type: ignore[import-not-found,unused-ignore]
-    from cryptography.hazmat.primitives.kdf.hkdf import HKDF  # type: ignore[import-not-found,unused-ignore]
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+    from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
     info = b"AES-GCM file content encryption"
     return AESGCM(HKDF(hashes.SHA256(), length=32, salt=None, info=info).derive(key))
 
 
 def _open(cipher: Any, block: bytes, associated: bytes, wrong: str) -> bytes:
-    from cryptography.exceptions import InvalidTag  # type: ignore[import-not-found,unused-ignore]
+    from cryptography.exceptions import InvalidTag
 
     if len(block) < _NONCE + _TAG:
         raise Unreadable("the encrypted data is cut short")
