@@ -7,7 +7,6 @@ Formats: gocryptfs 2 with HKDF and 128-bit nonces, as the real one writes them (
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import os
 import sys
@@ -182,6 +181,8 @@ def _ask() -> bytes:
     """Return a passphrase that the user types, or the first line of what stands for a terminal."""
     prompt = "Enter encryption passphrase: "
     if os.isatty(0):
+        import getpass
+
         return os.fsencode(getpass.getpass(prompt))
     sys.stderr.write(prompt + "\n")
     sys.stderr.flush()

@@ -200,7 +200,7 @@ def test_decisions_by_default() -> None:
     found = answers(Config())
     assert found["setuid flow"] == found["user-namespace flow"] == "allowed"
     assert found["SIF image"] == found["sandbox directory"] == "allowed"
-    assert found["encrypted image"] == "refused (not supported yet)"
+    assert found["encrypted image"] == "allowed"
     assert found["squashfs is read by"] == "image server"
     assert found["session directory"] == "64 MiB"
     assert "any image" not in found
