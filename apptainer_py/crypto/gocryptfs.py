@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from base64 import b64decode
+from binascii import a2b_base64
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def _octets(message: bytes) -> bytes:
     lines = message.strip().splitlines()
     if len(lines) < 3 or lines[0] != b"-----BEGIN MESSAGE-----":
         raise Unreadable("the image's cryptographic message is malformed")
-    der = b64decode(b"".join(lines[1:-1]))
+    der = a2b_base64(b"".join(lines[1:-1]))
     if len(der) < 2 or der[0] != 4:
         raise Unreadable("the image's cryptographic message is malformed")
     start = 2 + (der[1] & 0x7F if der[1] & 0x80 else 0)
@@ -83,7 +83,7 @@ def master_key(conf: bytes, password: bytes) -> bytes:
         facts: dict[str, Any] = json.loads(conf)
         scrypt = facts["ScryptObject"]
         n, r, p = int(scrypt["N"]), int(scrypt["R"]), int(scrypt["P"])
-        salt, encrypted = b64decode(scrypt["Salt"]), b64decode(facts["EncryptedKey"])
+        salt, encrypted = a2b_base64(scrypt["Salt"]), a2b_base64(facts["EncryptedKey"])
         flags = set(facts["FeatureFlags"])
     except (ValueError, KeyError, TypeError) as error:
         raise Unreadable(f"{_CONF} is malformed: {error}") from None
