@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from apptainer_py.image.detect import OpenImage
+    from apptainer_py.image.oci_layout import Layout
 
 _TOOLS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _MS_NOSUID, _MS_NODEV = 2, 4
 _INITIAL_USERNS = "user:[4026531837]"
 _LATER = (
-    "docker-archive", "docker-daemon", "oras", "library", "http", "https", "yum", "dnf", "zypper",
-    "arch", "busybox", "docker",
+    "docker-archive", "docker-daemon", "library", "yum", "dnf", "zypper", "arch", "busybox",
 )  # fmt: skip
 
 
@@ -101,7 +101,12 @@ def _scratch(order: Order) -> Base:
 # -- images of this machine
 
 
-def _localimage(order: Order) -> Base:
+def local_image(order: Order) -> Base:
+    """Unpack a file or directory of this machine.
+
+    Raises:
+        ConveyorFailed: it cannot be used.
+    """
     from apptainer_py.image import detect
 
     if not order.source:
@@ -247,14 +252,26 @@ def _lay_over(image: OpenImage, order: Order) -> bool:
 
 
 def _oci(order: Order) -> Base:
-    from apptainer_py.image.oci_layers import Unpacker
     from apptainer_py.image.oci_layout import Layout
 
     transport = order.header["bootstrap"]
     log.info("Fetching OCI image...")
-    layout = None
     try:
         layout = Layout(f"{transport}:{order.source}")
+    except ImageError as error:
+        raise ConveyorFailed(reason=str(error)) from None
+    return unpack_layout(layout, order)
+
+
+def unpack_layout(layout: Layout, order: Order) -> Base:
+    """Unpack the image of a layout, which is closed then.
+
+    Raises:
+        ConveyorFailed: it cannot be used.
+    """
+    from apptainer_py.image.oci_layers import Unpacker
+
+    try:
         image = layout.image()
         log.info("Extracting OCI image...")
         unpacker = Unpacker(order.root, owns_all=order.owns_all)
@@ -265,8 +282,7 @@ def _oci(order: Order) -> Base:
     except ImageError as error:
         raise ConveyorFailed(reason=str(error)) from None
     finally:
-        if layout is not None:
-            layout.close()
+        layout.close()
     return from_oci_config(image.config)
 
 
@@ -335,7 +351,7 @@ def _find(program: str) -> str:
 
 AGENTS: dict[str, Agent] = {
     "debootstrap": _debootstrap,
-    "localimage": _localimage,
+    "localimage": local_image,
     "oci": _oci,
     "oci-archive": _oci,
     "scratch": _scratch,

@@ -53,6 +53,7 @@ class Job(Record):
     processors: int = 0
     memory: str = ""
     epoch: int | None = None
+    announced: bool = True
 
 
 def run(job: Job, launch: Launch) -> None:
@@ -81,7 +82,8 @@ def run(job: Job, launch: Launch) -> None:
         _place_sandbox(job, root)
     else:
         _place_sif(job, root, base)
-    log.info(f"Build complete: {job.target}")
+    if job.announced:
+        log.info(f"Build complete: {job.target}")
 
 
 def _root_of(job: Job, number: int, *, last: bool) -> str:

@@ -27,7 +27,11 @@ def run(parsed: Parsed) -> int:
         ApptainerError: it cannot be done.
     """
     from apptainer_py.base import build as facts
+    from apptainer_py.builds import layered
+    from apptainer_py.cli.images import fetching
     from apptainer_py.verbs import build, inspect
+
+    layered.register(fetching(parsed))
 
     options: dict[str, Any] = {
         name.replace("-", "_"): value for name, value in parsed.options.items()
@@ -41,7 +45,7 @@ def run(parsed: Parsed) -> int:
     request = build.Request(
         target=target,
         spec=spec,
-        environ=_environment(),
+        environ=environment(),
         config_file=parsed.config_file or facts.CONFIG_FILE,
         container_options=tuple(passed),
         **{name: options[name] for name in _OWN},
@@ -54,7 +58,7 @@ def run(parsed: Parsed) -> int:
     return 0
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Return the caller's environment without what would change the containers of a build."""
     unwanted = ("APPTAINER_BIND", "SINGULARITY_BIND", "APPTAINERENV_", "SINGULARITYENV_")
     found = dict(os.environ)  # noqa: TID251 cli is where it is read

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from apptainer_py.model.request import Parsed
 
+_NEED_MORE = ("cache", "capability", "instance", "key", "registry")
 _CONFIG_OPERATIONS = ("set", "unset", "get", "reset")
 
 
@@ -24,7 +25,7 @@ def run(parsed: Parsed) -> int:
     Raises:
         ApptainerError: it cannot be done.
     """
-    if parsed.command in ("capability", "instance", "key") and not parsed.help:
+    if parsed.command in _NEED_MORE and not parsed.help:
         raise UsageError(text="invalid command")
     if parsed.help or (parsed.command in GROUPS):
         from apptainer_py.cli import help as texts
@@ -297,9 +298,18 @@ def _config_show(parsed: Parsed) -> int:
     return outcome.exit_code
 
 
+def _images(parsed: Parsed) -> int:
+    from apptainer_py.cli import images
+
+    command: Callable[[Parsed], int] = getattr(images, parsed.command.replace(" ", "_"))
+    return command(parsed)
+
+
 _COMMANDS: dict[str, Callable[[Parsed], int]] = {
     "build": _build,
     "buildcfg": _buildcfg,
+    "cache clean": _images,
+    "cache list": _images,
     "capability add": _capability_change,
     "capability avail": _capability_avail,
     "capability drop": _capability_change,
@@ -317,6 +327,11 @@ _COMMANDS: dict[str, Callable[[Parsed], int]] = {
     "instance list": _instance_list,
     "instance stats": _instance_stats,
     "instance stop": _instance_stop,
+    "pull": _images,
+    "push": _images,
+    "registry list": _images,
+    "registry login": _images,
+    "registry logout": _images,
     "run-help": _run_help,
     "sif dump": _sif_dump,
     "sif header": _sif_header,

@@ -9,8 +9,8 @@ import sys
 from apptainer_py.base.errors import ApptainerError, LaunchError
 from apptainer_py.cli import commands, report
 from apptainer_py.cli.parse import parse
-from apptainer_py.cli.table import PROGRAM
-from apptainer_py.model.request import ActionRequest
+from apptainer_py.cli.table import FETCH, PROGRAM
+from apptainer_py.model.request import ActionRequest, Parsed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -58,6 +58,10 @@ def _run(arguments: Sequence[str], environ: Mapping[str, str], command: list[str
     parsed = parse(arguments, environ)
     command[0] = parsed.command
     report.begin(parsed)
+    if parsed.command == FETCH and isinstance(parsed, Parsed):
+        from apptainer_py.cli import images
+
+        return images.start(parsed, arguments)
     if isinstance(parsed, ActionRequest):
         from apptainer_py.base import build
 

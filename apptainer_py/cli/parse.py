@@ -11,6 +11,8 @@ from apptainer_py.base.log import DEBUG, ERROR, INFO, LOG, VERBOSE
 from apptainer_py.cli.options import CommandLineWrong, Options, note_on_prefix
 from apptainer_py.cli.table import (
     ACTIONS,
+    FETCH,
+    FETCHED,
     FETCHING,
     GROUPS,
     IMPLIED,
@@ -100,6 +102,8 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str]) -> ActionRequest
     inner.refuse()
     general = _general(outer.values, environ, notes)
     if command in ACTIONS or command in INSTANCES:
+        if rest[0].partition("://")[1] and transport(rest[0]) in FETCHED:
+            return Parsed(command=FETCH, options=inner.values, arguments=tuple(rest), **general)
         return _action(command, inner.values, rest, general)
     return Parsed(command=command, options=inner.values, arguments=tuple(rest), **general)
 

@@ -54,6 +54,7 @@ _KEYRINGS: Final = (
 _BUILD: Final = ("build",)
 _OCI_MAKE: Final = ("oci create", "oci run")
 _OCI_ONE: Final = ("oci kill",)
+_FETCHED: Final = ("build", "pull", "push")
 _GRANTING: Final = ("capability add", "capability drop")
 
 PREFIXES: Final = ("APPTAINER_", "SINGULARITY_")
@@ -76,6 +77,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "verify all objects (of an image with legacy signatures)"),
     ("allow-setuid", "", BOOL, False, ("ALLOW_SETUID",), _ALL, SUPPORTED,
      "let setuid programs of the container work (root only)"),
+    ("annotation", "", REPEAT, (), (), ("push",), SUPPORTED,
+     "a note that the registry keeps with the image: name=value"),
     ("app", "", STRING, "", ("APP", "APPNAME"), _ALL, SUPPORTED,
      "name of the SCIF application to run"),
     ("app", "", STRING, "", (), ("inspect", "run-help"), SUPPORTED,
@@ -84,12 +87,16 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "TOML file with the limits of the container (root, or with systemd and cgroup v2)"),
     ("arch", "", STRING, "", ("BUILD_ARCH",), _BUILD, REFUSED,
      "architecture of the image"),
+    ("arch", "", STRING, "", ("PULL_ARCH",), ("pull",), SUPPORTED,
+     "architecture of the image, where there are several, such as arm64"),
+    ("arch-variant", "", STRING, "", ("PULL_ARCH_VARIANT",), ("pull",), SUPPORTED,
+     "variant of the architecture, such as v7"),
     ("armor", "a", BOOL, False, (), ("key export",), SUPPORTED,
      "write the key as text"),
     ("authfile", "", STRING, "", ("AUTH_FILE",), _ALL, FETCHING,
      "file with the credentials for OCI registries"),
-    ("authfile", "", STRING, "", ("AUTH_FILE",), _BUILD, FETCHING,
-     "file with the credentials for OCI registries"),
+    ("authfile", "", STRING, "", ("AUTH_FILE",), (*_FETCHED, "registry login", "registry logout"),
+     SUPPORTED, "file with the credentials for OCI registries"),
     ("bind", "B", REPEAT, (), ("BIND", "BINDPATH"), _ALL, SUPPORTED,
      "make a path of the host visible: source[:target[:options]], several separated by commas; "
      "the target is the source if it is not given, options are ro and rw"),
@@ -153,6 +160,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
     ("datatype", "", INT, 0, (), ("sif add",), SUPPORTED,
      "type of the object: 1 Deffile, 2 EnvVar, 3 Labels, 4 Partition, 5 Signature, 6 GenericJSON, "
      "7 Generic, 8 CryptoMessage, 9 SBOM, 10 OCI.RootIndex, 11 OCI.Blob"),
+    ("days", "D", INT, 0, (), ("cache clean",), SUPPORTED,
+     "keep what is not older than so many days"),
     ("debug", "d", BOOL, False, ("DEBUG",), ROOT, SUPPORTED,
      "print all messages there are"),
     ("deffile", "d", BOOL, False, (), ("inspect",), SUPPORTED,
@@ -161,11 +170,13 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "return when the container runs; it is not deleted in the end"),
     ("device", "", LIST, (), (), ACTIONS, SUPPORTED,
      "devices by their CDI names, such as nvidia.com/gpu=0"),
+    ("dir", "", STRING, "", ("PULLDIR", "PULLFOLDER"), ("pull",), SUPPORTED,
+     "directory for the image"),
     ("disable", "d", BOOL, False, (), ("config fakeroot",), SUPPORTED,
      "switch a user's ranges off; they stay the user's"),
     ("disable-cache", "", BOOL, False, ("DISABLE_CACHE",), _ALL, FETCHING,
      "neither use nor fill the cache of fetched images"),
-    ("disable-cache", "", BOOL, False, ("DISABLE_CACHE",), _BUILD, FETCHING,
+    ("disable-cache", "", BOOL, False, ("DISABLE_CACHE",), ("build", "pull"), SUPPORTED,
      "do not keep what is fetched"),
     ("dmtcp-launch", "", STRING, "", ("DMTCP_LAUNCH",), INSTANCES, REFUSED,
      "checkpoint to start under"),
@@ -179,12 +190,18 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "ask for the account of a Docker registry"),
     ("docker-password", "", STRING, "", ("DOCKER_PASSWORD",), _ALL, FETCHING,
      "password for a Docker registry"),
+    ("docker-password", "", STRING, "", ("DOCKER_PASSWORD",), _FETCHED, SUPPORTED,
+     "password for the registry"),
     ("docker-username", "", STRING, "", ("DOCKER_USERNAME",), _ALL, FETCHING,
      "account name for a Docker registry"),
+    ("docker-username", "", STRING, "", ("DOCKER_USERNAME",), _FETCHED, SUPPORTED,
+     "user name for the registry"),
     ("drop-caps", "", STRING, "", ("DROP_CAPS",), _ALL, SUPPORTED,
      "capabilities to drop, separated by commas"),
     ("dry-run", "d", BOOL, False, (), ("config global",), SUPPORTED,
      "print the resulting configuration in place of writing it"),
+    ("dry-run", "n", BOOL, False, (), ("cache clean",), SUPPORTED,
+     "only say what would be removed"),
     ("effective", "", BOOL, False, (), ("config show",), SUPPORTED,
      "show what applies, and where each value came from"),
     ("email", "E", STRING, "", (), ("key newpair",), SUPPORTED,
@@ -217,6 +234,10 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "kill the instance at once"),
     ("force", "F", BOOL, False, ("FORCE",), _BUILD, SUPPORTED,
      "replace an image that is there, and labels of the base"),
+    ("force", "F", BOOL, False, ("FORCE",), ("pull",), SUPPORTED,
+     "overwrite a file that is there"),
+    ("force", "f", BOOL, False, (), ("cache clean",), SUPPORTED,
+     "do not ask"),
     ("fusemount", "", LIST, (), ("FUSESPEC",), _ALL, SUPPORTED,
      "mount a FUSE file system, \"TYPE:PROGRAM [ARGUMENT...] MOUNTPOINT\"; TYPE says where the "
      "program runs, host or container, or host-daemon or container-daemon for one that leaves the "
@@ -264,6 +285,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "print JSON in place of text"),
     ("json", "", BOOL, False, ("JSON",), _BUILD, REFUSED,
      "read the definition as JSON"),
+    ("json", "j", BOOL, False, (), ("cache list", "registry list"), SUPPORTED,
+     "print JSON"),
     ("keep-privs", "", BOOL, False, ("KEEP_PRIVS",), _ALL, SUPPORTED,
      "let root keep its capabilities in the container (root only)"),
     ("key", "", STRING, "", ("SIGN_KEY",), ("sign",), SUPPORTED,
@@ -308,6 +331,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "type=bind,source=/data,destination=/mnt"),
     ("name", "N", STRING, "", (), ("key newpair",), SUPPORTED,
      "name of the key's owner"),
+    ("name", "", STRING, "", ("PULL_NAME",), ("pull",), SUPPORTED,
+     "name of the file"),
     ("net", "n", BOOL, False, ("NET", "UNSHARE_NET"), _ALL, SUPPORTED,
      "a new network namespace"),
     ("netns-path", "", STRING, "", ("NETNS_PATH",), _ALL, SUPPORTED,
@@ -332,8 +357,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "do not mount the home directory, unless it is the working directory"),
     ("no-https", "", BOOL, False, ("NOHTTPS", "NO_HTTPS"), _ALL, FETCHING,
      "fetch over http"),
-    ("no-https", "", BOOL, False, ("NOHTTPS", "NO_HTTPS"), _BUILD, FETCHING,
-     "fetch over http"),
+    ("no-https", "", BOOL, False, ("NOHTTPS", "NO_HTTPS"), (*_FETCHED, "registry login"), SUPPORTED,
+     "speak to the registry over http"),
     ("no-init", "", BOOL, False, ("NOSHIMINIT",), _ALL, SUPPORTED,
      "with --pid, make the command itself process 1"),
     ("no-mount", "", LIST, (), ("NO_MOUNT",), _ALL, SUPPORTED,
@@ -392,6 +417,10 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "ask for a passphrase to encrypt the image with"),
     ("password", "P", STRING, "\0", (), ("key newpair",), SUPPORTED,
      "passphrase of the key; everybody on the machine sees it there: better be asked for it"),
+    ("password", "p", STRING, "", ("LOGIN_PASSWORD",), ("registry login",), SUPPORTED,
+     "password or token (others may read it in a list of processes)"),
+    ("password-stdin", "", BOOL, False, (), ("registry login",), SUPPORTED,
+     "read the password from standard input"),
     ("pem-path", "", STRING, "", (), _ALL, SUPPORTED,
      "file with the private RSA key of an encrypted image"),
     ("pem-path", "", STRING, "", (), _BUILD, REFUSED,
@@ -481,6 +510,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "directory for temporary files"),
     ("trace", "", STRING, "", (), ROOT, SUPPORTED,
      "append what happens to this file, one JSON object a line"),
+    ("type", "T", LIST, ("all",), (), ("cache list", "cache clean"), SUPPORTED,
+     "kinds of entries: library, oci-tmp, shub, oras, net, blob, all"),
     ("underlay", "", BOOL, False, ("UNDERLAY",), _ALL, SUPPORTED,
      "lay the image under a directory of bind mounts, without overlay"),
     ("unset", "u", BOOL, False, (), ("config global",), SUPPORTED,
@@ -500,6 +531,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "instances of this user (root only)"),
     ("user", "u", STRING, "", ("CAP_USER",), _GRANTING, SUPPORTED,
      "user whose capabilities change"),
+    ("username", "u", STRING, "", ("LOGIN_USERNAME",), ("registry login",), SUPPORTED,
+     "name of the account"),
     ("userns", "u", BOOL, False, ("USERNS", "UNSHARE_USERNS"), _ALL, SUPPORTED,
      "a new user namespace, without the setuid starter"),
     ("userns", "", BOOL, False, ("USERNS",), _BUILD, REFUSED,
@@ -508,6 +541,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "a new UTS namespace"),
     ("verbose", "v", BOOL, False, ("VERBOSE",), ROOT, SUPPORTED,
      "print more messages"),
+    ("verbose", "v", BOOL, False, (), ("cache list",), SUPPORTED,
+     "list the entries too"),
     ("version", "", BOOL, False, (), ROOT, SUPPORTED,
      "version of this program"),
     ("warn-unused-build-args", "", BOOL, False, (), _BUILD, SUPPORTED,
@@ -545,7 +580,9 @@ IMPLIED: Final = (
 COMMANDS: Final[tuple[Command, ...]] = (
     ("build", "[local options...] <IMAGE PATH> <BUILD SPEC>", 2, 2, SUPPORTED, "Build an image"),
     ("buildcfg", "[parameter]", 0, 1, SUPPORTED, "Print the paths that are compiled in"),
-    ("cache", "", 0, -1, REFUSED, "Manage the cache of fetched images"),
+    ("cache", "<command>", 0, -1, SUPPORTED, "Manage the cache of fetched images"),
+    ("cache clean", "[clean options...]", 0, 0, SUPPORTED, "Remove what is in the cache"),
+    ("cache list", "[list options...]", 0, 0, SUPPORTED, "List what is in the cache"),
     ("capability", "<command>", 0, -1, SUPPORTED, "Manage capabilities of users and groups"),
     ("capability add", "[add options...] <capabilities>", 1, 1, SUPPORTED,
      "Grant capabilities to a user or group (root only)"),
@@ -625,9 +662,14 @@ COMMANDS: Final[tuple[Command, ...]] = (
      "Update container cgroups resources"),
     ("overlay", "", 0, -1, REFUSED, "Manage writable overlay images"),
     ("plugin", "", 0, -1, REFUSED, "Manage plug-ins"),
-    ("pull", "[pull options...] [output file] <URI>", 1, 2, REFUSED, "Fetch an image"),
-    ("push", "<image> <URI>", 2, 2, REFUSED, "Upload an image"),
-    ("registry", "", 0, -1, REFUSED, "Manage accounts of OCI registries"),
+    ("pull", "[pull options...] [output file] <URI>", 1, 2, SUPPORTED, "Fetch an image"),
+    ("push", "[push options...] <image> <URI>", 2, 2, SUPPORTED, "Upload an image"),
+    ("registry", "<command>", 0, -1, SUPPORTED, "Manage accounts of OCI registries"),
+    ("registry list", "", 0, 0, SUPPORTED, "List the registries that accounts are kept for"),
+    ("registry login", "[login options...] <registry_uri>", 1, 1, SUPPORTED,
+     "Keep an account of an OCI registry"),
+    ("registry logout", "<registry_uri>", 1, 1, SUPPORTED,
+     "Forget an account of an OCI registry"),
     ("remote", "", 0, -1, REFUSED, "Manage remote services"),
     ("run", "[run options...] <container> [args...]", 1, -1, SUPPORTED,
      "Run the default command of a container"),
@@ -658,16 +700,24 @@ INTERSPERSED: Final = (
     *_SIF, "build", "sif", "completion", "help", "instance list", "instance stats", "instance stop",
     "oci attach", "oci create", "oci delete", "oci kill",
     "oci mount", "oci pause", "oci resume", "oci run", "oci start", "oci state", "oci umount",
-    "oci update",
+    "oci update", "cache list", "cache clean", "pull", "push", "registry list", "registry login",
+    "registry logout",
 )  # fmt: skip
 # Groups that explain themselves when the command after them is missing or unknown.
-GROUPS: Final = ("sif", "config", "capability", "completion", "instance", "key", "oci")
+GROUPS: Final = (
+    "sif", "cache", "config", "capability", "completion", "instance", "key", "oci", "registry",
+)  # fmt: skip
 
 # `name:` without slashes is a transport only if it is one of these (uri.Split of Apptainer).
 TRANSPORTS: Final = (
     "docker", "docker-archive", "docker-daemon", "http", "https", "library", "oci", "oci-archive",
     "oras", "shub",
 )  # fmt: skip
+
+# Images that are fetched first, and then started as files.
+FETCHED: Final = ("docker", "oras", "http", "https")
+# What a parsed command line says then; nobody can type it.
+FETCH: Final = "fetch"
 
 # Images that lie on this machine, for --oci.
 LAYOUTS: Final = ("oci", "oci-archive")

@@ -76,6 +76,8 @@ def split_name(text: str) -> tuple[str, str, str]:
 class Layout:
     """An open layout."""
 
+    _any_machine = False
+
     def __init__(self, name: str) -> None:
         self._name = name
         transport, path, self._reference = split_name(name)
@@ -270,7 +272,7 @@ class Layout:
                 raise self._wrong(f"a layer of the kind {kind!r} is not supported")
         config = self._document(self._object(manifest.get("config"), "the manifest's config"))
         machine = self._json(config, "the image's configuration").get("architecture", "")
-        if isinstance(machine, str) and machine and not _can_run(machine):
+        if isinstance(machine, str) and not (self._any_machine or _can_run(machine)):
             raise self._wrong(
                 f"the image's architecture ({machine}) could not run on the host's "
                 f"({arch.host_arch()})"
@@ -292,6 +294,29 @@ class Layout:
                 raise self._wrong(f"{error.facts['reason']} ({layer.digest[:19]})") from None
             finally:
                 os.close(fd)
+
+
+class Fetched(Layout):
+    """A layout that holds an image which its index does not name: it came by its manifest.
+
+    With `any_machine` the image may be one that this host cannot run.
+    """
+
+    def __init__(
+        self, path: str, manifest: Object, *, name: str, any_machine: bool = False
+    ) -> None:
+        super().__init__(f"oci:{path}")
+        self._name = name
+        self._wanted = manifest
+        self._any_machine = any_machine
+
+    def image(self) -> Image:
+        """Return the image of the manifest.
+
+        Raises:
+            LayoutWrong: it is not one that can be used.
+        """
+        return self._manifest(self._json(self._document(self._wanted), self._wanted.digest))
 
 
 def _tag_of(row: dict[str, Any]) -> str:

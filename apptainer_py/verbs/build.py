@@ -61,6 +61,7 @@ class Request(Record):
     mksquashfs_args: str = ""
     tmpdir: str = ""
     container_options: tuple[str, ...] = ()
+    announced: bool = True
     config_file: str = build_facts.CONFIG_FILE
 
 
@@ -103,6 +104,7 @@ def build(request: Request, describe: Callable[[str], str]) -> None:
         processors=config.mksquashfs_procs,
         memory=config.mksquashfs_mem,
         epoch=_epoch(request),
+        announced=request.announced,
     )
     supervised.run(
         lambda launches: pipeline.run(job, launches),

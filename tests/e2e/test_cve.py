@@ -214,10 +214,10 @@ ABSENT = [
     ["exec", "--security", "selinux:x", "{sif}", "true"],
     ["exec", "-n", "--network", "bridge", "{sif}", "true"],
     ["exec", "instance://x", "true"],
-    ["exec", "docker://alpine", "true"],
+    ["exec", "library://alpine", "true"],
     ["verify", "{sif}"],
     ["pull", "library://x/y"],
-    ["cache", "clean"],
+    ["cache", "clean", "--type", "none"],
 ]
 
 

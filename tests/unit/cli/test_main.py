@@ -130,9 +130,12 @@ def test_run_help(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 
 
 def test_errors_of_launches(capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, err = run(capsys, "run", "docker://x")
+    status, out, err = run(capsys, "run", "library://x")
     assert (status, out) == (255, "")
-    assert err.startswith("FATAL:   an image from `docker:` is not supported yet\nINFO:    fetch")
+    assert err.startswith("FATAL:   an image from `library:` is not supported yet\nINFO:    fetch")
+    status, out, err = run(capsys, "run", "docker://UPPER")
+    assert (status, out) == (255, "")
+    assert err.startswith("FATAL:   //UPPER is no name of an image")
     assert run(capsys, "run", "foo://x") == (255, "", "FATAL:   Unsupported transport type: foo\n")
 
 

@@ -11,7 +11,7 @@ from apptainer_py.base.errors import NotSupported, UsageError
 from apptainer_py.base.log import INFO, WARN
 from apptainer_py.cli.options import BadVariable, CommandLineWrong, OptionRefused
 from apptainer_py.cli.parse import NoCommand, UnknownCommand, UnknownTransport, parse
-from apptainer_py.cli.table import ACTIONS, OPTIONS, REFUSED
+from apptainer_py.cli.table import ACTIONS, FETCH, OPTIONS, REFUSED
 from apptainer_py.model.request import ActionRequest, Parsed
 
 TYPE_CHECKING = False
@@ -256,9 +256,9 @@ def test_an_option_that_is_switched_off_is_not_refused() -> None:
 @pytest.mark.parametrize(
     ("image", "error"),
     [
-        ("docker://alpine", NotSupported),
+        ("library://alpine", NotSupported),
         ("docker:alpine", NotSupported),
-        ("oras://x", NotSupported),
+        ("docker-daemon://x", NotSupported),
         ("foo://x", UnknownTransport),
     ],
 )
@@ -267,7 +267,7 @@ def test_an_image_from_elsewhere(image: str, error: type[Exception]) -> None:
         parse(["run", image], {})
 
 
-@pytest.mark.parametrize("words", [["pull", "x"], ["overlay"]])
+@pytest.mark.parametrize("words", [["remote", "x"], ["overlay"]])
 def test_a_command_that_is_not_built(words: list[str]) -> None:
     with pytest.raises(NotSupported) as caught:
         parse(words, {})
@@ -401,7 +401,7 @@ def test_other_commands() -> None:
         ["exec", "--contain=\x1b]0;x\x07", "i"],
         ["\udcff\n"],
         ["run", "\x1b[2J://x"],
-        ["run", "docker://\x1b[2J"],
+        ["run", "library://\x1b[2J"],
     ],
 )
 def test_what_was_typed_cannot_reach_the_terminal(words: list[str]) -> None:
@@ -421,3 +421,11 @@ def test_the_run_path_imports_little() -> None:
     assert [name for name in done.stdout.split() if not name.startswith("apptainer_py")] == [
         "__future__"
     ]
+
+
+@pytest.mark.parametrize("uri", ["docker://a", "oras://h/a", "https://h/a.sif", "http://h/a"])
+def test_an_image_that_is_fetched_first(uri: str) -> None:
+    found = parse(["exec", "--no-https", uri, "true", "-x"], {})
+    assert (found.command, found.arguments) == (FETCH, (uri, "true", "-x"))
+    with pytest.raises(UnknownCommand):
+        parse([FETCH, uri], {})

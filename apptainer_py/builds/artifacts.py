@@ -1,0 +1,129 @@
+"""SIF files as OCI artifacts (`oras://`): one layer, which is the file itself."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+
+from apptainer_py.base import log
+from apptainer_py.base.errors import ApptainerError
+from apptainer_py.builds import report
+from apptainer_py.builds.remote import Named, download, look_up, registry_of
+from apptainer_py.registry.client import OCI_MANIFEST, digest_of
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from apptainer_py.builds.fetching import Fetching
+    from apptainer_py.cache.store import Cache
+    from apptainer_py.image.oci_layout import Object
+    from apptainer_py.registry.reference import Reference
+
+ORAS = "oras"
+CONFIG_KIND = "application/vnd.sylabs.sif.config.v1+json"
+LAYER_KIND = "application/vnd.sylabs.sif.layer.v1.sif"
+_LAYER_KINDS = (LAYER_KIND, "appliciation/vnd.sylabs.sif.layer.tar")  # older writers' own spelling
+_TITLE = "org.opencontainers.image.title"
+_CONFIG = b"{}"
+_CHUNK = 4 << 20
+
+
+class NoSif(ApptainerError):
+    """What the registry has under the name is something else."""
+
+    message = "{reference} is no SIF image: {reason}"
+    hint = "an image of layers is fetched as docker://{reference}"
+
+
+def find(reference: Reference, how: Fetching, environ: Mapping[str, str]) -> tuple[Named, Object]:
+    """Return an artifact and its one layer.
+
+    Raises:
+        ApptainerError: there is none of that name.
+    """
+    with registry_of(reference, how, environ) as registry:
+        named = look_up(registry, reference, how)
+    if len(named.layers) != 1:
+        reason = f"it has {len(named.layers)} layers, not one"
+        raise NoSif(reference=reference, reason=reason)
+    (layer,) = named.layers
+    if layer.media_type not in _LAYER_KINDS:
+        reason = f"its layer is of the kind {layer.media_type}"
+        raise NoSif(reference=reference, reason=reason)
+    return named, layer
+
+
+def fetch(
+    reference: Reference,
+    how: Fetching,
+    environ: Mapping[str, str],
+    cache: Cache,
+) -> str:
+    """Return the path of the artifact's file in the cache.
+
+    Raises:
+        ApptainerError: it cannot be had.
+    """
+    named, layer = find(reference, how, environ)
+
+    def make(path: str) -> None:
+        log.info("Downloading oras image")
+        with registry_of(reference, how, environ) as registry:
+            with report.counting("Downloading", layer.size_bytes) as told:
+                download(registry, named.reference, layer, path, told)
+
+    return cache.get(ORAS, layer.digest, f"oras://{reference}", make)
+
+
+def push(
+    path: str,
+    reference: Reference,
+    how: Fetching,
+    environ: Mapping[str, str],
+    annotations: Mapping[str, str],
+) -> str:
+    """Upload a SIF file; return the manifest's digest.
+
+    Raises:
+        ApptainerError: the registry does not take it.
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file, registry_of(reference, how, environ) as registry:
+        digest, size = _digest_of(file.fileno())
+        if not registry.has_blob(reference, digest):
+            file.seek(0)
+            registry.put_blob(reference, digest, size, file)
+        config = digest_of(_CONFIG)
+        if not registry.has_blob(reference, config):
+            registry.put_blob(reference, config, len(_CONFIG), io.BytesIO(_CONFIG))
+        manifest = _manifest(os.path.basename(path), digest, size, annotations)
+        return registry.put_manifest(reference, OCI_MANIFEST, manifest)
+
+
+def _manifest(title: str, digest: str, size: int, annotations: Mapping[str, str]) -> bytes:
+    manifest = {
+        "schemaVersion": 2,
+        "mediaType": OCI_MANIFEST,
+        "config": {"mediaType": CONFIG_KIND, "digest": digest_of(_CONFIG), "size": len(_CONFIG)},
+        "layers": [
+            {
+                "mediaType": LAYER_KIND,
+                "digest": digest,
+                "size": size,
+                "annotations": {_TITLE: title},
+            }
+        ],
+        **({"annotations": dict(annotations)} if annotations else {}),
+    }
+    return json.dumps(manifest, separators=(",", ":")).encode()
+
+
+def _digest_of(fd: int) -> tuple[str, int]:
+    found, place = hashlib.sha256(), 0
+    while data := os.pread(fd, _CHUNK, place):
+        found.update(data)
+        place += len(data)
+    return f"sha256:{found.hexdigest()}", place

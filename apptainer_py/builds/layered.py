@@ -1,0 +1,64 @@
+"""Bootstrap agents for what lies elsewhere: images of registries, and files of the web."""
+
+from __future__ import annotations
+
+from apptainer_py.base import log
+from apptainer_py.base.errors import ApptainerError
+from apptainer_py.builds import agents, report
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from apptainer_py.builds.agents import Agent, Base, Order
+    from apptainer_py.builds.fetching import Fetching
+    from apptainer_py.cache.store import Cache
+
+
+def register(how: Fetching, cache: Cache | None = None) -> None:
+    """Add the agents, which keep what they fetch in the caller's cache, or in another."""
+    agents.register("docker", _docker(how, cache))
+    for transport in ("oras", "http", "https"):
+        agents.register(transport, _file(transport, how))
+
+
+def _file(transport: str, how: Fetching) -> Agent:
+    def fill(order: Order) -> Base:
+        from apptainer_py.builds import uris
+
+        with uris.cache_for(how, order.environ) as cache:
+            uri = f"{transport}://{order.source}"
+            path = uris.fetch(uri, how, order.environ, cache, uris.no_layers)
+            return agents.local_image(order.replace(header={**order.header, "from": path}))
+
+    return fill
+
+
+def _docker(how: Fetching, cache: Cache | None) -> Agent:
+    def fill(order: Order) -> Base:
+        if cache is not None:
+            return unpack(order, cache)
+        from apptainer_py.builds import uris
+
+        with uris.cache_for(how, order.environ) as own:
+            return unpack(order, own)
+
+    def unpack(order: Order, cache: Cache) -> Base:
+        from apptainer_py.builds import remote
+        from apptainer_py.registry import reference
+
+        header = order.header
+        parts = [header.get("registry", ""), header.get("namespace", ""), order.source]
+        name = "/".join(part.strip("/") for part in parts if part)
+        named = reference.parse(name)
+        log.info("Fetching OCI image...")
+        try:
+            with remote.registry_of(named, how, order.environ) as registry:
+                found = remote.look_up(registry, named, how)
+                total = sum(layer.size_bytes for layer in found.layers)
+                with report.counting("Fetching layers", total) as told:
+                    remote.Arriving(registry, found, cache, told).fetch()
+        except ApptainerError as error:
+            raise agents.ConveyorFailed(reason=str(error)) from None
+        layout = remote.layout_of(found, cache, any_machine=bool(how.arch))
+        return agents.unpack_layout(layout, order)
+
+    return fill

@@ -1,0 +1,339 @@
+"""Images of registries: into the cache, several layers at once, each checked by its digest."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+
+from apptainer_py.base import log
+from apptainer_py.base.record import Record
+from apptainer_py.cache.store import BLOB, Cache
+from apptainer_py.image import arch
+from apptainer_py.image.oci_layout import Fetched, Object
+from apptainer_py.registry import accounts
+from apptainer_py.registry.client import (
+    INDEXES,
+    Interrupted,
+    Manifest,
+    NotThere,
+    Registry,
+    RegistryError,
+    ask_with_patience,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any
+
+    from apptainer_py.builds.fetching import Fetching
+    from apptainer_py.registry.reference import Reference
+
+    Told = Callable[[int], None]
+
+_AT_ONCE = 4
+_LAYERS_MOST = 512
+_NESTED_MOST = 4
+_CHUNK = 1 << 20
+_ENV_PREFIXES = ("APPTAINER_DOCKER_", "SINGULARITY_DOCKER_", "DOCKER_")
+
+
+class Named(Record):
+    """An image that a registry has: its manifest, by what it lists."""
+
+    reference: Reference
+    manifest: Manifest
+    config: Object
+    layers: tuple[Object, ...]
+
+
+def registry_of(reference: Reference, how: Fetching, environ: Mapping[str, str]) -> Registry:
+    """Return the registry of an image, with the account that the caller has there.
+
+    Raises:
+        ApptainerError: a file with accounts cannot be used.
+    """
+    account = account_of(reference.host, how, environ)
+    return Registry(reference.server, account=account, https=not how.no_https, environ=environ)
+
+
+def account_of(host: str, how: Fetching, environ: Mapping[str, str]) -> accounts.Account | None:
+    """Return an account: the command line's, the environment's, that of a file."""
+    for name, password in (
+        (how.docker_username, how.docker_password),
+        *(
+            (environ.get(f"{p}USERNAME", ""), environ.get(f"{p}PASSWORD", ""))
+            for p in _ENV_PREFIXES
+        ),
+    ):
+        if name and password:
+            return accounts.Account(username=name, password=password)
+    return accounts.find(host, environ, how.authfile)
+
+
+# -- which image
+
+
+def look_up(registry: Registry, reference: Reference, how: Fetching) -> Named:
+    """Return the image that a name means, for the wanted machine where there are several.
+
+    Raises:
+        RegistryError: there is none, or the registry does not give it.
+    """
+    manifest = registry.manifest(reference)
+    for _ in range(_NESTED_MOST):
+        document = _document(manifest, reference)
+        if manifest.media_type not in INDEXES and "manifests" not in document:
+            return _named(reference, manifest, document)
+        chosen = _for_machine(document, reference, how)
+        manifest = registry.manifest(reference.replace(digest=chosen))
+    raise _wrong(reference, "its index names an index, and so on")
+
+
+def _document(manifest: Manifest, reference: Reference) -> dict[str, Any]:
+    import json
+
+    try:
+        value = json.loads(manifest.data)
+    except (ValueError, RecursionError):
+        raise _wrong(reference, "its manifest is no JSON") from None
+    if not isinstance(value, dict) or ("manifests" in value and "layers" in value):
+        raise _wrong(reference, "its manifest is none")
+    if value.get("schemaVersion") != 2:
+        raise _wrong(reference, "its manifest is of a version that is not supported, not 2")
+    return value
+
+
+def _for_machine(index: dict[str, Any], reference: Reference, how: Fetching) -> str:
+    rows = index.get("manifests")
+    rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    wanted = how.arch or arch.host_arch()
+    fitting = [row for row in rows if _fits(row, wanted, how.arch_variant)]
+    if not fitting and not how.arch:
+        fitting = [row for row in rows if arch.can_run(_machine(row), wanted)]
+    if not fitting:
+        has = ", ".join(sorted({_machine(row) for row in rows} - {"", "unknown"})) or "none"
+        raise _wrong(reference, f"there is no image for {wanted}; there is one for: {has}")
+    digest = fitting[0].get("digest")
+    if not isinstance(digest, str):
+        raise _wrong(reference, "an entry of its index is no descriptor")
+    return digest
+
+
+def _machine(row: dict[str, Any]) -> str:
+    platform = row.get("platform")
+    value = platform.get("architecture", "") if isinstance(platform, dict) else ""
+    return value if isinstance(value, str) else ""
+
+
+def _fits(row: dict[str, Any], wanted: str, variant: str) -> bool:
+    platform = row.get("platform")
+    if not isinstance(platform, dict):
+        return True
+    if variant and platform.get("variant", "") != variant:
+        return False
+    return platform.get("os", "linux") == "linux" and _machine(row) == wanted
+
+
+def _named(reference: Reference, manifest: Manifest, document: dict[str, Any]) -> Named:
+    layers = document.get("layers")
+    if not isinstance(layers, list) or len(layers) > _LAYERS_MOST:
+        raise _wrong(reference, f"its manifest has no layers, or more than {_LAYERS_MOST}")
+    return Named(
+        reference=reference,
+        manifest=manifest,
+        config=_object(document.get("config"), reference),
+        layers=tuple(_object(layer, reference) for layer in layers),
+    )
+
+
+def _object(value: object, reference: Reference) -> Object:
+    from apptainer_py.base.errors import ImageError
+    from apptainer_py.image.blobs import Digest
+
+    if isinstance(value, dict):
+        digest, size = value.get("digest"), value.get("size")
+        kind = value.get("mediaType", "")
+        if isinstance(digest, str) and isinstance(size, int) and size >= 0:
+            try:
+                Digest(digest)
+            except ImageError as error:
+                raise _wrong(reference, str(error.facts["reason"])) from None
+            return Object(digest=digest, size_bytes=size, media_type=str(kind))
+    raise _wrong(reference, "its manifest has what is no descriptor")
+
+
+def _wrong(reference: Reference, reason: str) -> RegistryError:
+    return RegistryError(host=reference.server, reason=f"{reference}: {reason}")
+
+
+# -- its content
+
+
+class Arriving:
+    """The blobs of an image on their way into the cache; `layout` waits for what it unpacks."""
+
+    def __init__(self, registry: Registry, named: Named, cache: Cache, told: Told) -> None:
+        self._registry = registry
+        self._named = named
+        self._cache = cache
+        self._told = told
+        self._lock = threading.Lock()
+        self._left = iter(_each_once((named.config, *named.layers)))
+        self._error: BaseException | None = None
+        self._stopped = False
+        self._threads = [
+            threading.Thread(target=self._work, daemon=True)
+            for _ in range(min(_AT_ONCE, len(named.layers) + 1))
+        ]
+
+    def fetch(self) -> None:
+        """Fetch all that is not there.
+
+        Raises:
+            ApptainerError: a blob cannot be had, or is not what its digest says.
+        """
+        self._keep_manifest()
+        for thread in self._threads:
+            thread.start()
+        try:
+            for thread in self._threads:
+                thread.join()
+        finally:
+            self._stopped = True
+        if self._error is not None:
+            raise self._error
+
+    def _keep_manifest(self) -> None:
+        manifest = self._named.manifest
+
+        def make(path: str) -> None:
+            with open(path, "wb") as file:
+                file.write(manifest.data)
+
+        self._cache.get(BLOB, _key(manifest.digest), str(self._named.reference), make)
+
+    def _work(self) -> None:
+        while not self._stopped:
+            with self._lock:
+                blob = next(self._left, None)
+            if blob is None:
+                return
+            try:
+                self._one(blob)
+            except BaseException as error:  # noqa: BLE001 told by the thread that waits
+                self._error = self._error or error
+                self._stopped = True
+
+    def _one(self, blob: Object) -> None:
+        path = self._cache.path(BLOB, _key(blob.digest))
+        if os.path.isfile(path):
+            self._told(blob.size_bytes)
+            return
+
+        def make(path: str) -> None:
+            download(self._registry, self._named.reference, blob, path, self._told)
+
+        self._cache.get(BLOB, _key(blob.digest), str(self._named.reference), make)
+
+
+def _each_once(blobs: tuple[Object, ...]) -> list[Object]:
+    return list({blob.digest: blob for blob in blobs}.values())
+
+
+def _key(digest: str) -> str:
+    algorithm, _, digits = digest.partition(":")
+    if algorithm != "sha256":
+        raise RegistryError(host="registry", reason=f"digests of {algorithm} are not supported yet")
+    return digits
+
+
+def download(registry: Registry, reference: Reference, blob: Object, path: str, told: Told) -> None:
+    """Write a blob to a file, from where an earlier try has ended.
+
+    Raises:
+        RegistryError: it cannot be had, or is another one.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        _Download(registry, reference, blob, fd, told).run()
+    except _Damaged:
+        os.ftruncate(fd, 0)
+        try:
+            _Download(registry, reference, blob, fd, lambda size: None).run()
+        except _Damaged as error:
+            os.unlink(path)
+            raise RegistryError(host=reference.server, reason=str(error)) from None
+    except NotThere:
+        os.unlink(path)
+        raise
+    finally:
+        os.close(fd)
+
+
+class _Damaged(Exception):
+    pass
+
+
+class _Download:
+    def __init__(
+        self, registry: Registry, reference: Reference, blob: Object, fd: int, told: Told
+    ) -> None:
+        self._registry = registry
+        self._reference = reference
+        self._blob = blob
+        self._fd = fd
+        self._told = told
+        self._hash = hashlib.new(blob.digest.partition(":")[0])
+        self._place = 0
+
+    def run(self) -> None:
+        self._take_what_is_there()
+        ask_with_patience(self._rest, lambda error: log.verbose(f"{error}; going on"))
+        if self._place != self._blob.size_bytes or self._digest() != self._blob.digest:
+            raise _Damaged(
+                f"{self._blob.digest} is damaged: {self._place} bytes have the digest "
+                f"{self._digest()[:19]}"
+            )
+
+    def _digest(self) -> str:
+        return f"{self._hash.name}:{self._hash.hexdigest()}"
+
+    def _take_what_is_there(self) -> None:
+        while self._place < self._blob.size_bytes:
+            data = os.pread(self._fd, _CHUNK, self._place)
+            if not data:
+                return
+            self._hash.update(data)
+            self._place += len(data)
+            self._told(len(data))
+
+    def _rest(self) -> None:
+        size = self._blob.size_bytes
+        if self._place >= size > 0:
+            return
+        begins, pieces = self._registry.blob(self._reference, self._blob.digest, self._place)
+        passed = self._place - begins
+        for piece in pieces:
+            if passed >= len(piece):
+                passed -= len(piece)
+                continue
+            data = piece[passed:] if passed else piece
+            passed = 0
+            if self._place + len(data) > size:
+                raise _Damaged(f"{self._blob.digest} has more than the {size} bytes that are named")
+            os.pwrite(self._fd, data, self._place)
+            self._hash.update(data)
+            self._place += len(data)
+            self._told(len(data))
+        if self._place < size:
+            raise Interrupted(
+                host=self._reference.server, reason=f"a layer ended after {self._place} bytes"
+            )
+
+
+def layout_of(named: Named, cache: Cache, *, any_machine: bool) -> Fetched:
+    """Return the cache as a layout with the image that was fetched."""
+    manifest = Object(digest=named.manifest.digest, size_bytes=len(named.manifest.data))
+    return Fetched(cache.layout, manifest, name=str(named.reference), any_machine=any_machine)

@@ -1,0 +1,1 @@
+"""What was fetched once, kept for all later launches of its user."""

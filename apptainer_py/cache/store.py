@@ -1,0 +1,241 @@
+"""The cache: blobs by their digests, and images by what they were made of.
+
+The folders are Apptainer's own (`cache/{blob,library,oci-tmp,oras,shub,net}`), so each program
+finds what the other one fetched. A file appears by rename, whole, or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+
+from apptainer_py.base.errors import ApptainerError
+from apptainer_py.base.record import Record
+from apptainer_py.cache.lease import Lease
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+BLOB = "blob"
+FILES = ("library", "oci-tmp", "shub", "oras", "net")
+KINDS = (*FILES, BLOB)
+_BY_DIGEST = ("oras", "library")
+_SOURCES = ".sources"
+_PART = ".part"
+_LEASE = ".lease"
+_HEX = frozenset("0123456789abcdef")
+_SOURCE_BYTES = 4096
+
+
+class CacheError(ApptainerError):
+    """The cache cannot be used."""
+
+    message = "cache {folder}: {reason}"
+    hint = "APPTAINER_CACHEDIR names another directory; --disable-cache does without"
+
+
+class Entry(Record):
+    """A file of the cache: what it is, and what it came from ("" where that is not known)."""
+
+    kind: str
+    name: str
+    path: str
+    size_bytes: int
+    made_s: float
+    source: str
+
+
+def folder_of(environ: Mapping[str, str]) -> str:
+    """Return where the caller's cache is."""
+    for name in ("APPTAINER_CACHEDIR", "SINGULARITY_CACHEDIR"):
+        if environ.get(name):
+            return f"{os.path.abspath(environ[name])}/cache"
+    home = environ.get("HOME", "") or os.path.expanduser("~")
+    own = environ.get("APPTAINER_CONFIGDIR", "") or f"{home}/.apptainer"
+    return f"{own}/cache"
+
+
+class Cache:
+    """A directory with a folder for each kind of entry."""
+
+    def __init__(self, folder: str, *, passing: bool = False) -> None:
+        self.folder = folder
+        # For one command only: nothing in it outlives that.
+        self.passing = passing
+
+    def prepare(self) -> None:
+        """Make what is missing of it.
+
+        Raises:
+            CacheError: it cannot be written.
+        """
+        try:
+            for kind in KINDS:
+                os.makedirs(f"{self.folder}/{kind}", mode=0o700, exist_ok=True)
+            os.makedirs(self.blobs, mode=0o700, exist_ok=True)
+            os.makedirs(f"{self.folder}/{_SOURCES}", mode=0o700, exist_ok=True)
+            self._layout()
+            if not os.access(self.folder, os.W_OK | os.X_OK):
+                raise CacheError(folder=self.folder, reason="permission denied")
+        except OSError as error:
+            raise CacheError(folder=self.folder, reason=(error.strerror or "").lower()) from None
+
+    def _layout(self) -> None:
+        for name, value in (
+            ("oci-layout", {"imageLayoutVersion": "1.0.0"}),
+            ("index.json", {"schemaVersion": 2, "manifests": []}),
+        ):
+            path = f"{self.layout}/{name}"
+            if not os.path.exists(path):
+                _write(path, json.dumps(value).encode())
+
+    # -- where things are
+
+    @property
+    def layout(self) -> str:
+        """The layout of the image specification with all blobs."""
+        return f"{self.folder}/{BLOB}"
+
+    @property
+    def blobs(self) -> str:
+        """Where that layout has them."""
+        return f"{self.layout}/blobs/sha256"
+
+    def path(self, kind: str, key: str) -> str:
+        """Return where an entry is, or would be."""
+        digits = key.removeprefix("sha256:") if kind in _BY_DIGEST else key
+        if not digits or not _HEX.issuperset(digits):
+            raise ValueError(f"{key!r} is no key")
+        return f"{self.blobs}/{key}" if kind == BLOB else f"{self.folder}/{kind}/{key}"
+
+    # -- what is in it
+
+    def get(self, kind: str, key: str, source: str, make: Callable[[str], None]) -> str:
+        """Return an entry's path; make it, or wait for the process that makes it.
+
+        `make` writes the file that it is given, which takes its place afterwards. A file that an
+        earlier maker has left unfinished is given to it again.
+
+        Raises:
+            CacheError: it cannot be written; whatever `make` raises.
+        """
+        path = self.path(kind, key)
+        with Lease(f"{path}{_LEASE}", lambda: os.path.isfile(path)) as lease:
+            if lease.held:
+                self._make(path, make)
+                self._note(kind, key, source)
+        return path
+
+    def _make(self, path: str, make: Callable[[str], None]) -> None:
+        mine = f"{path}{_PART}.{os.urandom(8).hex()}"
+        for left in self._parts(path):
+            try:
+                os.rename(left, mine)
+                break
+            except OSError:
+                continue
+        make(mine)
+        try:
+            fd = os.open(mine, os.O_RDONLY | os.O_CLOEXEC)
+            os.fsync(fd)
+            os.close(fd)
+            os.rename(mine, path)
+        except OSError as error:
+            raise CacheError(folder=self.folder, reason=(error.strerror or "").lower()) from None
+
+    @staticmethod
+    def _parts(path: str) -> list[str]:
+        folder, name = os.path.split(path)
+        found = [one for one in os.listdir(folder) if one.startswith(f"{name}{_PART}.")]
+        return [f"{folder}/{one}" for one in found]
+
+    def _note(self, kind: str, key: str, source: str) -> None:
+        try:
+            _write(
+                f"{self.folder}/{_SOURCES}/{kind}-{key}",
+                json.dumps({"source": source, "time_s": int(time.time())}).encode(),
+            )
+        except OSError:
+            pass  # a name that is missing harms nobody
+
+    def entries(self, kinds: tuple[str, ...] = KINDS) -> Iterator[Entry]:
+        """Yield what is there, sorted by kind and name."""
+        for kind in kinds:
+            folder = self.blobs if kind == BLOB else f"{self.folder}/{kind}"
+            try:
+                names = sorted(os.listdir(folder))
+            except OSError:
+                continue
+            for name in names:
+                entry = self._entry(kind, name, f"{folder}/{name}")
+                if entry is not None and _PART not in name and _LEASE not in name:
+                    yield entry
+
+    def _entry(self, kind: str, name: str, path: str) -> Entry | None:
+        try:
+            facts = os.stat(path, follow_symlinks=False)
+        except OSError:
+            return None
+        return Entry(
+            kind=kind,
+            name=name,
+            path=path,
+            size_bytes=facts.st_size,
+            made_s=facts.st_mtime,
+            source=self._source(kind, name),
+        )
+
+    def _source(self, kind: str, name: str) -> str:
+        try:
+            with open(f"{self.folder}/{_SOURCES}/{kind}-{name}", encoding="utf-8") as file:
+                value = json.loads(file.read(_SOURCE_BYTES)).get("source", "")
+        except (OSError, ValueError, AttributeError):
+            return ""
+        return value if isinstance(value, str) else ""
+
+    def remove(self, entry: Entry) -> None:
+        """Remove an entry; nothing of it being gone already is an error."""
+        for path in (entry.path, f"{self.folder}/{_SOURCES}/{entry.kind}-{entry.name}"):
+            try:
+                os.unlink(path)
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                reason = f"{path}: {(error.strerror or '').lower()}"
+                raise CacheError(folder=self.folder, reason=reason) from None
+
+    def sweep(self, older_s: float) -> None:
+        """Remove unfinished files that nobody has written to for so many seconds."""
+        for path in self._leftovers(older_s):
+            try:
+                os.unlink(path)
+            except OSError:
+                continue
+
+    def _leftovers(self, older_s: float) -> Iterator[str]:
+        for folder in (self.blobs, *(f"{self.folder}/{kind}" for kind in FILES)):
+            try:
+                names = os.listdir(folder)
+            except OSError:
+                continue
+            for name in names:
+                path = f"{folder}/{name}"
+                if _PART not in name and _LEASE not in name:
+                    continue
+                try:
+                    if time.time() - os.lstat(path).st_mtime > older_s:
+                        yield path
+                except OSError:
+                    continue
+
+
+def _write(path: str, data: bytes) -> None:
+    made = f"{path}.{os.urandom(8).hex()}{_PART}"
+    fd = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(fd, data)
+    finally:
+        os.close(fd)
+    os.rename(made, path)

@@ -1,0 +1,236 @@
+"""A registry's HTTP, against one that misbehaves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+
+import pytest
+
+from apptainer_py.builds import remote
+from apptainer_py.builds.fetching import Fetching
+from apptainer_py.cache.store import Cache
+from apptainer_py.registry import client
+from apptainer_py.registry.accounts import Account
+from apptainer_py.registry.client import NotAllowed, NotThere, Registry, RegistryError
+from apptainer_py.registry.reference import Reference
+from tests import fake_registry
+from tests.fake_registry import Fake, digest, send
+
+HOW = Fetching(no_https=True)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
+    monkeypatch.setattr(client.time, "sleep", lambda _s: None)
+    with fake_registry.running() as found:
+        yield found
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    made = Cache(str(tmp_path / "cache"))
+    made.prepare()
+    return made
+
+
+def fetch(fake: Fake, cache: Cache, tag: str = "1", **options: str) -> remote.Named:
+    how = HOW.replace(**options)
+    reference = Reference(host=fake.host, repository="lib/x", tag=tag)
+    with remote.registry_of(reference, how, {"HOME": cache.folder}) as registry:
+        named = remote.look_up(registry, reference, how)
+        remote.Arriving(registry, named, cache, lambda _size: None).fetch()
+        return named
+
+
+def blobs(cache: Cache) -> dict[str, bytes]:
+    return {f"sha256:{e.name}": Path(e.path).read_bytes() for e in cache.entries(("blob",))}
+
+
+def test_an_image_arrives_whole(fake: Fake, cache: Cache) -> None:
+    row = fake.add_image("1", b"one" * 100_000, b"two", b"two")
+    named = fetch(fake, cache)
+    assert named.manifest.digest == row["digest"]
+    assert blobs(cache) == {**fake.blobs, row["digest"]: named.manifest.data}
+    before = len(fake.asked)
+    fetch(fake, cache)
+    assert len(fake.asked) == before + 1
+
+
+def test_the_image_for_the_machine_is_chosen(fake: Fake, cache: Cache) -> None:
+    rows = [fake.add_image(m, m.encode(), machine=m) for m in ("s390x", "amd64", "arm64")]
+    fake.add_index("1", *rows)
+    assert fetch(fake, cache, arch="arm64").manifest.digest == rows[2]["digest"]
+    with pytest.raises(
+        RegistryError, match="no image for riscv64; there is one for: amd64, arm64, s390x"
+    ):
+        fetch(fake, cache, arch="riscv64")
+
+
+def test_an_index_of_an_index_of_itself_ends(fake: Fake, cache: Cache) -> None:
+    row = {"mediaType": fake_registry.INDEX, "platform": {"architecture": "amd64"}, "size": 1}
+    fake.add_index("a", {**row, "digest": "sha256:" + "0" * 64})
+    with pytest.raises(NotThere):
+        fetch(fake, cache, "a")
+
+
+def test_a_connection_that_breaks_is_gone_on_with(fake: Fake, cache: Cache) -> None:
+    data = bytes(range(256)) * 4000
+    fake.add_image("1", data)
+    left = [3]
+
+    def broken(handler: BaseHTTPRequestHandler) -> bool:
+        if not left[0]:
+            return False
+        left[0] -= 1
+        start = int((handler.headers.get("Range") or "bytes=0-")[6:].partition("-")[0])
+        handler.send_response(206 if start else 200)
+        handler.send_header("Content-Length", str(len(data) - start))
+        handler.end_headers()
+        handler.wfile.write(data[start : start + 100_000])
+        handler.close_connection = True
+        return True
+
+    fake.tricks[f"/v2/lib/x/blobs/{digest(data)}"] = broken
+    fetch(fake, cache)
+    assert blobs(cache)[digest(data)] == data
+    ranges = [headers.get("Range") for _, path, headers in fake.asked if digest(data) in path]
+    assert ranges == [None, "bytes=100000-", "bytes=200000-", "bytes=300000-"]
+
+
+@pytest.mark.parametrize("instead", [b"other", b"data and more", b"dat"])
+def test_what_its_digest_does_not_say_is_refused(fake: Fake, cache: Cache, instead: bytes) -> None:
+    fake.add_image("1", b"data")
+    fake.blobs[digest(b"data")] = instead
+    with pytest.raises(RegistryError):
+        fetch(fake, cache)
+    assert digest(b"data") not in blobs(cache)
+
+
+def test_a_part_of_something_else_is_thrown_away(fake: Fake, cache: Cache) -> None:
+    fake.add_image("1", b"data" * 10)
+    part = cache.path("blob", digest(b"data" * 10).partition(":")[2]) + ".part.0"
+    Path(part).write_bytes(b"what is this")
+    fetch(fake, cache)
+    assert blobs(cache)[digest(b"data" * 10)] == b"data" * 10
+
+
+def test_a_manifest_is_what_its_digest_says(fake: Fake, cache: Cache) -> None:
+    row = fake.add_image("1", b"data")
+    fake.manifests[str(row["digest"])] = fake.manifests["1"][0], fake.manifests["1"][1] + b" "
+    reference = Reference(host=fake.host, repository="lib/x", digest=str(row["digest"]))
+    with Registry(fake.host, https=False) as registry:
+        with pytest.raises(RegistryError, match="another one"):
+            remote.look_up(registry, reference, HOW)
+
+
+def test_a_registry_that_is_busy_is_asked_again(fake: Fake, cache: Cache) -> None:
+    fake.add_image("1", b"data")
+    answers = iter([(429, {"Retry-After": "1"}), (503, {}), (500, {})])
+
+    def busy(handler: BaseHTTPRequestHandler) -> bool:
+        status, headers = next(answers, (0, {}))
+        if status:
+            send(handler, status, b"", headers)
+        return bool(status)
+
+    fake.tricks["/v2/lib/x/manifests/1"] = busy
+    fetch(fake, cache)
+
+
+def test_a_wait_without_end_is_not_waited(fake: Fake, cache: Cache) -> None:
+    path = "/v2/lib/x/manifests/1"
+    fake.tricks[path] = lambda h: send(h, 429, b"", {"Retry-After": "86400"}) or True
+    with pytest.raises(RegistryError, match="asks to wait"):
+        fetch(fake, cache)
+
+
+@pytest.mark.parametrize("bearer", [False, True])
+def test_accounts(fake: Fake, cache: Cache, bearer: bool) -> None:
+    fake.account, fake.bearer = ("alice", "s:cret"), bearer
+    fake.add_image("1", b"data")
+    if not bearer:
+        with pytest.raises(NotAllowed):
+            fetch(fake, cache)
+        with pytest.raises(NotAllowed, match="alice"):
+            fetch(fake, cache, docker_username="alice", docker_password="wrong")
+    fetch(fake, cache, docker_username="alice", docker_password="s:cret")
+    assert digest(b"data") in blobs(cache)
+
+
+def test_an_account_does_not_follow_to_another_host(fake: Fake, cache: Cache) -> None:
+    fake.account = ("alice", "secret")
+    fake.add_image("1", b"data")
+    with fake_registry.running() as other:
+        other.blobs = fake.blobs
+        path = f"/v2/lib/x/blobs/{digest(b'data')}"
+        there = {"Location": f"http://{other.host}{path}"}
+
+        def lead(handler: BaseHTTPRequestHandler) -> bool:
+            send(handler, 307, b"", there) if handler.headers.get("Authorization") else None
+            return bool(handler.headers.get("Authorization"))
+
+        fake.tricks[path] = lead
+        fetch(fake, cache, docker_username="alice", docker_password="secret")
+        assert [h.get("Authorization") for _, p, h in other.asked if p == path] == [None]
+
+
+def test_redirections_end(fake: Fake, cache: Cache) -> None:
+    path = "/v2/lib/x/manifests/1"
+    fake.tricks[path] = lambda h: send(h, 302, b"", {"Location": path}) or True
+    with pytest.raises(RegistryError, match="without end"):
+        fetch(fake, cache)
+
+
+@pytest.mark.parametrize("place", ["file:///etc/passwd", "ftp://x/y", "//"])
+def test_redirections_stay_with_http(fake: Fake, cache: Cache, place: str) -> None:
+    path = "/v2/lib/x/manifests/1"
+    fake.tricks[path] = lambda h: send(h, 302, b"", {"Location": place}) or True
+    with pytest.raises(RegistryError):
+        fetch(fake, cache)
+
+
+def test_https_does_not_become_http() -> None:
+    registry = Registry("r.io", account=Account(username="a", password="b"))
+    with pytest.raises(RegistryError, match="from HTTPS to HTTP"):
+        registry._checked("http://r.io/x", "https://r.io/x")
+    with pytest.raises(RegistryError, match="from HTTPS to HTTP"):
+        registry._token({"realm": "http://r.io/token"}, "s")
+
+
+@pytest.mark.parametrize(("data", "reason"), [
+    (b"{", "no JSON"), (b"[]", "manifest is none"), (b"[" * 100_000, "no JSON"),
+    (b'{"schemaVersion":1}', "version"),
+    (b'{"schemaVersion":2,"layers":[],"manifests":[]}', "none"),
+    (b'{"schemaVersion":2,"layers":[{}]}', "descriptor"),
+    (b'{"schemaVersion":2,"layers":{}}', "no layers"),
+    (b'{"schemaVersion":2,"layers":[' + b"{}," * 600 + b"{}]}", "more than 512"),
+    (b" " * (5 << 20), "more than 4194304 bytes"),
+    (b'{"schemaVersion":2,"manifests":[{"digest":1}]}', "descriptor"),
+    (b'{"schemaVersion":2,"layers":[],"config":{"digest":"sha256:../../x","size":1}}', "digest"),
+    (b'{"schemaVersion":2,"layers":[],"config":{"digest":"sha256:'
+     + b"0" * 64 + b'","size":-1}}', "descriptor"),
+])  # fmt: skip
+def test_hostile_manifests(fake: Fake, cache: Cache, data: bytes, reason: str) -> None:
+    fake.manifests["1"] = (fake_registry.MANIFEST, data)
+    with pytest.raises(RegistryError, match=reason):
+        fetch(fake, cache)
+    assert not blobs(cache)
+
+
+def test_what_is_not_there_is_told_in_the_registrys_words(fake: Fake, cache: Cache) -> None:
+    with pytest.raises(NotThere, match="manifest unknown"):
+        fetch(fake, cache, "none")
+
+
+def test_a_registry_that_is_not_there(cache: Cache, fake: Fake) -> None:
+    fake.host = "127.0.0.1:1"
+    with pytest.raises(RegistryError, match=r"127\.0\.0\.1:1: connection refused"):
+        fetch(fake, cache)
+
+
+def test_http_where_https_was_expected(fake: Fake, cache: Cache) -> None:
+    with Registry(fake.host) as registry:
+        with pytest.raises(RegistryError, match="does not speak HTTPS; --no-https"):
+            registry.check()
