@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from apptainer_py.model.request import Parsed
 
-_NEED_MORE = ("cache", "capability", "instance", "key", "registry")
+_NEED_MORE = ("cache", "capability", "instance", "key", "overlay", "registry")
 _CONFIG_OPERATIONS = ("set", "unset", "get", "reset")
 
 
@@ -305,6 +305,20 @@ def _images(parsed: Parsed) -> int:
     return command(parsed)
 
 
+def _overlay_create(parsed: Parsed) -> int:
+    from apptainer_py.verbs import overlay
+
+    options: dict[str, Any] = dict(parsed.options)
+    wanted = overlay.Wanted(
+        size_mib=options["size"],
+        folders=tuple(options["create-dir"]),
+        sparse=options["sparse"],
+        for_root=options["fakeroot"],
+    )
+    overlay.overlay_create(parsed.arguments[0], wanted)
+    return 0
+
+
 _COMMANDS: dict[str, Callable[[Parsed], int]] = {
     "build": _build,
     "buildcfg": _buildcfg,
@@ -327,6 +341,7 @@ _COMMANDS: dict[str, Callable[[Parsed], int]] = {
     "instance list": _instance_list,
     "instance stats": _instance_stats,
     "instance stop": _instance_stop,
+    "overlay create": _overlay_create,
     "pull": _images,
     "push": _images,
     "registry list": _images,

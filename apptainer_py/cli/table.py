@@ -155,6 +155,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "list of processors the container may use"),
     ("cpuset-mems", "", STRING, "", ("CPUSET_MEMS",), _ALL, SUPPORTED,
      "list of memory nodes the container may use"),
+    ("create-dir", "", LIST, (), (), ("overlay create",), SUPPORTED,
+     "directory that the overlay begins with"),
     ("cwd", "", STRING, "", ("CWD", "TARGET_CWD"), ACTIONS, SUPPORTED,
      "working directory inside the container"),
     ("datatype", "", INT, 0, (), ("sif add",), SUPPORTED,
@@ -222,6 +224,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "appear as root inside the container"),
     ("fakeroot", "f", BOOL, False, ("FAKEROOT",), _BUILD, SUPPORTED,
      "build as root of a user namespace, with subordinate ids where there are any"),
+    ("fakeroot", "f", BOOL, False, ("FAKEROOT",), ("overlay create",), SUPPORTED,
+     "an overlay for containers that are started with --fakeroot"),
     ("filename", "", STRING, "", (), ("sif add",), SUPPORTED,
      "name of the object"),
     ("fix-perms", "", BOOL, False, ("FIXPERMS",), _BUILD, SUPPORTED,
@@ -494,6 +498,10 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "hash of a signature: 1 SHA256, 2 SHA384, 3 SHA512, 4 BLAKE2s_256, 5 BLAKE2b_256"),
     ("silent", "s", BOOL, False, ("SILENT",), ROOT, SUPPORTED,
      "print errors only"),
+    ("size", "s", INT, 64, (), ("overlay create",), SUPPORTED,
+     "size of the overlay in MiB"),
+    ("sparse", "S", BOOL, False, ("SPARSE",), ("overlay create",), SUPPORTED,
+     "take no space on disk before it is needed"),
     ("startscript", "s", BOOL, False, (), ("inspect",), SUPPORTED,
      "show what an instance starts"),
     ("sync-socket", "s", STRING, "", ("SYNC_SOCKET",), (*_OCI_MAKE, "oci state"), SUPPORTED,
@@ -660,7 +668,9 @@ COMMANDS: Final[tuple[Command, ...]] = (
     ("oci umount", "<bundle_path>", 1, 1, SUPPORTED, "Umount delete bundle (root user only)"),
     ("oci update", "[update options...] <container_ID>", 1, 1, SUPPORTED,
      "Update container cgroups resources"),
-    ("overlay", "", 0, -1, REFUSED, "Manage writable overlay images"),
+    ("overlay", "<command>", 0, -1, SUPPORTED, "Manage writable overlay images"),
+    ("overlay create", "[create options...] <image>", 1, 1, SUPPORTED,
+     "Create an EXT3 writable overlay image"),
     ("plugin", "", 0, -1, REFUSED, "Manage plug-ins"),
     ("pull", "[pull options...] [output file] <URI>", 1, 2, SUPPORTED, "Fetch an image"),
     ("push", "[push options...] <image> <URI>", 2, 2, SUPPORTED, "Upload an image"),
@@ -701,11 +711,12 @@ INTERSPERSED: Final = (
     "oci attach", "oci create", "oci delete", "oci kill",
     "oci mount", "oci pause", "oci resume", "oci run", "oci start", "oci state", "oci umount",
     "oci update", "cache list", "cache clean", "pull", "push", "registry list", "registry login",
-    "registry logout",
+    "registry logout", "overlay create",
 )  # fmt: skip
 # Groups that explain themselves when the command after them is missing or unknown.
 GROUPS: Final = (
-    "sif", "cache", "config", "capability", "completion", "instance", "key", "oci", "registry",
+    "sif", "cache", "config", "capability", "completion", "instance", "key", "oci", "overlay",
+    "registry",
 )  # fmt: skip
 
 # `name:` without slashes is a transport only if it is one of these (uri.Split of Apptainer).
