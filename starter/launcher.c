@@ -130,7 +130,7 @@ int main(int argc, char *argv[], char *envp[]) {
     if (s.is_oci)
         run_oci(argv, envp);
     bool oci = scan_asks_oci(&s, envp);
-    if (s.image == NULL && (!oci || s.layout == NULL))
+    if ((s.image == NULL && (!oci || s.layout == NULL)) || (!oci && scan_asks_unsquash(&s, envp)))
         run_interpreter(argc, argv, envp);
     if (oci) {
         choose_oci(&c, &s, argv);

@@ -52,6 +52,7 @@ bool scan_asks_userns(const struct scan *s, char *const envp[]);
 bool scan_asks_fakeroot(const struct scan *s, char *const envp[], struct fakeroot_options *o);
 bool scan_asks_oci(const struct scan *s, char *const envp[]);
 bool scan_asks_sharing(const struct scan *s, char *const envp[]);
+bool scan_asks_unsquash(const struct scan *s, char *const envp[]);
 bool scan_is_rank(char *const envp[]);
 
 /* launcher_fakeroot.c */

@@ -264,6 +264,12 @@ bool scan_asks_sharing(const struct scan *s, char *const envp[]) {
     return s->instance == NULL && asks(s, envp, OPT_SHARENS, sharens_keys, COUNT(sharens_keys));
 }
 
+/* A directory needs nothing of the kind, and an instance that is joined has its root. */
+bool scan_asks_unsquash(const struct scan *s, char *const envp[]) {
+    return !s->joins && s->instance == NULL &&
+           asks(s, envp, OPT_UNSQUASH, unsquash_keys, COUNT(unsquash_keys));
+}
+
 /* Has something like mpirun(1) started us, as one of several? */
 bool scan_is_rank(char *const envp[]) {
     for (size_t i = 0; i < COUNT(rank_variables); i++)

@@ -53,6 +53,7 @@ MEANINGS = {
     "oci": "OPT_OCI",
     "pid": "OPT_PID",
     "sharens": "OPT_SHARENS",
+    "unsquash": "OPT_UNSQUASH",
     "trace": "OPT_TRACE",
     "userns": "OPT_USERNS",
     "uts": "OPT_UTS",
@@ -84,6 +85,7 @@ enum option_flag {
     OPT_WRITABLE_TMPFS = 8192,
     OPT_UNFORESEEN = 16384, /* changes the plan in ways that the launcher does not know */
     OPT_OCI = 32768,    /* the other engine */
+    OPT_UNSQUASH = 1 << 25, /* a directory is made of the image first */
     OPT_SHARENS = 1 << 26, /* several launches of one parent process in one container */
     OPT_IGNORE_SUBUID = 1 << 28,
     OPT_IGNORE_USERNS = 1 << 29
@@ -116,6 +118,7 @@ def header() -> str:
         _strings("ignore_userns_keys", _keys("ignore-userns")),
         _strings("oci_keys", _keys("oci")),
         _strings("sharens_keys", _keys("sharens")),
+        _strings("unsquash_keys", _keys("unsquash")),
         _strings("rank_variables", RANK_VARIABLES),
         _strings("transports", TRANSPORTS),
         _strings("layouts", LAYOUTS),

@@ -62,6 +62,10 @@ def _run(arguments: Sequence[str], environ: Mapping[str, str], command: list[str
         from apptainer_py.cli import images
 
         return images.start(parsed, arguments)
+    if isinstance(parsed, ActionRequest) and parsed.unsquash and not parsed.oci:
+        from apptainer_py.cli import unsquash
+
+        return unsquash.start(parsed, arguments, environ)
     if isinstance(parsed, ActionRequest):
         from apptainer_py.base import build
 

@@ -129,6 +129,7 @@ class ActionRequest(Invocation):
     sharens: bool = False
     shell: str = ""
     underlay: bool = False
+    unsquash: bool = False
     userns: bool = False
     uts: bool = False
     workdir: str = ""

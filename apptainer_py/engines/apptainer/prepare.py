@@ -167,6 +167,9 @@ def prepare(context: PrepareContext) -> Prepared:
     facts = context.facts
     tell_flow(facts)
     check_flow(facts)
+    if action.unsquash:
+        text = "launcher and package are of different versions: install both again"
+        raise LaunchError(text=text)
     if action.build_config:
         facts.configuration = {**facts.configuration, **_OF_BUILDS}
     policy.check_directives(facts.configuration, action)

@@ -35,12 +35,13 @@ _TTY_GROUP = 5
 _UMASK = 0o022
 # What has no meaning here, or is not built: field of the request → option.
 _REFUSED = (
-    "allow_setuid", "app", "cdi_dirs",
-    "compat32", "containlibs", "device", "fakeroot", "home",
+    "allow_setuid", "app", "boot", "cdi_dirs",
+    "compat32", "containlibs", "device", "fakeroot", "fusemount", "home",
     "ignore_fakeroot_command", "ignore_subuid", "ignore_userns",
     "intel_hpu", "keep_privs", "netns_path",
-    "network_args", "no_mount", "no_pid", "nv", "nvccli", "rocm",
-    "security", "underlay", "workdir", "writable",
+    "network_args", "no_mount", "no_pid", "nv", "nvccli", "overlay", "passphrase", "pem_path",
+    "rocm", "runscript_timeout", "security", "sharens", "underlay", "unsquash", "workdir",
+    "writable",
 )  # fmt: skip
 _ACTIONS = "/.singularity.d/actions"
 

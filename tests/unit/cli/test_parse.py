@@ -11,7 +11,7 @@ from apptainer_py.base.errors import NotSupported, UsageError
 from apptainer_py.base.log import INFO, WARN
 from apptainer_py.cli.options import BadVariable, CommandLineWrong, OptionRefused
 from apptainer_py.cli.parse import NoCommand, UnknownCommand, UnknownTransport, parse
-from apptainer_py.cli.table import ACTIONS, FETCH, OPTIONS, REFUSED
+from apptainer_py.cli.table import ACTIONS, FETCH, INSTANCES, OPTIONS, REFUSED
 from apptainer_py.model.request import ActionRequest, Parsed
 
 TYPE_CHECKING = False
@@ -231,20 +231,22 @@ def sample(row: Option) -> str:
     return {"bool": "true", "int": "17"}.get(str(row[2]), "x=y")
 
 
-REFUSED_ACTIONS = [row for row in OPTIONS if row[6] == REFUSED and set(row[5]) & set(ACTIONS)]
+REFUSED_ACTIONS = [
+    row for row in OPTIONS if row[6] == REFUSED and set(row[5]) & {*ACTIONS, *INSTANCES}
+]
 
 
 @pytest.mark.parametrize("row", REFUSED_ACTIONS, ids=lambda row: row[0])
 def test_an_option_that_is_not_built_is_refused(row: Option) -> None:
-    command = "exec" if "exec" in row[5] else "run"
+    command = row[5][0].split()
     with pytest.raises(OptionRefused) as caught:
-        action(command, f"--{row[0]}={sample(row)}", "image", "x")
+        action(*command, f"--{row[0]}={sample(row)}", "image", "x")
     assert str(caught.value) == f"`--{row[0]}` is not supported yet"
     assert caught.value.advice() == f"leave `--{row[0]}` out"
     assert caught.value.exit_code == 255
     for key in row[4]:
         with pytest.raises(OptionRefused) as caught:
-            action(command, "image", "x", **{f"APPTAINER_{key}": sample(row)})
+            action(*command, "image", "x", **{f"APPTAINER_{key}": sample(row)})
         assert str(caught.value) == f"APPTAINER_{key} is not supported yet"
 
 

@@ -1,0 +1,249 @@
+"""`--unsquash`: the image becomes a directory for the time of one launch.
+
+front ── sweeper: the sweeper removes the directory when the front and what it has started are gone,
+whichever of them was killed. What a killed sweeper leaves is not locked any more, and goes with the
+next such launch.
+"""
+
+from __future__ import annotations
+
+import os
+
+from apptainer_py.base import log
+from apptainer_py.base.errors import ApptainerError, LaunchError
+from apptainer_py.cli.table import PROGRAM
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import NoReturn
+
+    from apptainer_py.image.detect import OpenImage
+    from apptainer_py.model.request import ActionRequest
+
+_VARIABLES = ("APPTAINER_TMPDIR", "SINGULARITY_TMPDIR", "TMPDIR")
+_SWITCHES = ("APPTAINER_UNSQUASH", "SINGULARITY_UNSQUASH")
+_TOOLS = {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}
+_SIGNALLED = 128
+_STOPPED = 127
+_TRIES, _PAUSE_S = 100, 0.05
+
+
+def start(action: ActionRequest, typed: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Unpack the image of a command line, start that directory, and return the status.
+
+    Raises:
+        ApptainerError: it cannot be unpacked.
+    """
+    from apptainer_py.base import build as facts
+
+    place = len(typed) - len(action.arguments) - 1
+    kept = {name: value for name, value in environ.items() if name not in _SWITCHES}
+    launcher = f"{facts.BINDIR}/{PROGRAM}"
+
+    def line(image: str) -> list[str]:
+        # What was asked for is done: the launcher must not ask for it again.
+        return [launcher, *typed[:place], "--unsquash=false", image, *typed[place + 1 :]]
+
+    image = _image(action.image)
+    if image is None:
+        return os.execve(launcher, line(action.image), kept)
+    folder = _Folder(environ)
+    try:
+        log.info("Converting SIF file to temporary sandbox...")
+        _unpack(image, folder.root)
+        status = folder.run(line(folder.root), kept)
+        log.info("Cleaning up image...")
+        return status
+    finally:
+        folder.close()
+
+
+def _image(path: str) -> OpenImage | None:
+    """Return a file with a squashfs; of everything else the launch itself says what it is."""
+    from apptainer_py.image import detect
+
+    try:
+        image = detect.open_image(path)
+    except ApptainerError:
+        return None
+    if image.kind in ("sif", "squashfs"):
+        return image
+    os.close(image.fd)
+    return None
+
+
+def _unpack(image: OpenImage, root: str) -> None:
+    import subprocess
+
+    from apptainer_py.image import sif, squashfs
+
+    offset = image.offset
+    if image.kind == "sif":
+        part = sif.primary_partition(image.fd)
+        if part.fs != "squashfs":
+            text = f"--unsquash: a root file system of the kind {part.fs} cannot be unpacked"
+            raise LaunchError(text=text)
+        offset = part.offset
+    argv = [squashfs.find_tool("unsquashfs"), "-no-progress", "-quiet", "-o", str(offset)]
+    argv += ["-no-xattrs"] if os.geteuid() else []
+    done = subprocess.run(
+        [*argv, "-d", root, f"/proc/self/fd/{image.fd}"],
+        env=_TOOLS,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        pass_fds=(image.fd,),
+        check=False,
+    )
+    os.close(image.fd)
+    # 2: everything is there, but for owners or devices that this caller cannot make.
+    if done.returncode not in (0, 2) or (done.returncode == 2 and os.geteuid() == 0):
+        lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        reason = lines[-1] if lines else f"unsquashfs ended with status {done.returncode}"
+        raise LaunchError(text=f"--unsquash: {reason}")
+
+
+class _Folder:
+    """A directory for one unpacked image, with the process that removes it."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        import fcntl
+        import tempfile
+
+        named = next(filter(None, (environ.get(name, "") for name in _VARIABLES)), "/tmp")
+        above = f"{os.path.abspath(named)}/apptainer-py-unsquash-{os.geteuid()}"
+        _own_directory(above)
+        self._above = os.open(above, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        # Nobody sees it before it is locked.
+        fcntl.flock(self._above, fcntl.LOCK_EX)
+        self._name = os.path.basename(tempfile.mkdtemp(prefix="rootfs-", dir=above))
+        lock = os.open(self._name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._above)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(self._above, fcntl.LOCK_UN)
+        self.root = f"{above}/{self._name}/root"
+        reading, self._told = os.pipe()
+        self._sweeper = os.fork()
+        if self._sweeper == 0:
+            os.close(self._told)
+            self._sweep(reading)
+        os.close(reading)
+        os.close(lock)
+
+    def run(self, line: list[str], environ: Mapping[str, str]) -> int:
+        """Start a program and take its place: its signals, its status."""
+        import signal
+
+        child = os.fork()
+        if child == 0:
+            try:
+                # Told by itself: whoever is killed, no container is without its directory.
+                os.write(self._told, os.getpid().to_bytes(4, "little"))
+                os.execve(line[0], line, dict(environ))
+            finally:
+                os._exit(_STOPPED)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+            signal.signal(number, lambda number, _frame: os.kill(child, number))
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        return status if status >= 0 else _SIGNALLED - status
+
+    def close(self) -> None:
+        """Have the directory removed, and wait for that."""
+        os.close(self._told)
+        os.waitpid(self._sweeper, 0)
+
+    # -- the sweeper
+
+    def _sweep(self, told: int) -> NoReturn:
+        import signal
+
+        try:
+            os.setsid()
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+                signal.signal(number, signal.SIG_IGN)
+            null = os.open(os.devnull, os.O_RDWR)
+            for fd in (0, 1, 2):
+                os.dup2(null, fd)
+            self._sweep_others()
+            self._wait(told)
+            self._remove()
+        finally:
+            os._exit(0)
+
+    def _wait(self, told: int) -> None:
+        """Wait until nobody is left who could use the directory."""
+        import select
+
+        number = os.read(told, 4)
+        if len(number) == 4:
+            try:
+                handle = os.pidfd_open(int.from_bytes(number, "little"))
+            except ProcessLookupError:
+                return
+            # Whoever was killed between the two, the container ends first.
+            select.select([handle], [], [])
+            os.read(told, 1)
+
+    def _remove(self) -> None:
+        import time
+
+        from apptainer_py.image.oci_layers import remove_tree
+
+        for _ in range(_TRIES):
+            try:
+                remove_tree(self._above, os.fsencode(self._name))
+                return
+            except FileNotFoundError:
+                return
+            except OSError:
+                # An unsquashfs whose front was killed is still writing: soon it has no directory.
+                time.sleep(_PAUSE_S)
+
+    def _sweep_others(self) -> None:
+        from apptainer_py.image.oci_layers import remove_tree
+
+        for name in os.listdir(self._above):
+            if name == self._name or not name.startswith("rootfs-"):
+                continue
+            fd = self._lock_of_nobody(name)
+            if fd >= 0:
+                try:
+                    remove_tree(self._above, os.fsencode(name))
+                except OSError:
+                    pass
+                os.close(fd)
+
+    def _lock_of_nobody(self, name: str) -> int:
+        """Return a descriptor of a directory that nobody holds, -1 where somebody does."""
+        import fcntl
+
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        fcntl.flock(self._above, fcntl.LOCK_EX)
+        fd = -1
+        try:
+            fd = os.open(name, flags, dir_fd=self._above)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if fd >= 0:
+                os.close(fd)
+            fd = -1
+        finally:
+            fcntl.flock(self._above, fcntl.LOCK_UN)
+        return fd
+
+
+def _own_directory(path: str) -> None:
+    """Make a directory that is the caller's alone if it lacks; refuse one of somebody else."""
+    import stat
+
+    try:
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:
+            pass
+        found = os.stat(path, follow_symlinks=False)
+    except OSError as error:
+        raise LaunchError(text=f"{path}: {(error.strerror or '').lower()}") from None
+    mode = stat.S_IMODE(found.st_mode)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or mode & 0o022:
+        raise LaunchError(text=f"{path} is not a directory of your own that nobody else can write")
