@@ -151,10 +151,13 @@ def demo_sif(product: SimpleNamespace, readable_tmp: Path) -> Path:
     return target
 
 
-@pytest.fixture(scope="session")
-def open_fuse(require_root: None) -> Iterator[None]:
-    """Lets everybody open /dev/fuse, which the real Apptainer needs and we do not."""
+@pytest.fixture(scope="session", autouse=True)
+def open_fuse() -> Iterator[None]:
+    """Lets everybody open /dev/fuse: the real Apptainer needs that, and ours in a user namespace."""
     device = Path("/dev/fuse")
+    if os.geteuid() != 0 or not device.exists():
+        yield
+        return
     before = device.stat().st_mode & 0o7777
     device.chmod(0o666)
     yield

@@ -215,7 +215,7 @@ ABSENT = [
     ["exec", "-n", "--network", "bridge", "{sif}", "true"],
     ["exec", "instance://x", "true"],
     ["exec", "library://alpine", "true"],
-    ["verify", "{sif}"],
+    ["keyserver", "list"],
     ["pull", "library://x/y"],
     ["cache", "clean", "--type", "none"],
 ]
