@@ -153,7 +153,7 @@ def demo_sif(product: SimpleNamespace, readable_tmp: Path) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def open_fuse() -> Iterator[None]:
-    """Lets everybody open /dev/fuse: the real Apptainer needs that, and ours in a user namespace."""
+    """Lets everybody open /dev/fuse: the real Apptainer needs that, and so do user namespaces."""
     device = Path("/dev/fuse")
     if os.geteuid() != 0 or not device.exists():
         yield
