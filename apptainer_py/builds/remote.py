@@ -115,10 +115,7 @@ def _for_machine(index: dict[str, Any], reference: Reference, how: Fetching) -> 
     if not fitting:
         has = ", ".join(sorted({_machine(row) for row in rows} - {"", "unknown"})) or "none"
         raise _wrong(reference, f"there is no image for {wanted}; there is one for: {has}")
-    digest = fitting[0].get("digest")
-    if not isinstance(digest, str):
-        raise _wrong(reference, "an entry of its index is no descriptor")
-    return digest
+    return _object(fitting[0], reference).digest
 
 
 def _machine(row: dict[str, Any]) -> str:
@@ -263,13 +260,20 @@ def download(registry: Registry, reference: Reference, blob: Object, path: str, 
         try:
             _Download(registry, reference, blob, fd, lambda size: None).run()
         except _Damaged as error:
-            os.unlink(path)
+            _remove(path)
             raise RegistryError(host=reference.server, reason=str(error)) from None
     except NotThere:
-        os.unlink(path)
+        _remove(path)
         raise
     finally:
         os.close(fd)
+
+
+def _remove(path: str) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass  # who waited too long for us goes on with a copy
 
 
 class _Damaged(Exception):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
+import signal
+import threading
 
 from apptainer_py.base import log
 from apptainer_py.base.errors import ApptainerError
@@ -71,8 +74,41 @@ def file_stem(uri: str) -> str:
 
 
 @contextlib.contextmanager
+def _tidy_end() -> Iterator[None]:
+    """Clean up first when this process is told to end."""
+    numbers = [
+        number
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) == signal.SIG_DFL
+    ]
+    told: list[int] = []
+
+    def end(number: int, _frame: object) -> None:
+        told.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    for number in numbers:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+        if told:
+            os.kill(os.getpid(), told[0])
+
+
+@contextlib.contextmanager
 def cache_for(how: Fetching, environ: Mapping[str, str]) -> Iterator[Cache]:
     """Give the caller's cache, or one for this time only where that is not to be used."""
+    with _tidy_end(), _cache_for(how, environ) as cache:
+        yield cache
+
+
+@contextlib.contextmanager
+def _cache_for(how: Fetching, environ: Mapping[str, str]) -> Iterator[Cache]:
     if not how.disable_cache:
         cache = Cache(folder_of(environ))
         try:
@@ -149,7 +185,10 @@ def _of_layers(
 
 def _of_web(uri: str, how: Fetching, environ: Mapping[str, str], cache: Cache) -> str:
     with downloads.Source(uri, environ=environ) as source:
-        key = hashlib.sha256(f"{uri}{source.version}".encode()).hexdigest()
+        # What has no version is another file each time.  No line end is in either of the two, so
+        # that no host can name a version which makes another one's address of its own.
+        version = source.version or os.urandom(16).hex()
+        key = hashlib.sha256(f"{uri}\n{version}".encode()).hexdigest()
 
         def make(path: str) -> None:
             log.info("Downloading network image")

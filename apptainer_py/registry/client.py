@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import time
+import zlib
 from urllib.parse import urlencode, urljoin, urlsplit
 
 import requests
@@ -36,6 +37,7 @@ _REDIRECTIONS = 5
 _WAIT_MOST_S = 60.0
 _TIMEOUTS_S = (15, 60)  # to connect, and between two pieces of an answer
 _AGAIN = (408, 425, 429, 500, 502, 503, 504)
+_NO_HEAD = (403, 405, 501)
 _MOVED = (301, 302, 303, 307, 308)
 _CHALLENGE = re.compile(r'([a-zA-Z_]+)="([^"]*)"')
 _CLIENT = "apptainer-py"
@@ -95,11 +97,13 @@ class Registry:
         self._basic = False
         self._environ = dict(environ or {})
         self._session = requests.Session()
+        # To find out where an answer leads to, it would read all that comes with it.
+        self._session.get_redirect_target = lambda answer: None
         # No ~/.netrc: an account comes from where the caller was told it comes from.
         self._session.trust_env = False
-        self._session.proxies = dict(requests.utils.get_environ_proxies(self._base) or {})
         self._session.verify = self._certificates()
         self._session.headers["User-Agent"] = _CLIENT
+        self._session.headers["Accept-Encoding"] = "identity"
         adapter = requests.adapters.HTTPAdapter(pool_connections=8, pool_maxsize=8)
         self._session.mount("https://", adapter)
         self._session.mount("http://", adapter)
@@ -163,7 +167,6 @@ class Registry:
             RegistryError: it cannot be had.
         """
         headers = {"Range": f"bytes={start}-"} if start else {}
-        headers["Accept-Encoding"] = "identity"
         path = f"/v2/{reference.repository}/blobs/{digest}"
         answer = self._ask("GET", path, scope=_scope(reference), headers=headers)
         if answer.status_code == 416:
@@ -194,15 +197,18 @@ class Registry:
 
     # -- any file of its host
 
-    def ask(self, method: str, path: str) -> requests.Response:
-        """Return the headers of a success, closed.
+    def head(self, path: str) -> Mapping[str, str]:
+        """Return what a host says of a file; nothing where it says nothing without giving it.
 
         Raises:
-            RegistryError: it is none.
+            RegistryError: there is no such file.
         """
-        with self._ask(method, path, scope="") as answer:
-            self._judge(answer, path)
-        return answer
+        with self._ask("HEAD", path, scope="") as answer:
+            if answer.status_code in _NO_HEAD:
+                return {}
+            self._judge(answer, path, is_file=True)
+            facts: Mapping[str, str] = answer.headers
+        return facts
 
     def pieces(self, path: str) -> Iterator[bytes]:
         """Return the bytes of a file as they are stored.
@@ -210,8 +216,8 @@ class Registry:
         Raises:
             RegistryError: it cannot be had.
         """
-        answer = self._ask("GET", path, scope="", headers={"Accept-Encoding": "identity"})
-        self._judge(answer, path)
+        answer = self._ask("GET", path, scope="")
+        self._judge(answer, path, is_file=True)
         return self._pieces(answer)
 
     # -- what it is given
@@ -229,7 +235,7 @@ class Registry:
             place = answer.headers.get("Location", "")
         if answer.status_code != 202 or not place:
             raise self._wrong(f"it begins no upload, and answers {answer.status_code}")
-        url = self._checked(urljoin(f"{self._base}{path}", place), self._base)
+        url = self._led(f"{self._base}{path}", place)
         url += ("&" if urlsplit(url).query else "?") + urlencode({"digest": digest})
         headers = {"Content-Type": "application/octet-stream", "Content-Length": str(size)}
         with self._ask("PUT", url, scope=scope, headers=headers, body=opened) as answer:
@@ -261,10 +267,12 @@ class Registry:
     ) -> requests.Response:
         """Ask until there is an answer that is worth judging; the caller closes it."""
         url = path if "://" in path else f"{self._base}{path}"
-        proved = False
+        # Another host, which an upload goes to, is told nothing of the account.
+        proved = not self._is_own(url)
         for attempt in range(_TRIES):
             sent = dict(headers or {})
-            self._prove(sent, scope)
+            if self._is_own(url):
+                self._prove(sent, scope)
             try:
                 answer = self._follow(method, url, sent, body)
             except Exception as error:
@@ -274,12 +282,11 @@ class Registry:
                     raise self._wrong(_words(error)) from None
                 self._wait(attempt, None)
                 continue
-            if answer.status_code == 401 and not proved:
+            # What another host wants to know is not the registry's question.
+            if answer.status_code == 401 and not proved and self._is_own(answer.url):
                 proved = True
                 challenge = answer.headers.get("WWW-Authenticate", "")
                 answer.close()
-                if hasattr(body, "seek"):
-                    body.seek(0)
                 if not self._learn(challenge, scope):
                     return self._follow(method, url, sent, body)
                 continue
@@ -294,6 +301,8 @@ class Registry:
     ) -> requests.Response:
         host = urlsplit(url).netloc
         for _ in range(_REDIRECTIONS):
+            if hasattr(body, "seek"):
+                body.seek(0)
             answer = self._session.request(
                 method,
                 url,
@@ -302,17 +311,45 @@ class Registry:
                 stream=True,
                 allow_redirects=False,
                 timeout=_TIMEOUTS_S,
+                proxies=self._proxies(url),
             )
             if answer.status_code not in _MOVED or "Location" not in answer.headers:
                 return answer
             answer.close()
-            url = self._checked(urljoin(url, answer.headers["Location"]), url)
+            url = self._led(url, answer.headers["Location"])
             if urlsplit(url).netloc != host:
                 headers = {k: v for k, v in headers.items() if k != "Authorization"}
         raise self._wrong("it leads from one place to the next without end")
 
+    def _is_own(self, url: str) -> bool:
+        return _origin(url) == _origin(self._base)
+
+    def _proxies(self, url: str) -> dict[str, str]:
+        """Return what the environment wants to be asked in place of a host."""
+        found = dict(requests.utils.get_environ_proxies(url) or {})
+        for name, proxy in found.items():
+            address = proxy if "://" in proxy else f"http://{proxy}"
+            try:
+                wrong = name != "no" and proxy and not _origin(address)[1]
+            except ValueError:
+                wrong = True
+            if wrong:
+                # Without the value: it may hold a password.
+                raise self._wrong(f"{name}_proxy is no address of a proxy")
+        return found
+
+    def _led(self, url: str, location: str) -> str:
+        """Return where an answer leads from a place."""
+        try:
+            return self._checked(urljoin(url, location), url)
+        except ValueError:
+            raise self._wrong("it leads to what is no place of HTTP") from None
+
     def _checked(self, url: str, before: str) -> str:
-        parts = urlsplit(url)
+        try:
+            parts, _ = urlsplit(url), _origin(url)
+        except ValueError:
+            raise self._wrong("it leads to what is no place of HTTP") from None
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise self._wrong("it leads to what is no place of HTTP")
         if parts.scheme == "http" and urlsplit(before).scheme == "https":
@@ -330,7 +367,10 @@ class Registry:
 
     def _small(self, answer: requests.Response, limit: int) -> bytes:
         try:
-            data: bytes = answer.raw.read(limit + 1, decode_content=True)
+            data: bytes = answer.raw.read(limit + 1, decode_content=False)
+            if answer.headers.get("Content-Encoding", "") in ("gzip", "x-gzip"):
+                # Not asked for.  The library would unpack without a limit.
+                data = zlib.decompressobj(16 + zlib.MAX_WBITS).decompress(data, limit + 1)
         except Exception as error:
             if not _is_of_the_net(error):
                 raise
@@ -339,7 +379,7 @@ class Registry:
             raise self._wrong(f"an answer has more than {limit} bytes")
         return data
 
-    def _judge(self, answer: requests.Response, what: str) -> None:
+    def _judge(self, answer: requests.Response, what: str, *, is_file: bool = False) -> None:
         """Raise what an answer that is no success means."""
         if 200 <= answer.status_code < 300:
             return
@@ -350,7 +390,7 @@ class Registry:
             pass
         answer.close()
         told = f" ({told})" if told else ""
-        if answer.status_code in (401, 403):
+        if answer.status_code in (401, 403) and not is_file:
             who = f"the account {self._account.username!r}" if self._account else "no account"
             reason = f"{what} is not to be had with {who}: authentication required{told}"
             raise NotAllowed(host=self._server, reason=reason, program=_CLIENT)
@@ -397,7 +437,12 @@ class Registry:
                     "client_id": _CLIENT,
                 }
                 answer = self._session.post(
-                    realm, data=form, stream=True, allow_redirects=False, timeout=_TIMEOUTS_S
+                    realm,
+                    data=form,
+                    stream=True,
+                    allow_redirects=False,
+                    timeout=_TIMEOUTS_S,
+                    proxies=self._proxies(realm),
                 )
             else:
                 headers: dict[str, str] = {}
@@ -437,7 +482,7 @@ def _is_of_the_net(error: BaseException) -> bool:
     import urllib3
 
     kinds = (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException)
-    return isinstance(error, (*kinds, OSError))
+    return isinstance(error, (*kinds, OSError, zlib.error))
 
 
 def _is_hopeless(error: BaseException) -> bool:
@@ -457,6 +502,7 @@ _CAUSES: tuple[tuple[str, str], ...] = (
     ("timed out", "it does not answer in time"),
     ("Connection reset", "the connection was cut"),
     ("IncompleteRead", "the connection was cut"),
+    ("Failed to parse", "it has, or leads to, an address that is none"),
 )  # fmt: skip
 
 
@@ -475,6 +521,13 @@ def _json(data: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def _origin(url: str) -> tuple[str, str, int]:
+    """Return scheme, host and port; ValueError for what is no address."""
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    return parts.scheme, (parts.hostname or "").lower(), port
 
 
 def _told(data: bytes) -> str:

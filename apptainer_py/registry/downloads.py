@@ -19,16 +19,22 @@ class Source:
     """A file of the web, as it is now; `version` changes when the file does."""
 
     def __init__(self, url: str, *, environ: Mapping[str, str]) -> None:
-        parts = urlsplit(url)
-        if not parts.hostname or parts.username is not None:
-            raise RegistryError(host=url, reason="it names no host, or an account as well")
+        # Without the address: it may hold a password.
+        reason = "the address has no host or no fit port, or an account as well"
+        wrong = RegistryError(host=url.partition(":")[0], reason=reason)
+        try:
+            parts = urlsplit(url)
+            if not parts.hostname or parts.username is not None or parts.port == 0:
+                raise wrong
+        except ValueError:
+            raise wrong from None
         self._path = urlunsplit(("", "", parts.path or "/", parts.query, ""))
         self._host = parts.netloc
         https = parts.scheme == "https"
         self._server = Registry(parts.netloc, https=https, environ=environ)
-        answer = self._server.ask("HEAD", self._path)
-        self.version = answer.headers.get("ETag") or answer.headers.get("Last-Modified", "")
-        size = answer.headers.get("Content-Length", "")
+        facts = self._server.head(self._path)
+        self.version = facts.get("ETag") or facts.get("Last-Modified", "")
+        size = facts.get("Content-Length", "")
         self.size_bytes = int(size) if size.isascii() and size.isdecimal() else -1
 
     def __enter__(self) -> Source:

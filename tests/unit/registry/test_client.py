@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import gzip
+import io
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 
-from apptainer_py.builds import remote
+from apptainer_py.builds import remote, uris
 from apptainer_py.builds.fetching import Fetching
 from apptainer_py.cache.store import Cache
 from apptainer_py.registry import client
@@ -234,3 +238,193 @@ def test_http_where_https_was_expected(fake: Fake, cache: Cache) -> None:
     with Registry(fake.host) as registry:
         with pytest.raises(RegistryError, match="does not speak HTTPS; --no-https"):
             registry.check()
+
+
+def test_an_upload_to_another_host_is_told_nothing_of_the_account(fake: Fake) -> None:
+    fake.account = ("alice", "secret")
+    with fake_registry.running() as other:
+        place = {"Location": f"http://{other.host}/there?x=1"}
+
+        def begin(handler: BaseHTTPRequestHandler) -> bool:
+            known = bool(handler.headers.get("Authorization"))
+            send(handler, 202, b"", place) if known else None
+            return known
+
+        def ask(handler: BaseHTTPRequestHandler) -> bool:
+            send(handler, 401, b"", {"WWW-Authenticate": "Basic"})
+            return True
+
+        fake.tricks["/v2/lib/x/blobs/uploads/"] = begin
+        other.tricks["/there"] = ask
+        account = Account(username="alice", password="secret")
+        reference = Reference(host=fake.host, repository="lib/x", tag="1")
+        with Registry(fake.host, account=account, https=False) as registry:
+            with pytest.raises(RegistryError):
+                registry.put_blob(reference, digest(b"{}"), 2, io.BytesIO(b"{}"))
+        assert other.asked
+        assert not [one for one in other.asked if "Authorization" in one[2]]
+
+
+@pytest.mark.parametrize("kind", ["Basic", 'Bearer realm="http://{host}/token",service="s"'])
+def test_another_hosts_question_is_not_answered(fake: Fake, cache: Cache, kind: str) -> None:
+    fake.add_image("1", b"data")
+    with fake_registry.running() as other:
+        path = f"/v2/lib/x/blobs/{digest(b'data')}"
+        challenge = {"WWW-Authenticate": kind.format(host=other.host)}
+
+        def lead(handler: BaseHTTPRequestHandler) -> bool:
+            send(handler, 307, b"", {"Location": f"http://{other.host}{path}"})
+            return True
+
+        def ask(handler: BaseHTTPRequestHandler) -> bool:
+            send(handler, 401, b"", challenge)
+            return True
+
+        fake.tricks[path], other.tricks[path] = lead, ask
+        with pytest.raises(NotAllowed):
+            fetch(fake, cache, docker_username="alice", docker_password="secret")
+        assert [one[1] for one in other.asked] == [path]
+        assert "Authorization" not in other.asked[0][2]
+
+
+@pytest.mark.parametrize("name", ["foo", "shake_128:aa", "md5:" + "0" * 32, "sha256:../../x"])
+def test_an_index_names_digests(fake: Fake, cache: Cache, name: str) -> None:
+    row = fake.add_image("2", b"data")
+    fake.manifests[name] = fake.manifests["2"]
+    fake.add_index("1", {**row, "digest": name})
+    with pytest.raises(RegistryError, match="digest"):
+        fetch(fake, cache)
+
+
+def test_a_compressed_answer_has_its_limit_too(fake: Fake, cache: Cache) -> None:
+    packed = gzip.compress(bytes(200 << 20), 1)
+
+    def pack(handler: BaseHTTPRequestHandler) -> bool:
+        assert handler.headers.get("Accept-Encoding") == "identity"
+        send(handler, 200, packed, {"Content-Encoding": "gzip"})
+        return True
+
+    fake.tricks["/v2/lib/x/manifests/1"] = pack
+    tracemalloc.start()
+    try:
+        with pytest.raises(RegistryError, match="more than 4194304 bytes"):
+            fetch(fake, cache)
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_comes_with_a_redirection_is_not_read(fake: Fake, cache: Cache) -> None:
+    fake.add_image("1", b"data")
+
+    def lead(handler: BaseHTTPRequestHandler) -> bool:
+        handler.send_response(307)
+        handler.send_header("Location", "/v2/lib/x/manifests/1")
+        handler.send_header("Content-Length", str(1 << 50))
+        handler.end_headers()
+        with suppress(OSError):
+            for _ in range(200):
+                handler.wfile.write(bytes(1 << 20))
+        return True
+
+    fake.tricks["/v2/lib/x/manifests/2"] = lead
+    tracemalloc.start()
+    try:
+        fetch(fake, cache, "2")
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_compressed_manifest_is_read(fake: Fake, cache: Cache) -> None:
+    fake.add_image("1", b"data")
+    data = fake.manifests["1"][1]
+
+    def pack(handler: BaseHTTPRequestHandler) -> bool:
+        send(handler, 200, gzip.compress(data), {"Content-Encoding": "gzip"})
+        return True
+
+    fake.tricks["/v2/lib/x/manifests/1"] = pack
+    assert fetch(fake, cache).manifest.digest == digest(data)
+
+
+@pytest.mark.parametrize("place", ["http://[::1", "http://h:99999/", "http://h:x/"])
+def test_what_is_no_address_is_told(fake: Fake, cache: Cache, place: str) -> None:
+    def lead(handler: BaseHTTPRequestHandler) -> bool:
+        send(handler, 307, b"", {"Location": place})
+        return True
+
+    def ask(handler: BaseHTTPRequestHandler) -> bool:
+        send(handler, 401, b"", {"WWW-Authenticate": f'Bearer realm="{place}"'})
+        return True
+
+    for trick in (lead, ask):
+        fake.tricks["/v2/lib/x/manifests/1"] = trick
+        with pytest.raises(RegistryError, match="no place of HTTP"):
+            fetch(fake, cache)
+
+
+@pytest.mark.parametrize("proxy", ["http://me:secret@h:1x", "http://me:secret@", "//me:secret@["])
+def test_a_proxys_password_is_in_no_message(
+    fake: Fake, cache: Cache, proxy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", proxy)
+    monkeypatch.delenv("no_proxy", raising=False)
+    with pytest.raises(RegistryError, match="http_proxy is no address") as caught:
+        fetch(fake, cache)
+    assert "secret" not in str(caught.value)
+
+
+def test_files_of_the_web(fake: Fake, cache: Cache) -> None:
+    url = f"http://{fake.host}/tool.sif"
+    count = iter(range(9))
+
+    def give(handler: BaseHTTPRequestHandler) -> bool:
+        send(handler, 200, f"{next(count)}".encode())
+        return True
+
+    def get() -> bytes:
+        return Path(uris.fetch(url, HOW, {}, cache, uris.no_layers)).read_bytes()
+
+    fake.tricks["/tool.sif"] = give
+    assert get() != get()  # it has no version
+
+    def no_head(handler: BaseHTTPRequestHandler) -> bool:
+        head = handler.command == "HEAD"
+        send(handler, 405 if head else 200, b"" if head else b"file")
+        return True
+
+    fake.tricks["/tool.sif"] = no_head
+    assert get() == b"file"
+
+    def refuse(handler: BaseHTTPRequestHandler) -> bool:
+        send(handler, 403, b"")
+        return True
+
+    fake.tricks["/tool.sif"] = refuse
+    with pytest.raises(RegistryError, match="it answers 403") as caught:
+        get()
+    assert not caught.value.advice()
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://h:99999/x", "http:///x", "http://u:pw@h/"])
+def test_addresses_that_are_none(cache: Cache, url: str) -> None:
+    with pytest.raises(RegistryError, match="the address has no host") as caught:
+        uris.fetch(url, HOW, {}, cache, uris.no_layers)
+    assert "pw" not in str(caught.value)
+
+
+def test_no_host_names_anothers_file(fake: Fake, cache: Cache) -> None:
+    def give(version: str, content: bytes) -> Callable[[BaseHTTPRequestHandler], bool]:
+        def do(handler: BaseHTTPRequestHandler) -> bool:
+            send(handler, 200, content, {"ETag": version})
+            return True
+
+        return do
+
+    fake.tricks["/a"] = give("b1", b"hostile")
+    fake.tricks["/ab"] = give("1", b"good")
+    for path, content in (("a", b"hostile"), ("ab", b"good")):
+        url = f"http://{fake.host}/{path}"
+        found = uris.fetch(url, HOW, {}, cache, uris.no_layers)
+        assert Path(found).read_bytes() == content
