@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 # What is more is memory of its own from the system for each call.
 _PART_BYTES = 1 << 16
+_COPIED_BYTES = 16 << 20
 
 
 def read_at_most(fd: int, size: int) -> bytes:
@@ -22,6 +24,25 @@ def read_at_most(fd: int, size: int) -> bytes:
     finally:
         os.close(fd)
     return b"".join(parts)
+
+
+def copy_rest(reading: int, writing: int) -> None:
+    """Copy what is left of an open file to another one.
+
+    Raises:
+        OSError: as read(2) or write(2) fails, for want of space above all.
+    """
+    try:
+        while os.copy_file_range(reading, writing, _COPIED_BYTES):
+            pass
+    except OSError as error:
+        # From one file system to another, and on some of those of a network.
+        if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        while data := os.read(reading, _COPIED_BYTES):
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.write(writing, rest) :]
 
 
 def write_all(fd: int, data: bytes) -> None:

@@ -11,6 +11,7 @@ import os
 import time
 
 from apptainer_py.base.errors import ApptainerError
+from apptainer_py.base.files import copy_rest
 from apptainer_py.base.record import Record
 from apptainer_py.cache.lease import Lease
 
@@ -27,6 +28,9 @@ _PART = ".part"
 _LEASE = ".lease"
 _HEX = frozenset("0123456789abcdef")
 _SOURCE_BYTES = 4096
+_ROUNDS = 3
+# Nobody goes on with it any more: what it was a part of has changed, or is not wanted.
+_ABANDONED_S = 7 * 86400.0
 
 
 class CacheError(ApptainerError):
@@ -72,6 +76,8 @@ class Cache:
             CacheError: it cannot be written.
         """
         try:
+            os.makedirs(self.folder, mode=0o700, exist_ok=True)
+            self._check_owner()
             for kind in KINDS:
                 os.makedirs(f"{self.folder}/{kind}", mode=0o700, exist_ok=True)
             os.makedirs(self.blobs, mode=0o700, exist_ok=True)
@@ -81,6 +87,14 @@ class Cache:
                 raise CacheError(folder=self.folder, reason="permission denied")
         except OSError as error:
             raise CacheError(folder=self.folder, reason=(error.strerror or "").lower()) from None
+
+    def _check_owner(self) -> None:
+        """What lies here is started as it is: nobody else may have put it there."""
+        facts = os.stat(self.folder)
+        if facts.st_uid not in (os.geteuid(), 0):
+            raise CacheError(folder=self.folder, reason="it belongs to another user")
+        if facts.st_mode & 0o002:
+            raise CacheError(folder=self.folder, reason="every user may write to it")
 
     def _layout(self) -> None:
         for name, value in (
@@ -122,28 +136,60 @@ class Cache:
             CacheError: it cannot be written; whatever `make` raises.
         """
         path = self.path(kind, key)
-        with Lease(f"{path}{_LEASE}", lambda: os.path.isfile(path)) as lease:
-            if lease.held:
-                self._make(path, make)
-                self._note(kind, key, source)
-        return path
-
-    def _make(self, path: str, make: Callable[[str], None]) -> None:
-        mine = f"{path}{_PART}.{os.urandom(8).hex()}"
-        for left in self._parts(path):
-            try:
-                os.rename(left, mine)
-                break
-            except OSError:
-                continue
-        make(mine)
         try:
-            fd = os.open(mine, os.O_RDONLY | os.O_CLOEXEC)
-            os.fsync(fd)
-            os.close(fd)
-            os.rename(mine, path)
+            for _ in range(_ROUNDS):
+                with Lease(f"{path}{_LEASE}", lambda: os.path.isfile(path)) as lease:
+                    if lease.held and self._make(path, make):
+                        self._note(kind, key, source)
+                if os.path.isfile(path):
+                    return path
         except OSError as error:
             raise CacheError(folder=self.folder, reason=(error.strerror or "").lower()) from None
+        raise CacheError(folder=self.folder, reason="others take away what is made in it")
+
+    def _make(self, path: str, make: Callable[[str], None]) -> bool:
+        """Put a file in its place; False if somebody has taken the work over meanwhile."""
+        self.sweep(_ABANDONED_S)
+        mine = f"{path}{_PART}.{os.urandom(8).hex()}"
+        self._adopt(path, mine)
+        try:
+            make(mine)
+            fd = os.open(mine, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            os.rename(mine, path)
+        except FileNotFoundError:
+            if os.path.lexists(mine):
+                raise
+            return False
+        except OSError:
+            # For want of space: what is there of it would be in everybody's way.
+            _remove(mine)
+            raise
+        return True
+
+    def _adopt(self, path: str, mine: str) -> None:
+        """Go on with a copy of what was left: its maker may only be slow, and write to it yet."""
+        for left in self._parts(path):
+            try:
+                reading = os.open(left, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            except OSError:
+                continue
+            try:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+                writing = os.open(mine, flags, 0o600)
+                try:
+                    copy_rest(reading, writing)
+                finally:
+                    os.close(writing)
+                return
+            except OSError:
+                _remove(mine)
+            finally:
+                os.close(reading)
+                _remove(left)
 
     @staticmethod
     def _parts(path: str) -> list[str]:
@@ -229,6 +275,13 @@ class Cache:
                         yield path
                 except OSError:
                     continue
+
+
+def _remove(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError:
+        pass
 
 
 def _write(path: str, data: bytes) -> None:

@@ -6,6 +6,7 @@ import os
 
 from apptainer_py.base import log
 from apptainer_py.base.errors import ApptainerError
+from apptainer_py.base.files import copy_rest
 from apptainer_py.base.record import Record
 from apptainer_py.builds import uris
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from apptainer_py.builds.uris import Convert
 
 _MODE = 0o755
-_CHUNK = 16 << 20
 
 
 class Exists(ApptainerError):
@@ -73,8 +73,7 @@ def _copy(source: str, target: str) -> None:
     try:
         writing = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE)
         try:
-            while os.copy_file_range(reading, writing, _CHUNK):
-                pass
+            copy_rest(reading, writing)
         finally:
             os.close(writing)
         os.rename(made, target)

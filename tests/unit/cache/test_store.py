@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -131,3 +132,59 @@ def test_what_was_left_is_swept(cache: Cache) -> None:
     os.utime(left, (0, 0))
     cache.sweep(100)
     assert not left.exists()
+
+
+def test_who_was_only_slow_changes_nothing_of_what_took_its_place(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "STALE_S", 0.3)
+    monkeypatch.setattr(lease.Lease, "_touch", lambda self: None)
+
+    def other(path: str) -> None:
+        assert Path(path).read_bytes() == b"first"
+        Path(path).write_bytes(b"good")
+
+    def slow(path: str) -> None:
+        with open(path, "wb", buffering=0) as file:
+            file.write(b"first")
+            # A holder of another machine, for all that the other one can see of it.
+            monkeypatch.setattr(lease, "_is_dead", lambda text: True)
+            cache.get("oras", KEY, "", other)
+            os.pwrite(file.fileno(), b"evil", 0)
+
+    path = cache.get("oras", KEY, "", slow)
+    assert Path(path).read_bytes() == b"good"
+    assert os.listdir(os.path.dirname(path)) == [os.path.basename(path)]
+
+
+def test_a_full_disk_is_told_and_left(cache: Cache) -> None:
+    def make(path: str) -> None:
+        Path(path).write_bytes(bytes(100))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(CacheError, match="no space left"):
+        cache.get("net", KEY, "", make)
+    assert not os.listdir(f"{cache.folder}/net")
+
+
+def test_what_nobody_goes_on_with_goes_one_day(cache: Cache) -> None:
+    left = Path(f"{cache.path('net', '1' * 64)}.part.0")
+    left.touch()
+    os.utime(left, (1, 1))
+    cache.get("net", KEY, "", lambda path: Path(path).touch() or None)
+    assert not left.exists()
+
+
+def test_a_cache_of_another_user_is_not_used(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    folder.mkdir(mode=0o700)
+    os.chmod(folder, 0o777)
+    with pytest.raises(CacheError, match="every user may write"):
+        Cache(str(folder)).prepare()
+    os.chmod(folder, 0o700)
+    if os.geteuid():
+        pytest.skip("did not run: gives a directory to another user")
+    os.chown(folder, 12345, 12345)
+    with pytest.raises(CacheError, match="another user"):
+        Cache(str(folder)).prepare()
+    assert not os.listdir(folder)
