@@ -335,6 +335,8 @@ def remove_tree(parent: int, name: bytes) -> None:
     # stack nor the number of open files may be.
     names: list[bytes] = []
     at = _open_to_empty(name, parent)
+    # Each of them is to be found again above the next: its owner may have moved one elsewhere.
+    inodes = [_inode(at)]
     try:
         # For each level the directories in it that still hold something.
         left = [_remove_files(at)]
@@ -344,14 +346,23 @@ def remove_tree(parent: int, name: bytes) -> None:
             os.close(at)
             at = step
             if goes_down:
+                inodes.append(_inode(at))
                 names.append(left[-1].pop())
                 left.append(_remove_files(at))
             else:
+                inodes.pop()
+                if _inode(at) != inodes[-1]:
+                    raise OSError(errno.EBUSY, "it was changed meanwhile")
                 left.pop()
                 os.rmdir(names.pop(), dir_fd=at)
     finally:
         os.close(at)
     os.rmdir(name, dir_fd=parent)
+
+
+def _inode(fd: int) -> tuple[int, int]:
+    facts = os.fstat(fd)
+    return facts.st_dev, facts.st_ino
 
 
 def _above(fd: int) -> int:

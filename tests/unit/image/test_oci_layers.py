@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from apptainer_py.image import oci_layers
 from apptainer_py.image.oci_layers import LayerWrong, Limits, Unpacker, remove_tree
 
 LINKS = {"symlink": tarfile.SYMTYPE, "hard": tarfile.LNKTYPE}
@@ -351,3 +352,31 @@ def test_a_wide_and_deep_tree_is_removed(root: Path) -> None:
     finally:
         os.close(fd)
     assert os.listdir(root) == []
+
+
+def test_a_tree_that_its_owner_moves_about_meanwhile(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("image/top/a/deep", "image/top/b", "outside/a", "outside/b"):
+        (root.parent / name).mkdir(parents=True, exist_ok=True)
+    for name in ("image/top/a/deep/file", "image/top/b/file", "outside/a/file", "outside/b/file"):
+        (root.parent / name).touch()
+    above = oci_layers._above
+    moved = []
+
+    def move(fd: int) -> int:
+        if not moved:
+            moved.append(1)
+            inner = os.readlink(f"/proc/self/fd/{fd}")
+            os.rename(inner, root.parent / "outside" / os.path.basename(inner))
+        return above(fd)
+
+    monkeypatch.setattr(oci_layers, "_above", move)
+    parent = os.open(root, os.O_RDONLY)
+    try:
+        with pytest.raises(OSError, match="changed meanwhile"):
+            remove_tree(parent, b"top")
+    finally:
+        os.close(parent)
+    assert (root.parent / "outside/a/file").exists()
+    assert (root.parent / "outside/b/file").exists()
