@@ -84,8 +84,10 @@ def master_key(conf: bytes, password: bytes) -> bytes:
         scrypt = facts["ScryptObject"]
         n, r, p = int(scrypt["N"]), int(scrypt["R"]), int(scrypt["P"])
         salt, encrypted = a2b_base64(scrypt["Salt"]), a2b_base64(facts["EncryptedKey"])
-        flags = set(facts["FeatureFlags"])
-    except (ValueError, KeyError, TypeError) as error:
+        flags = set(map(str, facts["FeatureFlags"]))
+        if n < 1 or r < 1:
+            raise ValueError("scrypt takes numbers above 0")
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise Unreadable(f"{_CONF} is malformed: {error}") from None
     if facts.get("Version") != 2 or flags != _FLAGS:
         raise Unreadable(f"gocryptfs with the features {', '.join(sorted(flags))} is not supported")
@@ -174,7 +176,12 @@ def unlock(image_fd: int, offset: int, out_fd: int, password: bytes) -> None:
     with _cat(image_fd, offset, name) as source, os.fdopen(out_fd, "wb", closefd=False) as out:
         assert source.stdout is not None
         for block in decrypt(key, source.stdout):
-            out.write(block)
+            if any(block):
+                out.write(block)
+            else:
+                # A hole takes no memory, however large the image says that it is.
+                out.seek(len(block), os.SEEK_CUR)
+        out.truncate()
 
 
 def _ask() -> bytes:
