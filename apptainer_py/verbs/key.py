@@ -24,6 +24,7 @@ _ALGORITHMS = {
 }  # fmt: skip
 _FINGERPRINT_CHARS, _LONG_CHARS, _SHORT_CHARS = 40, 16, 8
 _ROWS_MAX = 100
+_DIGITS_MAX = 18
 
 
 class KeyFailed(ApptainerError):
@@ -339,8 +340,8 @@ def _found(text: str) -> list[_Found]:
                     fingerprint=fingerprint,
                     algorithm=_ALGORITHMS.get(algorithm, "unknown"),
                     bits=bits,
-                    created=_time(int(created)) if created.isdigit() else "",
-                    expires=_time(int(expires)) if expires.isdigit() else "",
+                    created=_told_time(created),
+                    expires=_told_time(expires),
                     status=f"[{'disabled' if 'd' in flags else status}]",
                     names=[],
                 )
@@ -402,6 +403,12 @@ def _shown_id(key: Key) -> str:
 
 def _clean(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _told_time(text: str) -> str:
+    """Return a time that a server tells in seconds; "" for what is no such number."""
+    is_number = text.isascii() and text.isdigit() and len(text) <= _DIGITS_MAX
+    return _time(int(text)) if is_number else ""
 
 
 def _time(seconds: int) -> str:
