@@ -56,7 +56,8 @@ def folder_of(environ: Mapping[str, str]) -> str:
     for name in ("APPTAINER_CACHEDIR", "SINGULARITY_CACHEDIR"):
         if environ.get(name):
             return f"{os.path.abspath(environ[name])}/cache"
-    home = environ.get("HOME", "") or os.path.expanduser("~")
+    # Who has no home, and no name either, is not given a directory with the name "~".
+    home = environ.get("HOME", "") or os.path.expanduser("~").removeprefix("~")
     own = environ.get("APPTAINER_CONFIGDIR", "") or f"{home}/.apptainer"
     return f"{own}/cache"
 

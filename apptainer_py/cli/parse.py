@@ -58,6 +58,19 @@ class NotFetched(NotSupported):
     hint = "fetch it first, for example with `apptainer pull image.sif {image}`"
 
 
+class Unfetched(NotFetched):
+    """It is written as one that is fetched is not."""
+
+    message = "{image} names no image"
+    hint = "write `{name}://{rest}`"
+
+
+class Gone(NotFetched):
+    """Nobody can fetch it any more."""
+
+    hint = "Singularity Hub ended in 2021: its images are no longer to be had"
+
+
 class NeedsOci(NotSupported):
     """The image is a layout, which is only started as it is."""
 
@@ -178,18 +191,28 @@ def _check_instance(name: str) -> None:
         raise UnfitName(name=ascii(name)[1:-1])
 
 
+def _check_transport(kind: str, image: str, *, has_oci: bool) -> None:
+    """Refuse an image that lies elsewhere, all but those which are fetched."""
+    if kind not in TRANSPORTS:
+        raise UnknownTransport(name=plain(kind))
+    if kind == "shub":
+        raise Gone(name=kind)
+    if kind in FETCHED:
+        rest = image.partition(":")[2] or "..."
+        raise Unfetched(name=kind, image=plain(image), rest=plain(rest))
+    if kind not in LAYOUTS or image.startswith(f"{kind}://"):
+        raise NotFetched(name=kind, image=plain(image))
+    if not has_oci:
+        raise NeedsOci(name=kind)
+
+
 def _action(
     command: str, values: Mapping[str, Any], rest: list[str], general: dict[str, Any]
 ) -> ActionRequest:
     image, *arguments = rest
     kind = transport(image)
     if kind and not (kind == "instance" and command in ACTIONS):
-        if kind not in TRANSPORTS:
-            raise UnknownTransport(name=plain(kind))
-        if kind not in LAYOUTS or image.startswith(f"{kind}://"):
-            raise NotFetched(name=kind, image=plain(image))
-        if not values.get("oci"):
-            raise NeedsOci(name=kind)
+        _check_transport(kind, image, has_oci=bool(values.get("oci")))
     wanted = dict(values)
     if command in INSTANCES:
         wanted["instance"], *arguments = arguments

@@ -34,9 +34,7 @@ def _keys_folder(parsed: Parsed) -> str:
         return os.path.abspath(given)
     base = environ.get("APPTAINER_CONFIGDIR", "")
     if not base:
-        import pwd
-
-        home = environ.get("HOME", "") or pwd.getpwuid(os.getuid()).pw_dir
+        home = environ.get("HOME", "") or os.path.expanduser("~").removeprefix("~") or "/"
         base = os.path.join(home, ".apptainer")
     return os.path.join(base, "keys")
 

@@ -49,7 +49,7 @@ def files(environ: Mapping[str, str], authfile: str = "") -> list[str]:
     """Return where accounts are looked for, the first first."""
     if authfile:
         return [authfile]
-    home = environ.get("HOME", "") or os.path.expanduser("~")
+    home = environ.get("HOME", "") or os.path.expanduser("~").removeprefix("~")
     own = environ.get("APPTAINER_CONFIGDIR", "") or f"{home}/.apptainer"
     docker = environ.get("DOCKER_CONFIG", "") or f"{home}/.docker"
     return [f"{own}/docker-config.json", f"{docker}/config.json"]
@@ -134,7 +134,7 @@ def _of_helper(
     helper = helper or content.get("credsStore")
     if not isinstance(helper, str) or not helper:
         return None
-    if "/" in helper:
+    if "/" in helper or "\0" in helper:
         raise AccountError(file=file, reason=f"{helper!r} is no name of a credential helper")
     import subprocess
 

@@ -92,7 +92,7 @@ class Registry:
         self._server = server
         self._account = account
         self._https = https
-        self._base = f"{'https' if https else 'http'}://{server}"
+        self._base = self._checked(f"{'https' if https else 'http'}://{server}", "")
         self._tokens: dict[str, str] = {}
         self._basic = False
         self._environ = dict(environ or {})
@@ -349,7 +349,8 @@ class Registry:
         try:
             parts, _ = urlsplit(url), _origin(url)
         except ValueError:
-            raise self._wrong("it leads to what is no place of HTTP") from None
+            words = "leads to what" if before else "has an address that"
+            raise self._wrong(f"it {words} is no place of HTTP") from None
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise self._wrong("it leads to what is no place of HTTP")
         if parts.scheme == "http" and urlsplit(before).scheme == "https":

@@ -133,6 +133,10 @@ def test_errors_of_launches(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = run(capsys, "run", "library://x")
     assert (status, out) == (255, "")
     assert err.startswith("FATAL:   an image from `library:` is not supported yet\nINFO:    fetch")
+    _, _, err = run(capsys, "run", "docker:x")
+    assert err == "FATAL:   docker:x names no image\nINFO:    write `docker://x`\n"
+    _, _, err = run(capsys, "run", "shub://x")
+    assert "ended in 2021" in err
     status, out, err = run(capsys, "run", "docker://UPPER")
     assert (status, out) == (255, "")
     assert err.startswith("FATAL:   //UPPER is no name of an image")

@@ -428,3 +428,9 @@ def test_no_host_names_anothers_file(fake: Fake, cache: Cache) -> None:
         url = f"http://{fake.host}/{path}"
         found = uris.fetch(url, HOW, {}, cache, uris.no_layers)
         assert Path(found).read_bytes() == content
+
+
+def test_a_port_that_is_none(cache: Cache) -> None:
+    for host in ("h:99999", "h:0x"):
+        with pytest.raises(RegistryError, match="no place of HTTP"):
+            Registry(host)
