@@ -36,6 +36,7 @@ _AT_ONCE = 4
 _LAYERS_MOST = 512
 _NESTED_MOST = 4
 _CHUNK = 1 << 20
+_LOOK_S = 0.1
 _ENV_PREFIXES = ("APPTAINER_DOCKER_", "SINGULARITY_DOCKER_", "DOCKER_")
 
 
@@ -196,7 +197,9 @@ class Arriving:
             thread.start()
         try:
             for thread in self._threads:
-                thread.join()
+                # The first failure counts: another blob may take for ever.
+                while thread.is_alive() and self._error is None:
+                    thread.join(_LOOK_S)
         finally:
             self._stopped = True
         if self._error is not None:
@@ -229,8 +232,13 @@ class Arriving:
             self._told(blob.size_bytes)
             return
 
+        def told(size: int) -> None:
+            if self._stopped:
+                raise _Stopped
+            self._told(size)
+
         def make(path: str) -> None:
-            download(self._registry, self._named.reference, blob, path, self._told)
+            download(self._registry, self._named.reference, blob, path, told)
 
         self._cache.get(BLOB, _key(blob.digest), str(self._named.reference), make)
 
@@ -274,6 +282,10 @@ def _remove(path: str) -> None:
         os.unlink(path)
     except FileNotFoundError:
         pass  # who waited too long for us goes on with a copy
+
+
+class _Stopped(Exception):
+    """Nobody wants the rest."""
 
 
 class _Damaged(Exception):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gzip
 import io
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from threading import Event
 
 import pytest
 
@@ -434,3 +436,26 @@ def test_a_port_that_is_none(cache: Cache) -> None:
     for host in ("h:99999", "h:0x"):
         with pytest.raises(RegistryError, match="no place of HTTP"):
             Registry(host)
+
+
+def test_the_first_failure_is_told_at_once(fake: Fake, cache: Cache) -> None:
+    fake.add_image("1", b"slow", b"wrong")
+    ended = Event()
+
+    def wait(handler: BaseHTTPRequestHandler) -> bool:
+        ended.wait(20)
+        return False
+
+    def lie(handler: BaseHTTPRequestHandler) -> bool:
+        send(handler, 200, b"other")
+        return True
+
+    fake.tricks[f"/v2/lib/x/blobs/{digest(b'slow')}"] = wait
+    fake.tricks[f"/v2/lib/x/blobs/{digest(b'wrong')}"] = lie
+    begun = time.monotonic()
+    try:
+        with pytest.raises(RegistryError, match="damaged"):
+            fetch(fake, cache)
+        assert time.monotonic() - begun < 10
+    finally:
+        ended.set()
