@@ -13,8 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from apptainer_py.model.directive_table import ROWS
 
+from apptainer_py.model.directive_table import ROWS
 from tests import images
 from tests.own_install import Completed, Installation, loop_devices
 

@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from apptainer_py.model.directive_table import ROWS
 
 from apptainer_py.model import protocol
+from apptainer_py.model.directive_table import ROWS
 from tests import images, own_install
 from tests.e2e import steps, test_oci_images
 from tests.own_install import Installation, files, read_until
