@@ -23,7 +23,8 @@ static bool is_device(const struct launch *l, uint64_t number) {
 }
 
 /* A file system that a process of the user's serves; a detached mount, or -1 with errno. */
-int image_fuse(struct launch *l, uint64_t device, const char *source, uint32_t flags) {
+int image_fuse(struct launch *l, uint64_t device, const char *source, uint32_t flags,
+               bool for_others) {
     int fs = sys_fsopen("fuse");
     if (fs < 0)
         return -1;
@@ -38,7 +39,7 @@ int image_fuse(struct launch *l, uint64_t device, const char *source, uint32_t f
         set_number(fs, "group_id", fakeroot_wanted(l) ? 0 : l->gid) < 0)
         result = -1;
     /* In a user namespace this would shut the master out, which stays outside of it. */
-    if (result == 0 && l->flow != FLOW_USERNS && !fakeroot_wanted(l) &&
+    if (result == 0 && for_others && l->flow != FLOW_USERNS && !fakeroot_wanted(l) &&
         set_flag(fs, "allow_other") < 0)
         result = -1;
     /* What such a server answers for owners and modes, the kernel enforces. */
@@ -72,7 +73,7 @@ static int shown_again(struct launch *l, uint64_t device) {
 static int root_image(struct launch *l, uint64_t device, const char *source, uint32_t flags) {
     if (l->loan_mount >= 0 && device == 0 && flags == 0)
         return shown_again(l, device);
-    int mount_fd = image_fuse(l, device, source, flags);
+    int mount_fd = image_fuse(l, device, source, flags, true);
     if (mount_fd >= 0 && device == 0 && flags == 0)
         loan_spare(l, mount_fd);
     return mount_fd;
@@ -274,7 +275,7 @@ int op_image_fuse(struct rpc *r, const struct op_request *q, struct op_reply *a,
         !is_free(r, q->num[0]) || !is_device(l, q->num[1]))
         return ERR_MALFORMED;
     const char *source = q->flags & BIND_EXTFS ? "fuse2fs" : "squashfuse_ll";
-    int mount_fd = image_fuse(l, q->num[1], source, q->flags);
+    int mount_fd = image_fuse(l, q->num[1], source, q->flags, true);
     if (mount_fd < 0)
         return answer(a, ERR_MOUNT, errno);
     return show_image(r, q->num[0], mount_fd, q->flags, a, fd_out);

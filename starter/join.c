@@ -292,6 +292,7 @@ static pid_t fork_inside(struct launch *l, struct instance *in, int *error) {
         *error = errno;
         return -1;
     }
+    (void)prctl(PR_SET_DUMPABLE, 0); /* entering a user namespace sets it to fs.suid_dumpable */
     int own = open("/proc/self/ns/pid", O_RDONLY | O_CLOEXEC);
     const struct raised *raised = privs_raise(CAP_BIT(CAP_SYS_ADMIN) | CAP_BIT(CAP_SYS_CHROOT));
     pid_t pid = -1;

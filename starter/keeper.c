@@ -278,7 +278,7 @@ static void undo_early(struct keeper *k) {
     end_child(&k->container);
     wait_for_the_last(l);
     end_child(&k->servers[0]);
-    k->container_alive = k->early_server = l->early_fuse = false;
+    k->container_alive = k->early_server = l->early_fuse = k->lent_ended = false;
     loan_close(l, &k->loan);
     loan_forget(l);
     close_fuse(l);

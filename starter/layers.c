@@ -123,7 +123,7 @@ static int overlay_served(struct rpc *r) {
     int below = layers_merge(r), fuse = fcntl(l->fuse_fds[device], F_DUPFD_CLOEXEC, 3);
     if (below < 0 || fuse < 0)
         return -1;
-    int mount_fd = image_fuse(l, device, "fuse-overlayfs", BIND_WRITABLE | BIND_EXTFS);
+    int mount_fd = image_fuse(l, device, "fuse-overlayfs", BIND_WRITABLE | BIND_EXTFS, true);
     const int order[] = {below, fuse, r->upper_fd, r->work_fd};
     int result = mount_fd < 0 ? -1 : 0;
     for (size_t i = 0; i < ARRAY_SIZE(order) && result == 0; i++)

@@ -22,11 +22,21 @@
 
 #include "loan.h"
 
+#ifndef SO_PEERPIDFD
+#define SO_PEERPIDFD 77
+#endif
+#ifndef MFD_NOEXEC_SEAL
+#define MFD_NOEXEC_SEAL 0x0008U
+#endif
+#ifndef F_SEAL_EXEC
+#define F_SEAL_EXEC 0x0020
+#endif
 #ifndef STATX_MNT_ID_UNIQUE
 #define STATX_MNT_ID_UNIQUE 0x00004000U
 #endif
 enum { PATIENCE_MS = 50, BACKLOG = 16, PARTS = 3, USER = 0, PIDS = 2 };
-enum { SEALS = F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE };
+enum { SEALS = F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE | F_SEAL_EXEC };
+enum { UID_OF_OTHERS = 65534 }; /* which every other user has in a user namespace */
 
 /* linux/pidfd.h, from 6.15 on: how a process has ended that is nobody's child here. */
 struct process_info {
@@ -60,7 +70,7 @@ void loan_close(struct launch *l, struct loan *s) {
 /* Where rules bind images, or signatures are asked for, each launch has a server of its own. */
 bool loan_allowed(const struct launch *l) {
     bool flow = l->flow == FLOW_SETUID || l->flow == FLOW_USERNS;
-    return flow && l->uid != 0 && !fakeroot_wanted(l) && !policy_limits_images(l) &&
+    return flow && l->uid != 0 && l->uid != UID_OF_OTHERS && !fakeroot_wanted(l) && !policy_limits_images(l) &&
            faccessat(AT_FDCWD, APY_SYSCONFDIR "/ecl.toml", F_OK, AT_SYMLINK_NOFOLLOW) < 0 &&
            errno == ENOENT;
 }
@@ -127,12 +137,9 @@ static bool number_of(int mount_fd, uint64_t *number) {
 
 /* ---- the other end ---- */
 
-/* A process that is first in a pid namespace below ours, or lives there, is a payload's. */
-static bool is_beside_us(pid_t pid) {
-    static char text[8192];
-    char path[48] = "/proc/";
-    append_number(path, sizeof(path), (uint64_t)pid);
-    append_text(path, sizeof(path), "/status");
+static bool has_one_number(int process) {
+    char text[1024], path[48] = "/proc/self/fdinfo/";
+    append_number(path, sizeof(path), (uint64_t)process);
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     ssize_t got = fd < 0 ? -1 : read(fd, text, sizeof(text) - 1);
     close_fd(&fd);
@@ -140,7 +147,21 @@ static bool is_beside_us(pid_t pid) {
         return false;
     text[got] = '\0';
     const char *numbers = strstr(text, "\nNSpid:\t");
-    return numbers && strcspn(numbers + 8, "\t") > strcspn(numbers + 8, "\n");
+    return numbers && numbers[8] >= '1' && numbers[8] <= '9' &&
+           strcspn(numbers + 8, "\t") > strcspn(numbers + 8, "\n");
+}
+
+/* A process that is first in a pid namespace below ours, or lives there, is a payload's.  Asked of
+ * the process that has connected or listens, not of its number: that may be anybody's by now. */
+static bool is_beside_us(int socket) {
+    int process = -1;
+    socklen_t size = sizeof(process);
+    if (getsockopt(socket, SOL_SOCKET, SO_PEERPIDFD, &process, &size) < 0)
+        return false;
+    struct pollfd alive = {.fd = process, .events = POLLIN};
+    bool beside = has_one_number(process) && poll(&alive, 1, 0) == 0;
+    close_fd(&process);
+    return beside;
 }
 
 static bool is_peer(const struct launch *l, int fd, uid_t wanted) {
@@ -148,7 +169,7 @@ static bool is_peer(const struct launch *l, int fd, uid_t wanted) {
     socklen_t size = sizeof(peer);
     if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) < 0 || peer.uid != wanted)
         return false;
-    return l->flow == FLOW_SETUID || is_beside_us(peer.pid);
+    return l->flow == FLOW_SETUID || is_beside_us(fd);
 }
 
 /* ---- who takes ---- */
@@ -163,9 +184,11 @@ static bool receive(int fd, int parts[PARTS]) {
     struct msghdr message = {.msg_iov = &io, .msg_iovlen = 1, .msg_control = control.space,
                              .msg_controllen = CMSG_LEN(sizeof(int) * PARTS)}; /* and no more */
     struct pollfd ready = {.fd = fd, .events = POLLIN};
-    if (poll(&ready, 1, PATIENCE_MS) != 1 ||
-        recvmsg(fd, &message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT) != 1)
+    ssize_t got = poll(&ready, 1, PATIENCE_MS) != 1
+                      ? -1 : recvmsg(fd, &message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
+    if (got < 0)
         return false;
+    /* An empty message has descriptors too, which the caller closes. */
     size_t count = 0;
     for (struct cmsghdr *head = CMSG_FIRSTHDR(&message); head; head = CMSG_NXTHDR(&message, head)) {
         if (head->cmsg_level != SOL_SOCKET || head->cmsg_type != SCM_RIGHTS)
@@ -174,7 +197,7 @@ static bool receive(int fd, int parts[PARTS]) {
         for (size_t i = 0; i < here && count < PARTS; i++)
             memcpy(&parts[count++], CMSG_DATA(head) + i * sizeof(int), sizeof(int));
     }
-    return count == PARTS && !(message.msg_flags & (MSG_TRUNC | MSG_CTRUNC));
+    return got == 1 && count == PARTS && !(message.msg_flags & (MSG_TRUNC | MSG_CTRUNC));
 }
 
 /* Of the three, the memory file is looked at first: until it is root's, all may be a forger's. */
@@ -265,7 +288,7 @@ void loan_forget(struct launch *l) {
 static int write_token(const struct launch *l, const struct loan_token *token) {
     int fd = l->flow == FLOW_SETUID ? privs_memory_as_root("apptainer-py image")
                                     : memfd_create("apptainer-py image",
-                                                   MFD_CLOEXEC | MFD_ALLOW_SEALING);
+                                                   MFD_CLOEXEC | MFD_NOEXEC_SEAL);
     if (fd >= 0 && (write(fd, token, sizeof(*token)) != (ssize_t)sizeof(*token) ||
                     fcntl(fd, F_ADD_SEALS, SEALS) < 0))
         close_fd(&fd);

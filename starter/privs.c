@@ -18,6 +18,10 @@
 
 #include "starter.h"
 
+#ifndef MFD_NOEXEC_SEAL
+#define MFD_NOEXEC_SEAL 0x0008U
+#endif
+
 /* NOROOT, NO_SETUID_FIXUP, KEEP_CAPS, NO_CAP_AMBIENT_RAISE and their locks; later ones concern
  * scripts, and anybody may set them. */
 #define SECUREBITS_OLD 0xffu
@@ -447,6 +451,8 @@ static int create_as_root(const char *name, int flags, mode_t mode, bool in_memo
     (void)setfsuid((uid_t)uid);
     if (setfsuid((uid_t)-1) != uid || setfsgid((gid_t)-1) != gid)
         fail("cannot give up an identity", 0);
+    /* A change of fsuid sets it to what fs.suid_dumpable says. */
+    (void)prctl(PR_SET_DUMPABLE, 0);
     privs_lower(raised);
     errno = error;
     return fd;
@@ -457,7 +463,7 @@ int privs_open_as_root(const char *path, int flags, mode_t mode) {
 }
 
 int privs_memory_as_root(const char *name) {
-    return create_as_root(name, MFD_CLOEXEC | MFD_ALLOW_SEALING, 0, true);
+    return create_as_root(name, MFD_CLOEXEC | MFD_NOEXEC_SEAL, 0, true);
 }
 
 /* Privileged processes only: the payload keeps the caller's keyring (Kerberos). */

@@ -73,12 +73,12 @@ NO_RETURN void shim_main(struct launch *l, pid_t rpc, pid_t stage2) {
      * user namespace.  Whoever is inside finds no more in it than a program that is busy. */
     bool instance = (l->plan.flags & PLAN_INSTANCE) != 0;
     bool own = l->flow == FLOW_USERNS || (l->flow == FLOW_SETUID && fakeroot_wanted(l));
-    if (instance && own)
-        (void)prctl(PR_SET_DUMPABLE, 1);
     trace_fd = -1;
     close_all_but(fd);
     for (int i = 0; i < 3; i++)
         close(i); /* a pipe of the caller's must see its end when the payload closes it */
+    if (instance && own)
+        (void)prctl(PR_SET_DUMPABLE, 1);
     for (;;) {
         /* Who has joined is nobody's child here, and its end tells nobody. */
         struct pollfd signals = {.fd = fd, .events = POLLIN};

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
+_SUPERBLOCK, _PADDING = 96, 4096
 _TOLD_FD, _IMAGE_FD, _OUT_FD = 3, 4, 5
 _UNSQUASHFS = "/usr/bin/unsquashfs"
 _CONF = "gocryptfs.conf"
@@ -175,13 +176,25 @@ def unlock(image_fd: int, offset: int, out_fd: int, password: bytes) -> None:
         key = master_key(conf.stdout.read(_MOST_CONF_BYTES), password)
     with _cat(image_fd, offset, name) as source, os.fdopen(out_fd, "wb", closefd=False) as out:
         assert source.stdout is not None
+        left: int | None = None
         for block in decrypt(key, source.stdout):
+            # Blocks of zeros are not authenticated: what is appended must not become memory.
+            left = (_size_of(block) if left is None else left) - len(block)
+            if left < -_PADDING:
+                raise Unreadable("the encrypted data is longer than the file system in it")
             if any(block):
                 out.write(block)
             else:
                 # A hole takes no memory, however large the image says that it is.
                 out.seek(len(block), os.SEEK_CUR)
         out.truncate()
+
+
+def _size_of(start: bytes) -> int:
+    """Return the size of a squashfs by its superblock (kernel, Documentation/filesystems)."""
+    if len(start) < _SUPERBLOCK or start[:4] != b"hsqs":
+        raise Unreadable("it holds no squashfs")
+    return int.from_bytes(start[40:48], "little")
 
 
 def _ask() -> bytes:

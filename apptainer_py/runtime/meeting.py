@@ -18,12 +18,17 @@ if TYPE_CHECKING:
     import _socket
 
 _PATIENCE_S = 30
+_PATIENCE_WITH_STRANGERS_S = 2
 # Somebody who has the name already, and has not come to listen.
 _PAUSE_S = 0.002
 _NAMES = 4
 _BACKLOG = 4096
 _WORD = b"share"
 _CREDENTIALS_BYTES = 12
+_STATUS_BYTES = 8192
+# linux/socket.h, asm-generic/socket.h; the descriptors of processes are of Linux 6.5.
+_SO_PASSPIDFD, _SO_PEERPIDFD, _SCM_PIDFD = 76, 77, 4
+_SCM_CREDENTIALS = 2
 _FD_BYTES = 4
 
 
@@ -36,7 +41,11 @@ class Alone(Exception):
 
 
 class _Foreign(Exception):
-    """The name is another user's."""
+    """The name is another user's, or a container's."""
+
+
+class _Gone(Exception):
+    """One of us was to answer, and has ended."""
 
 
 class Meeting:
@@ -70,7 +79,7 @@ class Meeting:
             return  # another one of us was quicker
         one = _socket.socket(fileno=fd)
         try:
-            if _user(one) == os.getuid():
+            if _user(one) == os.getuid() and _is_beside_us(_asker(one)):
                 passed = b"".join(
                     number.to_bytes(_FD_BYTES, "little")
                     for number in (self.mounts, self._listener.fileno())
@@ -99,10 +108,17 @@ def meet(key: str) -> Meeting:
 
 
 def _meet(name: bytes, until: float) -> Meeting:
+    begun = time.monotonic()
     while True:
-        found = _claim(name) or _ask(name, until)
+        try:
+            found = _claim(name) or _ask(name, until)
+        except _Gone:
+            found, begun = None, time.monotonic()
         if found is not None:
             return found
+        # One of us listens at once, and has room for many.
+        if time.monotonic() >= begun + _PATIENCE_WITH_STRANGERS_S:
+            raise _Foreign
         if time.monotonic() >= until:
             raise Alone("the others do not answer")
         time.sleep(_PAUSE_S)
@@ -130,30 +146,107 @@ def _ask(name: bytes, until: float) -> Meeting | None:
 
     one = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
     try:
-        one.settimeout(max(until - time.monotonic(), _PAUSE_S))
+        one.setsockopt(_socket.SOL_SOCKET, _socket.SO_PASSCRED, 1)
+        _try_option(one, _SO_PASSPIDFD)
+        one.settimeout(0)
         one.connect(name)
         if _user(one) != os.getuid():
             raise _Foreign
-        word, extra, _, _ = one.recvmsg(
-            len(_WORD), _socket.CMSG_SPACE(2 * _FD_BYTES), _socket.MSG_CMSG_CLOEXEC
-        )
+        one.settimeout(max(until - time.monotonic(), _PAUSE_S))
+        room = sum(map(_socket.CMSG_SPACE, (2 * _FD_BYTES, _CREDENTIALS_BYTES, _FD_BYTES)))
+        word, extra, _, _ = one.recvmsg(len(_WORD), room, _socket.MSG_CMSG_CLOEXEC)
     except TimeoutError:
         raise Alone("the others do not answer") from None
     except OSError:
         return None
     finally:
         one.close()
-    fds = [
-        int.from_bytes(data[at : at + _FD_BYTES], "little")
-        for level, kind, data in extra
-        if level == _socket.SOL_SOCKET and kind == _socket.SCM_RIGHTS
-        for at in range(0, len(data) - _FD_BYTES + 1, _FD_BYTES)
-    ]
+    parts = {kind: data for level, kind, data in extra if level == _socket.SOL_SOCKET}
+    fds = _numbers(parts.get(_socket.SCM_RIGHTS, b""))
+    if not word:
+        raise _Gone
+    if not _is_beside_us(_answerer(parts)):
+        _close(fds)
+        raise _Foreign
     if word != _WORD or len(fds) != 2:
-        for fd in fds:
-            os.close(fd)
+        _close(fds)
         return None
     return Meeting(_socket.socket(fileno=fds[1]), fds[0])
+
+
+def _numbers(data: bytes) -> list[int]:
+    return [
+        int.from_bytes(data[at : at + _FD_BYTES], "little")
+        for at in range(0, len(data) - _FD_BYTES + 1, _FD_BYTES)
+    ]
+
+
+def _close(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+# -- who the others are: a payload of the same user, in a pid namespace of its own, is none of us
+
+
+def _try_option(one: _socket.socket, option: int) -> None:
+    import _socket
+
+    try:
+        one.setsockopt(_socket.SOL_SOCKET, option, 1)
+    except OSError:
+        pass  # an older kernel: its number tells who it is
+
+
+def _asker(one: _socket.socket) -> bytes:
+    """Return what /proc says of the process that has connected."""
+    import _socket
+
+    try:
+        process = one.getsockopt(_socket.SOL_SOCKET, _SO_PEERPIDFD)
+    except OSError:
+        facts = one.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, _CREDENTIALS_BYTES)
+        return _status_of(int.from_bytes(facts[:4], "little"))
+    return _status_by(process)
+
+
+def _answerer(parts: dict[int, bytes]) -> bytes:
+    """Return what /proc says of the process that has sent a message; nothing of another user's."""
+    credentials = parts.get(_SCM_CREDENTIALS, bytes(_CREDENTIALS_BYTES))
+    processes = _numbers(parts.get(_SCM_PIDFD, b""))
+    if int.from_bytes(credentials[4:8], "little") != os.getuid():
+        _close(processes)
+        return b""
+    if processes:
+        return _status_by(processes[0])
+    return _status_of(int.from_bytes(credentials[:4], "little"))
+
+
+def _status_by(process: int) -> bytes:
+    """Return what /proc says of a process by its descriptor, which is closed."""
+    try:
+        with open(f"/proc/self/fdinfo/{process}", "rb") as file:
+            return file.read(_STATUS_BYTES)
+    except OSError:
+        return b""
+    finally:
+        os.close(process)
+
+
+def _status_of(pid: int) -> bytes:
+    try:
+        with open(f"/proc/{pid}/status", "rb") as file:
+            return file.read(_STATUS_BYTES)
+    except OSError:
+        return b""
+
+
+def _is_beside_us(status: bytes) -> bool:
+    for line in status.split(b"\n"):
+        if line.startswith(b"NSpid:"):
+            numbers = line.split()[1:]
+            return len(numbers) == 1 and numbers[0].isdigit() and numbers[0] != b"0"
+    return False
 
 
 def _user(one: _socket.socket) -> int:

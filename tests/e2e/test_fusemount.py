@@ -158,6 +158,14 @@ def test_the_administrator_can_forbid_it(own, run, flow):
     assert done.stderr.splitlines() == [said]
 
 
+def test_it_is_closed_to_other_users(run):
+    """Root too: whoever looks into /proc must not wait for a server of the user's."""
+    script = "grep ' /mnt ' /proc/self/mountinfo"
+    done = run("setuid", f"host:{SERVER} {{place}}/data.sqfs /mnt", script=script)
+    assert " - fuse" in done.stdout and "nosuid,nodev" in done.stdout, done.stderr
+    assert "allow_other" not in done.stdout
+
+
 def test_who_may_not_open_the_device_gets_none(run):
     """The starter could open it; what the administrator has closed stays closed."""
     device = Path("/dev/fuse")

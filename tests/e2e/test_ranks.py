@@ -205,20 +205,80 @@ def test_sharens_and_what_cannot_be_shared(jobs: Jobs, option: str, what: str) -
     assert said.splitlines()[0] == f"FATAL:   --sharens cannot be used with {what}"
 
 
-def test_a_name_that_another_user_holds_is_passed_over(jobs: Jobs) -> None:
+ASKS = r"""
+import socket, sys
+one = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+one.settimeout(20)
+one.connect("\0" + sys.argv[1])
+print(one.recvmsg(16, 64)[0])
+"""
+OFFERS = r"""
+import array, socket, sys
+one = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+one.bind("\0" + sys.argv[1])
+one.listen()
+print("listens", flush=True)
+mounts = open("/proc/self/ns/mnt")
+while True:
+    socket.send_fds(one.accept()[0], [b"share"], [mounts.fileno(), one.fileno()])
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "said"),
+    [((), "b'share'\n"), (("unshare", "--user", "--pid", "--fork", "--kill-child"), "b''\n")],
+)
+def test_a_payload_in_a_pid_namespace_gets_nothing(
+    jobs: Jobs, before: tuple[str, ...], said: str
+) -> None:
+    jobs.waiter("--sharens")
+    (name,) = _names(jobs)
+    done = subprocess.run(  # type: ignore[call-overload]
+        [*before, "/usr/bin/python3", "-I", "-c", ASKS, name], env=jobs.environment(), cwd="/",
+        capture_output=True, text=True, check=False, timeout=60, **jobs.identity(),
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, said), done.stderr
+
+
+def test_what_a_payload_in_a_pid_namespace_offers_is_not_taken(jobs: Jobs) -> None:
+    jobs.waiter("--sharens")
+    (name,) = _names(jobs)
+    jobs.kill_all()
+    eventually(lambda: not _names(jobs), "the name is free")
+    forger = subprocess.Popen(  # type: ignore[call-overload]
+        ["unshare", "--user", "--pid", "--mount", "--fork", "--kill-child", "/usr/bin/python3",
+         "-I", "-c", OFFERS, name],
+        env=jobs.environment(), cwd="/", stdout=subprocess.PIPE, text=True, **jobs.identity(),
+    )  # fmt: skip
+    try:
+        assert forger.stdout is not None and forger.stdout.readline() == "listens\n"
+        _, space = jobs.waiter("--sharens")
+        assert jobs.waiter("--sharens")[1] == space
+    finally:
+        forger.kill()
+        forger.communicate()
+
+
+def _names(jobs: Jobs) -> set[str]:
+    start = re.escape(f"@apptainer-py/{jobs.user.pw_uid}/")
+    found = re.findall(rf"{start}\w+/0", Path("/proc/net/unix").read_text())
+    return {name[1:] for name in found}
+
+
+@pytest.mark.parametrize("listens", [True, False])
+def test_a_name_that_another_user_holds_is_passed_over(jobs: Jobs, listens: bool) -> None:
     """Root takes the names that ranks would take; theirs is the next."""
     import socket
 
     _, space = jobs.waiter("-u", env=rank(0))
-    listing = Path("/proc/net/unix").read_text()
-    start = f"@apptainer-py/{jobs.user.pw_uid}/"
-    names = re.findall(rf"{re.escape(start)}\w+/0", listing)
+    names = _names(jobs)
     jobs.kill_all()
     taken = []
-    for name in set(names):
+    for name in names:
         one = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        eventually(lambda one=one, name=name: _bound(one, "\0" + name[1:]), "the name is free")
-        one.listen()
+        eventually(lambda one=one, name=name: _bound(one, "\0" + name), "the name is free")
+        if listens:
+            one.listen()
         taken.append(one)
     assert taken
     _, space = jobs.waiter("-u", env=rank(0))

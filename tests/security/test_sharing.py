@@ -73,17 +73,23 @@ def child(work: Callable[[], None]) -> Iterator[int]:
             os.waitpid(pid, 0)
 
 
-def send(peer: socket.socket, parts: list[int]) -> None:
+def send(peer: socket.socket, parts: list[int], message: bytes = b"M") -> None:
     """Hand descriptors to somebody who may not want them; without any, say nothing."""
     with contextlib.suppress(OSError):
         if parts:
-            socket.send_fds(peer, [b"M"], parts)
+            socket.send_fds(peer, [message], parts)
     SILENT.append(peer)
 
 
 @contextmanager
 def squatter(
-    own: own_install.Installation, name: str, parts: list[int], *, below: bool = False
+    own: own_install.Installation,
+    name: str,
+    parts: list[int],
+    *,
+    below: bool = False,
+    message: bytes = b"M",
+    passed_on: bool = False,
 ) -> Iterator[None]:
     """Have a process of the user's listen there, which sends these descriptors to everybody."""
     reader, writer = os.pipe()
@@ -100,9 +106,11 @@ def squatter(
         become_user(own)
         listener.bind("\0" + name[1:])
         listener.listen(8)
+        if passed_on and os.fork():
+            os._exit(0)  # who has listened ends, and its number is free
         os.write(writer, b"x")
         while True:
-            send(listener.accept()[0], parts)
+            send(listener.accept()[0], parts, message)
 
     with child(serve):
         assert os.read(reader, 1) == b"x"
@@ -222,6 +230,18 @@ def test_forged(own, home, image, forgery):
     assert_nothing_left(home, host)
 
 
+def test_an_empty_message_leaves_no_descriptor(own, home, image):
+    name, parts = genuine(own, home, image)
+    marker = os.open("/etc/hostname", os.O_RDONLY)
+    with squatter(own, name, [marker] * 3, message=b""):
+        second = hold(own, home, image)
+        assert len(servers(home)) == 2
+        held = Path(f"/proc/{second.pid}/fd")
+        assert not [fd for fd in held.iterdir() if os.readlink(fd) == "/etc/hostname"]
+    for fd in {*parts, marker}:
+        os.close(fd)
+
+
 def test_another_user_listens(own, home, image):
     name, parts = genuine(own, home, image)
     stranger = own_install.account("nobody")
@@ -244,13 +264,18 @@ def test_another_user_listens(own, home, image):
         os.close(fd)
 
 
-@pytest.mark.parametrize("below", [False, True])
-def test_a_payload_cannot_offer_one(own, home, image, open_fuse, below):
-    """In the user's own flow the owner says nothing; whoever is in a pid namespace is no peer."""
+@pytest.mark.parametrize(("how", "refused"), [
+    ({}, False), ({"below": True}, True), ({"passed_on": True}, True),
+])  # fmt: skip
+def test_a_payload_cannot_offer_one(own, home, image, open_fuse, how, refused):
+    """In the user's own flow the owner says nothing; whoever is in a pid namespace is no peer.
+
+    Nor is a process that has ended, by whose number another one can be known.
+    """
     name, parts = genuine(own, home, image, "-u")
-    with squatter(own, name, parts, below=below):
+    with squatter(own, name, parts, **how):
         hold(own, home, "-u", image)
-        assert len(servers(home)) == (2 if below else 1)
+        assert len(servers(home)) == (2 if refused else 1)
     for fd in parts:
         os.close(fd)
 

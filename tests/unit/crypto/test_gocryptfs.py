@@ -1,13 +1,21 @@
-"""What a hostile image says of its encryption."""
+"""What a hostile image says of its encryption, and how much it may become."""
 
 from __future__ import annotations
 
 import io
 import json
+import os
+from pathlib import Path
 
 import pytest
 
-from apptainer_py.crypto import gocryptfs
+from apptainer_py.base import packages
+
+packages.allow()
+pytest.importorskip("cryptography")
+
+from apptainer_py.crypto import gocryptfs  # noqa: E402
+
 
 SCRYPT = {"N": 1024, "R": 8, "P": 1, "KeyLen": 32, "Salt": ""}
 CONF = {"ScryptObject": SCRYPT, "EncryptedKey": "", "FeatureFlags": [], "Version": 2}
@@ -31,21 +39,56 @@ def test_settings_that_are_none(conf: bytes) -> None:
         gocryptfs.master_key(conf, b"secret")
 
 
-def test_holes_stay_holes(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
-    import os
-    from contextlib import nullcontext
-    from types import SimpleNamespace
+class Cat:
+    """Stands for the process that prints a file of the encrypted partition."""
 
-    blocks = 500
-    stored = b"\0\2" + bytes(16) + bytes((4096 + 32) * blocks)
-    streams = [SimpleNamespace(stdout=io.BytesIO(data)) for data in (b"", stored)]
-    monkeypatch.setattr(gocryptfs, "_name_of_cipher", lambda fd, offset: "x")
-    monkeypatch.setattr(gocryptfs, "master_key", lambda conf, password: bytes(32))
-    monkeypatch.setattr(gocryptfs, "_cat", lambda *words: nullcontext(streams.pop(0)))
-    monkeypatch.setattr(gocryptfs, "_content_key", lambda key: None)
-    out = os.memfd_create("root")
-    gocryptfs.unlock(-1, 0, out, b"secret")
-    facts = os.fstat(out)
-    os.close(out)
-    assert facts.st_size == 4096 * blocks
-    assert facts.st_blocks == 0
+    def __init__(self, content: bytes) -> None:
+        self.stdout = io.BytesIO(content)
+
+    def __enter__(self) -> Cat:
+        return self
+
+    def __exit__(self, *_words: object) -> None:
+        pass
+
+
+def superblock(size: int) -> bytes:
+    return (b"hsqs" + bytes(36) + size.to_bytes(8, "little")).ljust(4096, b"\0")
+
+
+@pytest.fixture
+def unlock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def unlock(blocks: list[bytes]) -> tuple[int, int]:
+        monkeypatch.setattr(gocryptfs, "_name_of_cipher", lambda *_words: "squashfs-1")
+        monkeypatch.setattr(gocryptfs, "_cat", lambda *_words: Cat(b""))
+        monkeypatch.setattr(gocryptfs, "master_key", lambda *_words: b"")
+        monkeypatch.setattr(gocryptfs, "decrypt", lambda *_words: iter(blocks))
+        fd = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            gocryptfs.unlock(0, 0, fd, b"")
+            facts = os.fstat(fd)
+            return facts.st_size, facts.st_blocks * 512
+        finally:
+            os.close(fd)
+
+    return unlock
+
+
+def test_a_file_system_and_what_pads_it(unlock) -> None:
+    assert unlock([superblock(5000), bytes(4096)])[0] == 8192
+
+
+def test_holes_stay_holes(unlock) -> None:
+    size, stored = unlock([superblock(500 * 4096), *(bytes(4096) for _ in range(499))])
+    assert size == 500 * 4096
+    assert stored <= 2 * 4096
+
+
+def test_what_is_appended_is_refused(unlock) -> None:
+    with pytest.raises(gocryptfs.Unreadable, match="longer than the file system"):
+        unlock([superblock(5000), *(bytes(4096) for _ in range(1000))])
+
+
+def test_something_else_is_refused(unlock) -> None:
+    with pytest.raises(gocryptfs.Unreadable, match="no squashfs"):
+        unlock([bytes(4096)])
