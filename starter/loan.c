@@ -70,7 +70,8 @@ void loan_close(struct launch *l, struct loan *s) {
 /* Where rules bind images, or signatures are asked for, each launch has a server of its own. */
 bool loan_allowed(const struct launch *l) {
     bool flow = l->flow == FLOW_SETUID || l->flow == FLOW_USERNS;
-    return flow && l->uid != 0 && l->uid != UID_OF_OTHERS && !fakeroot_wanted(l) && !policy_limits_images(l) &&
+    return flow && l->uid != 0 && l->uid != UID_OF_OTHERS && !fakeroot_wanted(l) &&
+           !policy_limits_images(l) &&
            faccessat(AT_FDCWD, APY_SYSCONFDIR "/ecl.toml", F_OK, AT_SYMLINK_NOFOLLOW) < 0 &&
            errno == ENOENT;
 }

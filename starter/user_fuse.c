@@ -19,9 +19,10 @@ int op_user_fuse(struct rpc *r, const struct op_request *q, struct op_reply *a, 
     if (target < 0)
         return answer(a, ERR_TARGET, errno);
     int device = fcntl(l->fuse_fds[q->num[0]], F_DUPFD_CLOEXEC, 3);
-    /* SAFE: the caller could mount it in a user namespace of their own; nosuid and nodev, never part
-     * of an overlay, whose place was before, and closed to all other users, root too: a server that
-     * does not answer must not hold up who looks into /proc.  Root's payload may be somebody else. */
+    /* SAFE: the caller could mount it in a user namespace of their own; nosuid and nodev, never
+     * part of an overlay, whose place was before, and closed to all other users, root too: a server
+     * that does not answer must not hold up who looks into /proc.  Root's payload may be somebody
+     * else. */
     int mount_fd = device < 0 ? -1
                               : image_fuse(l, q->num[0], "fuse", BIND_WRITABLE,
                                            l->flow == FLOW_ROOT);

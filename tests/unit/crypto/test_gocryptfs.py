@@ -16,7 +16,6 @@ pytest.importorskip("cryptography")
 
 from apptainer_py.crypto import gocryptfs  # noqa: E402
 
-
 SCRYPT = {"N": 1024, "R": 8, "P": 1, "KeyLen": 32, "Salt": ""}
 CONF = {"ScryptObject": SCRYPT, "EncryptedKey": "", "FeatureFlags": [], "Version": 2}
 
