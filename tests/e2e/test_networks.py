@@ -14,7 +14,7 @@ import pytest
 from tests.e2e.three_flows import FLOWS, run
 from tests.own_install import Installation, eventually
 
-NEEDS_ROOT = "not supported yet for users other than root"
+NEEDS_ROOT = "CNI networks are for root"
 
 
 @pytest.mark.parametrize("flow", FLOWS)

@@ -281,6 +281,7 @@ def test_exec_wait_fifo(container, bed):
     eventually(
         lambda: container.exec("test", "-e", "/dev/shm/mark").returncode == 0, "it has begun"
     )
+    container.finish()
 
 
 @pytest.mark.parametrize("name", ["a file", "nothing"])
