@@ -44,7 +44,7 @@ def test_other_networks_need_root(
 ) -> None:
     done = run(installed.program, flow, ["exec", *words, sif, "true"])
     assert done.returncode == 255
-    assert NEEDS_ROOT in done.stderr.splitlines()[-1]
+    assert NEEDS_ROOT in done.stderr.splitlines()[-2], done.stderr
 
 
 @pytest.mark.parametrize("flow", FLOWS)
