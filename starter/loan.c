@@ -236,7 +236,8 @@ bool loan_take(struct launch *l, struct loan *s) {
     make_key(l, &st, &key);
     socklen_t size = address_of(&key, &address);
     int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-    /* SAFE: what comes is a mount of our own making, or nothing: judge().  Nothing is sent. */
+    /* SAFE: in the setuid flow what comes is a mount of rpc's own making, or nothing: judge().  In
+     * a user namespace it is at most one that the same user could make there.  Nothing is sent. */
     s->taken = fd >= 0 && connect(fd, (struct sockaddr *)&address, size) == 0 &&
                is_peer(l, fd, l->uid) && receive(fd, parts) && judge(l, &key, parts, &s->token);
     close_fd(&fd);
@@ -268,6 +269,7 @@ int loan_server_status(const struct loan *s) {
 /* In rpc: a copy for keeper.  Before Linux 6.15 a mount that is not attached has no copy. */
 void loan_spare(struct launch *l, int mount_fd) {
     if (l->loan_socket[1] >= 0 && loan_allowed(l)) {
+        /* SAFE: the image's own mount, already nosuid and nodev; the copy stays with keeper. */
         int spare = (int)syscall(SYS_open_tree, mount_fd, "",
                                  OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AT_EMPTY_PATH);
         if (spare >= 0 && wire_send(l->loan_socket[1], "M", 1, spare) < 0)
@@ -351,7 +353,8 @@ void loan_serve(const struct launch *l, const struct loan *s) {
         if (to < 0)
             return;
         step_begin(STEP_OFFER_MOUNT);
-        /* SAFE: to who was root when it connected: keeper, before it drops.  Nothing is read. */
+        /* SAFE: to who was root when it connected: keeper, before it drops; in the user-namespace
+         * flow to the same user, beside us.  Nothing is read. */
         if (is_peer(l, to, wanted))
             hand_out(l, s, to);
         step_end(STEP_OFFER_MOUNT);

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 
+from apptainer_py.base.errors import LaunchError
+
 # What is more is memory of its own from the system for each call.
 _PART_BYTES = 1 << 16
 _COPIED_BYTES = 16 << 20
@@ -57,3 +59,27 @@ def write_all(fd: int, data: bytes) -> None:
             rest = rest[os.write(fd, rest) :]
     finally:
         os.close(fd)
+
+
+def own_directory(path: str) -> None:
+    """Make a directory that is the caller's alone if it lacks; refuse one of somebody else.
+
+    Raises:
+        LaunchError: it cannot be made, or others may write to it.
+    """
+    import stat
+
+    try:
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:
+            pass
+        found = os.stat(path, follow_symlinks=False)
+    except OSError as error:
+        raise LaunchError(text=f"{path}: {(error.strerror or '').lower()}") from None
+    if (
+        not stat.S_ISDIR(found.st_mode)
+        or found.st_uid != os.geteuid()
+        or stat.S_IMODE(found.st_mode) & 0o022
+    ):
+        raise LaunchError(text=f"{path} is not a directory of your own that nobody else can write")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import sys
 
-from apptainer_py.base import log
+from apptainer_py.base import log, packages
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -13,15 +12,10 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
 
-# Debian's packages for Python; the interpreter is started without them.
-_PACKAGES = "/usr/lib/python3/dist-packages"
-
-
 def _moving() -> bool:
     if not os.isatty(2) or not log.INFO <= log.level < log.DEBUG:
         return False
-    if _PACKAGES not in sys.path:
-        sys.path.append(_PACKAGES)
+    packages.allow()
     from importlib.util import find_spec
 
     return find_spec("rich") is not None

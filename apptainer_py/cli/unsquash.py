@@ -11,6 +11,7 @@ import os
 
 from apptainer_py.base import log
 from apptainer_py.base.errors import ApptainerError, LaunchError
+from apptainer_py.base.files import own_directory
 from apptainer_py.cli.table import PROGRAM
 
 TYPE_CHECKING = False
@@ -113,7 +114,7 @@ class _Folder:
 
         named = next(filter(None, (environ.get(name, "") for name in _VARIABLES)), "/tmp")
         above = f"{os.path.abspath(named)}/apptainer-py-unsquash-{os.geteuid()}"
-        _own_directory(above)
+        own_directory(above)
         self._above = os.open(above, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
         # Nobody sees it before it is locked.
         fcntl.flock(self._above, fcntl.LOCK_EX)
@@ -230,20 +231,3 @@ class _Folder:
         finally:
             fcntl.flock(self._above, fcntl.LOCK_UN)
         return fd
-
-
-def _own_directory(path: str) -> None:
-    """Make a directory that is the caller's alone if it lacks; refuse one of somebody else."""
-    import stat
-
-    try:
-        try:
-            os.mkdir(path, 0o700)
-        except FileExistsError:
-            pass
-        found = os.stat(path, follow_symlinks=False)
-    except OSError as error:
-        raise LaunchError(text=f"{path}: {(error.strerror or '').lower()}") from None
-    mode = stat.S_IMODE(found.st_mode)
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or mode & 0o022:
-        raise LaunchError(text=f"{path} is not a directory of your own that nobody else can write")

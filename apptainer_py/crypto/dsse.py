@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 
+from apptainer_py.base import packages
 from apptainer_py.base.errors import ApptainerError
 from apptainer_py.base.files import read_at_most
 from apptainer_py.base.record import Record
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 
 PAYLOAD_TYPE = "application/vnd.sylabs.sif-metadata+json"
 OPENSSL = "/usr/bin/openssl"
-# Python's own packages of Debian, which an isolated interpreter does not look at by itself.
-_DEBIAN_PACKAGES = "/usr/lib/python3/dist-packages"
 _FILE_BYTES = 1 << 20
 _PRIVATE = ("PRIVATE KEY", "RSA PRIVATE KEY", "EC PRIVATE KEY")
 _LOCKED = "ENCRYPTED PRIVATE KEY"
@@ -210,10 +209,8 @@ def read_file(path: str) -> bytes:
 
 
 def _find_library() -> None:
-    import sys
 
-    if _DEBIAN_PACKAGES not in sys.path:
-        sys.path.append(_DEBIAN_PACKAGES)
+    packages.allow()
     try:
         import cryptography
     except ImportError:

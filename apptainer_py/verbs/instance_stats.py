@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import os
 import select
-import sys
 import time
 
-from apptainer_py.base import log
+from apptainer_py.base import log, packages
 from apptainer_py.base.errors import ApptainerError, UsageError
 from apptainer_py.base.record import Record
 from apptainer_py.runtime import instances
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from typing import Any
 
-# Debian's own modules; the interpreter is started without them.
-_DISTRIBUTION = "/usr/lib/python3/dist-packages"
 _FIRST_S, _EACH_S = 0.2, 1.0
 _CLEAR = "\033[H\033[2J"
 _HEAD = ("INSTANCE NAME", "CPU USAGE", "MEM USAGE / LIMIT", "MEM %", "BLOCK I/O", "PIDS")
@@ -166,8 +163,7 @@ def _space(pid: int) -> int:
 
 
 def _of_processes(first: int) -> Usage:
-    if _DISTRIBUTION not in sys.path:
-        sys.path.append(_DISTRIBUTION)
+    packages.allow()
     try:
         import psutil  # type: ignore[import-not-found,import-untyped,unused-ignore]
     except ImportError:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests import images
+from tests.e2e.three_flows import good, run_at
 from tests.own_install import Installation
 
 Do = Callable[..., subprocess.CompletedProcess[str]]
@@ -38,30 +39,12 @@ def own_sif(home: Path, sif: Path) -> Path:
 
 @pytest.fixture
 def do(installed: Installation, home: Path) -> Do:
-    user = images.ordinary_user()
-
     def do(
-        *words: str | Path, program: str | Path = installed.program
+        *words: str | Path, program: str | Path = installed.program, **more: str
     ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [program, *words],
-            env={"PATH": "/usr/bin:/bin", "HOME": str(home)},
-            cwd=home,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-            user=user.pw_uid,
-            group=user.pw_gid,
-            extra_groups=os.getgrouplist(user.pw_name, user.pw_gid),
-        )
+        return run_at(home, program, *words, **more)
 
     return do
-
-
-def good(done: subprocess.CompletedProcess[str]) -> str:
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def listed(image: Path, folder: str) -> dict[str, tuple[str, int, int]]:

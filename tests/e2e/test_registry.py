@@ -19,6 +19,7 @@ import pytest
 
 from tests import docker_registry, images
 from tests.e2e.test_image_environment import layout
+from tests.e2e.three_flows import good, run_at
 from tests.own_install import Installation
 
 pytestmark = pytest.mark.skipif(
@@ -70,34 +71,13 @@ def home() -> Iterator[Path]:
 @pytest.fixture
 def do(installed: Installation, home: Path) -> Do:
     """Run a command line of ours, or of another program, as the ordinary user at home."""
-    user = images.ordinary_user()
 
     def do(
-        *words: str | Path,
-        program: str | Path = installed.program,
-        stdin: str = "",
-        **environ: str,
+        *words: str | Path, program: str | Path = installed.program, **more: str
     ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [program, *words],
-            input=stdin,
-            env={"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": str(home), **environ},
-            cwd=home,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-            user=user.pw_uid,
-            group=user.pw_gid,
-            extra_groups=os.getgrouplist(user.pw_name, user.pw_gid),
-        )
+        return run_at(home, program, *words, **more)
 
     return do
-
-
-def good(done: subprocess.CompletedProcess[str]) -> str:
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tests import images
 
+DEADLINE_S = 120
 FLOWS = ("setuid", "userns", "root")
 
 
@@ -45,3 +46,29 @@ def run(
     return subprocess.CompletedProcess(
         done.args, done.returncode, done.stdout.decode(), done.stderr.decode()
     )
+
+
+def run_at(
+    home: Path, program: str | Path, *words: str | Path, stdin: str = "", **environ: str
+) -> subprocess.CompletedProcess[str]:
+    """Return what a program did as the ordinary user, with a directory as home and to work in."""
+    user = images.ordinary_user()
+    return subprocess.run(
+        [program, *words],
+        input=stdin,
+        env={"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": str(home), **environ},
+        cwd=home,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=DEADLINE_S,
+        user=user.pw_uid,
+        group=user.pw_gid,
+        extra_groups=os.getgrouplist(user.pw_name, user.pw_gid),
+    )
+
+
+def good(done: subprocess.CompletedProcess[str]) -> str:
+    """Return what was written by a program that has succeeded."""
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -12,6 +12,7 @@ import stat
 
 from apptainer_py.base import build, log
 from apptainer_py.base.errors import ApptainerError, ImageError, LaunchError
+from apptainer_py.base.files import own_directory
 from apptainer_py.engines.apptainer import binds, environ, policy
 from apptainer_py.engines.oci import facts, image_spec, steps
 from apptainer_py.engines.oci.create import Creation
@@ -132,11 +133,11 @@ class ImageRun(Creation):
         action, call = self.action, self.call
         rootless = facts.is_rootless(call, os.geteuid())
         image_spec.check_action(action, rootless=rootless)
-        check_own_directory(call.root)
+        own_directory(call.root)
         self.source = source = open_source(action.image, self.caller)
         if source.layout is not None:
             folder = folder_of(self.environment, os.geteuid())
-            check_own_directory(folder)
+            own_directory(folder)
             self.unpacking = Unpacking(folder, self.name)
             source.directory = self.unpacking.root
         uids, gids = maps_for(rootless=rootless)
@@ -335,28 +336,6 @@ class ImageRun(Creation):
             os.waitpid(self.server_pid, 0)
         except ChildProcessError:
             pass
-
-
-def check_own_directory(path: str) -> None:
-    """Make a directory that is the caller's alone if it lacks; refuse one of somebody else.
-
-    Raises:
-        LaunchError: it cannot be made, or others may write to it.
-    """
-    try:
-        try:
-            os.mkdir(path, 0o700)
-        except FileExistsError:
-            pass
-        found = os.stat(path, follow_symlinks=False)
-    except OSError as error:
-        raise LaunchError(text=f"{path}: {(error.strerror or '').lower()}") from None
-    if (
-        not stat.S_ISDIR(found.st_mode)
-        or found.st_uid != os.geteuid()
-        or stat.S_IMODE(found.st_mode) & 0o022
-    ):
-        raise LaunchError(text=f"{path} is not a directory of your own that nobody else can write")
 
 
 def _is_address(word: str) -> bool:
