@@ -17,7 +17,7 @@ import pytest
 from apptainer_py.builds import remote, uris
 from apptainer_py.builds.fetching import Fetching
 from apptainer_py.cache.store import Cache
-from apptainer_py.registry import client
+from apptainer_py.registry import server, watch
 from apptainer_py.registry.accounts import Account
 from apptainer_py.registry.client import NotAllowed, NotThere, Registry, RegistryError
 from apptainer_py.registry.reference import Reference
@@ -29,7 +29,7 @@ HOW = Fetching(no_https=True)
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
-    monkeypatch.setattr(client.time, "sleep", lambda _s: None)
+    monkeypatch.setattr(server.time, "sleep", lambda _s: None)
     with fake_registry.running() as found:
         yield found
 
@@ -459,3 +459,62 @@ def test_the_first_failure_is_told_at_once(fake: Fake, cache: Cache) -> None:
         assert time.monotonic() - begun < 10
     finally:
         ended.set()
+
+
+def _drip(pieces: int, gap_s: float, head: bytes = b"") -> Callable[[BaseHTTPRequestHandler], bool]:
+    """Answer a byte at a time, each long before a packet's own timeout."""
+
+    def answer(handler: BaseHTTPRequestHandler) -> bool:
+        handler.close_connection = True
+        try:
+            handler.wfile.write(head)
+            for _ in range(pieces):
+                handler.wfile.write(b"x")
+                handler.wfile.flush()
+                if Event().wait(gap_s):
+                    break
+        except OSError:
+            pass
+        return True
+
+    return answer
+
+
+@pytest.mark.parametrize("head", [b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\n\r\n"])
+def test_an_answer_has_an_end_in_time(
+    fake: Fake, head: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "HEAD_S", 0.2)
+    monkeypatch.setattr(server, "_ANSWER_S", 0.2)
+    monkeypatch.setattr(watch, "_LOOK_S", 0.05)
+    fake.tricks["/v2/o/manifests/a"] = _drip(2000, 0.02, head)
+    registry = Registry(fake.host, https=False)
+    with registry, pytest.raises(RegistryError, match="does not answer in time"):
+        registry.manifest(Reference(host=fake.host, repository="o", tag="a"))
+
+
+def test_a_blob_that_drips_is_cut_off(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "_LOOK_S", 0.05)
+    monkeypatch.setattr(server, "_PIECE_S", 0.2)
+    fake.tricks["/v2/o/blobs/b"] = _drip(2000, 0.02, b"HTTP/1.1 200 OK\r\n\r\n")
+    reference = Reference(host=fake.host, repository="o", tag="a")
+    with Registry(fake.host, https=False) as registry:
+        _, pieces = registry.blob(reference, "b")
+        with pytest.raises(server.Interrupted, match="in time"):
+            list(pieces)
+
+
+def test_the_callers_own_time_is_not_counted(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "_LOOK_S", 0.02)
+    monkeypatch.setattr(server, "_PIECE_S", 0.1)
+    data = bytes(3 << 20)
+    fake.blobs[digest(data)] = data
+    reference = Reference(host=fake.host, repository="o", tag="a")
+    with Registry(fake.host, https=False) as registry:
+        _, pieces = registry.blob(reference, digest(data))
+        got = 0
+        for number, piece in enumerate(pieces):
+            got += len(piece)
+            if number == 0:
+                Event().wait(0.3)
+    assert got == len(data)

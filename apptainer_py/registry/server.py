@@ -1,0 +1,405 @@
+"""One server's HTTP: what every client of a remote service asks with.
+
+What a server answers is hostile: every answer has a limit in bytes and in time, a redirection never
+carries an account to another host, and never leads from HTTPS to HTTP.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import zlib
+from urllib.parse import urljoin, urlsplit
+
+import requests
+
+from apptainer_py.base import log
+from apptainer_py.base.errors import ApptainerError
+from apptainer_py.registry import watch
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from types import TracebackType
+    from typing import Any, Self
+
+TOKEN_BYTES = 1 << 20
+_CHUNK = 1 << 18
+TRIES = 5
+_REDIRECTIONS = 5
+_WAIT_MOST_S = 60.0
+# A request with all its tries; one piece of a large answer.
+_ANSWER_S, _PIECE_S = 180.0, 300.0
+TIMEOUTS_S = (15, 60)  # to connect, and between two packets of an answer
+_AGAIN = (408, 425, 429, 500, 502, 503, 504)
+_NO_HEAD = (403, 405, 501)
+_MOVED = (301, 302, 303, 307, 308)
+CLIENT = "apptainer-py"
+_TOO_SLOW = "it does not answer in time"
+
+
+class RegistryError(ApptainerError):
+    """The registry does not give, or take, what is asked for."""
+
+    message = "{host}: {reason}"
+
+
+class NotThere(RegistryError):
+    """It has no such image or blob."""
+
+
+class NotAllowed(RegistryError):
+    """It wants another account, or one at all."""
+
+    hint = "log in with `{program} registry login docker://{host}`, if you have an account there"
+
+
+class Interrupted(RegistryError):
+    """The bytes of a blob ended too early: the rest can be asked for."""
+
+
+class Server:
+    """One server.  Its methods can be called from several threads."""
+
+    not_allowed: type[RegistryError] = NotAllowed
+
+    def __init__(
+        self,
+        server: str,
+        *,
+        https: bool = True,
+        checked: bool = True,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        self._server = server
+        self._base = self._checked(f"{'https' if https else 'http'}://{server}", "")
+        self._environ = dict(environ or {})
+        self._session = requests.Session()
+        # To find out where an answer leads to, it would read all that comes with it.
+        self._session.get_redirect_target = lambda answer: None
+        # No ~/.netrc: an account comes from where the caller was told it comes from.
+        self._session.trust_env = False
+        self._session.verify = self._certificates() if checked else False
+        self._session.headers["User-Agent"] = CLIENT
+        self._session.headers["Accept-Encoding"] = "identity"
+        adapter = watch.Adapter(pool_connections=8, pool_maxsize=8)
+        self._session.mount("https://", adapter)
+        self._session.mount("http://", adapter)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._session.close()
+
+    def _certificates(self) -> str | bool:
+        for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "SSL_CERT_DIR"):
+            if path := self._environ.get(name):
+                if not os.path.exists(path):
+                    raise RegistryError(host=self._server, reason=f"{name}: there is no {path}")
+                return path
+        return True
+
+    # -- any file of its host
+
+    def head(self, path: str) -> Mapping[str, str]:
+        """Return what a host says of a file; nothing where it says nothing without giving it.
+
+        Raises:
+            RegistryError: there is no such file.
+        """
+        with self._ask("HEAD", path, scope="") as answer:
+            if answer.status_code in _NO_HEAD:
+                return {}
+            self._judge(answer, path, is_file=True)
+            facts: Mapping[str, str] = answer.headers
+        return facts
+
+    def pieces(self, path: str) -> Iterator[bytes]:
+        """Return the bytes of a file as they are stored.
+
+        Raises:
+            RegistryError: it cannot be had.
+        """
+        answer = self._ask("GET", path, scope="")
+        self._judge(answer, path, is_file=True)
+        return self._pieces(answer)
+
+    def _pieces(self, answer: requests.Response) -> Iterator[bytes]:
+        clock = watch.of(answer)
+        try:
+            with answer:
+                while True:
+                    if clock is not None:
+                        clock.give(_PIECE_S)
+                    if not (piece := answer.raw.read(_CHUNK)):
+                        break
+                    if clock is not None:
+                        # What the caller does with it is not the server's time.
+                        clock.give(watch.NO_LIMIT_S)
+                    yield piece
+        except Exception as error:
+            if not is_of_the_net(error):
+                raise
+            raise Interrupted(host=self._server, reason=words_of(error)) from None
+        finally:
+            if clock is not None:
+                clock.stop()
+        if clock is not None and clock.has_cut:
+            raise Interrupted(host=self._server, reason=_TOO_SLOW)
+
+    # -- how it is asked
+
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        *,
+        scope: str,
+        headers: Mapping[str, str] | None = None,
+        body: Any = None,
+    ) -> requests.Response:
+        """Ask until there is an answer that is worth judging; the caller closes it."""
+        url = path if "://" in path else f"{self._base}{path}"
+        # Another host, which an upload goes to, is told nothing of the account.
+        proved = not self._is_own(url)
+        until = time.monotonic() + _ANSWER_S
+        for attempt in range(TRIES):
+            sent = dict(headers or {})
+            if self._is_own(url):
+                self._prove(sent, scope)
+            try:
+                answer = self._follow(method, url, sent, body)
+            except Exception as error:
+                if not is_of_the_net(error):
+                    raise
+                late = time.monotonic() > until
+                if attempt == TRIES - 1 or late or body is not None or _is_hopeless(error):
+                    raise self._wrong(words_of(error)) from None
+                self._wait(attempt, None)
+                continue
+            # What another host wants to know is not the registry's question.
+            if answer.status_code == 401 and not proved and self._is_own(answer.url):
+                proved = True
+                challenge = answer.headers.get("WWW-Authenticate", "")
+                answer.close()
+                if not self._learn(challenge, scope):
+                    return self._follow(method, url, sent, body)
+                continue
+            last = attempt == TRIES - 1 or time.monotonic() > until
+            if answer.status_code not in _AGAIN or last or body is not None:
+                return answer
+            answer.close()
+            self._wait(attempt, answer.headers.get("Retry-After"))
+        raise self._wrong("it does not answer")
+
+    def _follow(
+        self, method: str, url: str, headers: dict[str, str], body: Any
+    ) -> requests.Response:
+        host = urlsplit(url).netloc
+        for _ in range(_REDIRECTIONS):
+            if hasattr(body, "seek"):
+                body.seek(0)
+            answer = self._session.request(
+                method,
+                url,
+                headers=headers,
+                data=body,
+                stream=True,
+                allow_redirects=False,
+                timeout=TIMEOUTS_S,
+                proxies=self._proxies(url),
+            )
+            if answer.status_code not in _MOVED or "Location" not in answer.headers:
+                return answer
+            answer.close()
+            url = self._led(url, answer.headers["Location"])
+            if urlsplit(url).netloc != host:
+                headers = {k: v for k, v in headers.items() if k != "Authorization"}
+        raise self._wrong("it leads from one place to the next without end")
+
+    def _is_own(self, url: str) -> bool:
+        return _origin(url) == _origin(self._base)
+
+    def _proxies(self, url: str) -> dict[str, str]:
+        """Return what the environment wants to be asked in place of a host."""
+        found = dict(requests.utils.get_environ_proxies(url) or {})
+        for name, proxy in found.items():
+            address = proxy if "://" in proxy else f"http://{proxy}"
+            try:
+                wrong = name != "no" and proxy and not _origin(address)[1]
+            except ValueError:
+                wrong = True
+            if wrong:
+                # Without the value: it may hold a password.
+                raise self._wrong(f"{name}_proxy is no address of a proxy")
+        return found
+
+    def _led(self, url: str, location: str) -> str:
+        """Return where an answer leads from a place."""
+        try:
+            return self._checked(urljoin(url, location), url)
+        except ValueError:
+            raise self._wrong("it leads to what is no place of HTTP") from None
+
+    def _checked(self, url: str, before: str) -> str:
+        try:
+            parts, _ = urlsplit(url), _origin(url)
+        except ValueError:
+            words = "leads to what" if before else "has an address that"
+            raise self._wrong(f"it {words} is no place of HTTP") from None
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise self._wrong("it leads to what is no place of HTTP")
+        if parts.scheme == "http" and urlsplit(before).scheme == "https":
+            raise self._wrong(f"it leads from HTTPS to HTTP, at {parts.hostname}")
+        return url
+
+    def _wait(self, attempt: int, told: str | None) -> None:
+        wait = 0.5 * 2**attempt
+        if told and told.isascii() and told.isdecimal():
+            wait = float(told[:6])
+        if wait > _WAIT_MOST_S:
+            raise self._wrong(f"it asks to wait for {wait:.0f} seconds; try again later")
+        log.verbose(f"{self._server}: trying again in {wait:g} s")
+        time.sleep(wait)
+
+    def _small(self, answer: requests.Response, limit: int) -> bytes:
+        clock = watch.of(answer)
+        if clock is not None:
+            clock.give(_ANSWER_S)
+        try:
+            data: bytes = answer.raw.read(limit + 1, decode_content=False)
+            if answer.headers.get("Content-Encoding", "") in ("gzip", "x-gzip"):
+                # Not asked for.  The library would unpack without a limit.
+                data = zlib.decompressobj(16 + zlib.MAX_WBITS).decompress(data, limit + 1)
+        except Exception as error:
+            if not is_of_the_net(error):
+                raise
+            cut = clock is not None and clock.has_cut
+            raise self._wrong(_TOO_SLOW if cut else words_of(error)) from None
+        if clock is not None:
+            clock.stop()
+            if clock.has_cut:
+                raise self._wrong(_TOO_SLOW)
+        if len(data) > limit:
+            raise self._wrong(f"an answer has more than {limit} bytes")
+        return data
+
+    def _judge(self, answer: requests.Response, what: str, *, is_file: bool = False) -> None:
+        """Raise what an answer that is no success means."""
+        if 200 <= answer.status_code < 300:
+            return
+        told = ""
+        try:
+            told = _told(self._small(answer, TOKEN_BYTES))
+        except RegistryError:
+            pass
+        answer.close()
+        told = f" ({told})" if told else ""
+        if answer.status_code in (401, 403) and not is_file:
+            reason = f"{what} is not to be had with {self._who()}: authentication required{told}"
+            raise self.not_allowed(host=self._server, reason=reason, program=CLIENT)
+        if answer.status_code == 404:
+            raise NotThere(host=self._server, reason=f"there is no {what}{told}")
+        raise self._wrong(f"{what}: it answers {answer.status_code}{told}")
+
+    def _wrong(self, reason: str) -> RegistryError:
+        return RegistryError(host=self._server, reason=reason)
+
+    # -- who asks
+
+    def _prove(self, headers: dict[str, str], scope: str) -> None:
+        """Add what says who asks; the server's own host alone is told it."""
+
+    def _learn(self, challenge: str, scope: str) -> bool:
+        """Take what the server wants to know; return whether there is more to say than before."""
+        return False
+
+    def _who(self) -> str:
+        return "no account"
+
+
+def is_of_the_net(error: BaseException) -> bool:
+    """Return whether an exception is what a network, or its other end, can cause."""
+    import http.client
+
+    import urllib3
+
+    kinds = (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException)
+    return isinstance(error, (*kinds, OSError, zlib.error))
+
+
+def _is_hopeless(error: BaseException) -> bool:
+    kinds = (requests.exceptions.SSLError, requests.exceptions.InvalidURL)
+    return isinstance(error, kinds)
+
+
+_CAUSES: tuple[tuple[str, str], ...] = (
+    ("CERTIFICATE_VERIFY_FAILED", "its certificate is not one that this machine trusts; "
+     "SSL_CERT_FILE names a file with others"),
+    ("WRONG_VERSION_NUMBER", "it does not speak HTTPS; --no-https asks without"),
+    ("UNKNOWN_PROTOCOL", "it does not speak HTTPS; --no-https asks without"),
+    ("Connection refused", "connection refused"),
+    ("Name or service not known", "there is no such host"),
+    ("Temporary failure in name resolution", "its name cannot be looked up"),
+    ("No address associated", "there is no such host"),
+    ("timed out", "it does not answer in time"),
+    ("Connection reset", "the connection was cut"),
+    ("IncompleteRead", "the connection was cut"),
+    ("Failed to parse", "it has, or leads to, an address that is none"),
+)  # fmt: skip
+
+
+def words_of(error: BaseException) -> str:
+    """Return what has gone wrong, for one line."""
+    text = str(error)
+    return next(
+        (words for sign, words in _CAUSES if sign in text), f"it cannot be asked: {text[:200]}"
+    )
+
+
+def json_of(data: bytes) -> dict[str, Any]:
+    """Return an object; an empty one for whatever is none."""
+    import json
+
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _origin(url: str) -> tuple[str, str, int]:
+    """Return scheme, host and port; ValueError for what is no address."""
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    return parts.scheme, (parts.hostname or "").lower(), port
+
+
+def _told(data: bytes) -> str:
+    """Return what a registry says of a failure, made fit for one line."""
+    errors = json_of(data).get("errors")
+    if not isinstance(errors, list) or not errors or not isinstance(errors[0], dict):
+        return ""
+    text = errors[0].get("message") or errors[0].get("code") or ""
+    return " ".join(text.split())[:200] if isinstance(text, str) else ""
+
+
+def ask_with_patience(
+    work: Callable[[], None], again: Callable[[Interrupted], None], tries: int = TRIES
+) -> None:
+    """Do something that may be interrupted, and go on with it as long as it gets somewhere."""
+    for attempt in range(tries):
+        try:
+            work()
+            return
+        except Interrupted as error:
+            if attempt == tries - 1:
+                raise
+            again(error)
+            time.sleep(0.2 * 2**attempt)
