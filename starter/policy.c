@@ -330,9 +330,17 @@ static bool is_extfs(int image_fd) {
            magic[0] == 0x53 && magic[1] == 0xef;
 }
 
-static bool kind_permitted(const struct config *c, int image_fd, mode_t mode) {
-    if (S_ISDIR(mode))
+/* What master has decrypted: a sealed memory file, which no name leads to. */
+static bool is_decrypted(int image_fd, const struct stat *st) {
+    int sealed = S_ISREG(st->st_mode) && st->st_nlink == 0 ? fcntl(image_fd, F_GET_SEALS) : -1;
+    return sealed >= 0 && sealed & F_SEAL_WRITE;
+}
+
+static bool kind_permitted(const struct config *c, int image_fd, const struct stat *st) {
+    if (S_ISDIR(st->st_mode))
         return config_bool(c, CONFIG_ALLOW_CONTAINER_DIR);
+    if (is_decrypted(image_fd, st))
+        return config_bool(c, CONFIG_ALLOW_CONTAINER_ENCRYPTED);
     if (is_sif(image_fd))
         return config_bool(c, CONFIG_ALLOW_CONTAINER_SIF);
     return config_bool(c, is_extfs(image_fd) ? CONFIG_ALLOW_CONTAINER_EXTFS
@@ -345,9 +353,10 @@ int policy_image(const struct launch *l, int image_fd) {
     struct stat st;
     if (fstat(image_fd, &st) < 0 || (!S_ISREG(st.st_mode) && !S_ISDIR(st.st_mode)))
         return ERR_KIND;
-    if (!kind_permitted(c, image_fd, st.st_mode))
+    if (!kind_permitted(c, image_fd, &st))
         return ERR_REFUSED;
-    if (policy_limits_images(l) && policy_on_fuse(image_fd))
+    /* The bytes of neither are those of the file that has an owner, a group and a path. */
+    if (policy_limits_images(l) && (policy_on_fuse(image_fd) || is_decrypted(image_fd, &st)))
         return ERR_OWNER;
     gid_t owner = st.st_uid;
     if (config_list_count(c, CONFIG_LIMIT_CONTAINER_OWNERS) > 0 &&

@@ -10,7 +10,7 @@ from apptainer_py.base.record import Record
 from apptainer_py.builds import agents, copying, metadata, report, scif, skeleton
 from apptainer_py.builds.oci_scripts import write_scripts
 from apptainer_py.builds.scripts import Container, Script, host_environment, on_host
-from apptainer_py.image import arch, sif_write, squashfs
+from apptainer_py.image import arch, sif, sif_write, squashfs
 from apptainer_py.image.oci_config import parse_config
 
 TYPE_CHECKING = False
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from apptainer_py.builds.definition import Section, Stage
     from apptainer_py.builds.identity import Identity
     from apptainer_py.builds.scripts import Launch
+    from apptainer_py.crypto.sealing import Lock
 
 SECTIONS = ("setup", "post", "files", "environment", "test", "labels")
 
@@ -31,6 +32,7 @@ class Job(Record):
     `folder` is for temporary files, `near` lies beside the target, so that the result can be
     renamed; `describe` returns the text of `inspect --all` for a root directory. With `epoch` (in
     seconds since 1970) the same input gives the same bytes. `update` names a sandbox to change.
+    `lock` encrypts the image.
     """
 
     stages: tuple[Stage, ...]
@@ -54,6 +56,7 @@ class Job(Record):
     memory: str = ""
     epoch: int | None = None
     announced: bool = True
+    lock: Lock | None = None
 
 
 def run(job: Job, launch: Launch) -> None:
@@ -276,6 +279,9 @@ def _place_sif(job: Job, root: str, base: Base) -> None:
     )
     with report.working("Packing"):
         squashfs.pack(root, packed, how)
+    fs, message = sif.SQUASHFS, b""
+    if job.lock is not None:
+        packed, fs, message = _sealed(job, job.lock, packed), sif.GOCRYPTFS, job.lock.message
     sif_write.write_sif(
         made,
         packed,
@@ -284,5 +290,27 @@ def _place_sif(job: Job, root: str, base: Base) -> None:
         metadata=job.describe(root).encode("utf-8", "surrogateescape"),
         oci_config=base.oci_config or None,
         epoch=job.epoch,
+        fs=fs,
+        message=message,
     )
     os.rename(made, job.target)
+
+
+def _sealed(job: Job, lock: Lock, plain: str) -> str:
+    """Return the squashfs with the encrypted file system of a plain one, which is removed."""
+    folder, packed = f"{job.near}/encrypted", f"{job.near}/outer"
+    # What is encrypted gets no smaller.
+    how = squashfs.Packing(
+        compression="gzip",
+        level=None,
+        quick_start=False,
+        epoch=job.epoch,
+        processors=job.processors or None,
+        memory=job.memory or None,
+        more_options=("-noD", "-noF", "-no-fragments"),
+    )
+    with report.working("Encrypting"):
+        lock.seal(plain, folder)
+        os.unlink(plain)
+        squashfs.pack(folder, packed, how)
+    return packed

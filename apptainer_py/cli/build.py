@@ -29,6 +29,7 @@ def run(parsed: Parsed) -> int:
     from apptainer_py.base import build as facts
     from apptainer_py.builds import layered
     from apptainer_py.cli.images import fetching
+    from apptainer_py.crypto import sealing
     from apptainer_py.verbs import build, inspect
 
     layered.register(fetching(parsed))
@@ -42,10 +43,17 @@ def run(parsed: Parsed) -> int:
             passed += [f"--{name}", value]
     passed += [f"--{name}" for name in _SWITCHES if options[name]]
     target, spec = parsed.arguments
+    lock = sealing.find_lock(
+        os.environ,  # noqa: TID251 cli is where it is read
+        encrypt=options["encrypt"],
+        pem_path=options["pem_path"],
+        ask=_ask if options["passphrase"] else None,
+    )
     request = build.Request(
         target=target,
         spec=spec,
-        environ=environment(),
+        environ=sealing.without_secrets(environment()),
+        lock=lock,
         config_file=parsed.config_file or facts.CONFIG_FILE,
         container_options=tuple(passed),
         **{name: options[name] for name in _OWN},
@@ -56,6 +64,23 @@ def run(parsed: Parsed) -> int:
 
     build.build(request, describe)
     return 0
+
+
+def _ask() -> str:
+    """Return a passphrase that is typed, at a terminal twice.
+
+    Raises:
+        CannotEncrypt: it was not typed the same way again.
+    """
+    import sys
+
+    from apptainer_py.cli import ask
+    from apptainer_py.crypto.sealing import CannotEncrypt
+
+    typed = ask.ask_hidden("Enter encryption passphrase: ")
+    if sys.stdin.isatty() and typed != ask.ask_hidden("Retype encryption passphrase: "):
+        raise CannotEncrypt(reason="Invalid encryption passphrase: passphrases do not match")
+    return typed
 
 
 def environment() -> dict[str, str]:

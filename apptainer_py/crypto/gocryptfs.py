@@ -2,6 +2,7 @@
 
 Runs as a program of its own, so that `cryptography` is never loaded in a stage. The key, or what
 leads to it, comes through a pipe; nothing secret is ever in a command line or an environment.
+Root's program becomes nobody before it reads a byte of the image: `become_nobody`.
 Formats: gocryptfs 2 with HKDF and 128-bit nonces, as the real one writes them (facts §5.4).
 """
 
@@ -21,14 +22,22 @@ if TYPE_CHECKING:
 _SUPERBLOCK, _PADDING = 96, 4096
 _TOLD_FD, _IMAGE_FD, _OUT_FD = 3, 4, 5
 _UNSQUASHFS = "/usr/bin/unsquashfs"
-_CONF = "gocryptfs.conf"
-_BLOCK, _NONCE, _TAG, _FILE_ID = 4096, 16, 16, 16
-_HEADER = 2 + _FILE_ID
-_FLAGS = {"HKDF", "GCMIV128", "PlaintextNames"}
+_UNSQUASHFS_BYTES = 1 << 30
+_NOBODY = 65534
+# sched.h and prctl.h
+_NEW_SPACES = 0x40000000 | 0x08000000 | 0x04000000  # NET, IPC, UTS
+_PR_SET_NO_NEW_PRIVS = 38
+CONF = "gocryptfs.conf"
+BLOCK_BYTES, NONCE_BYTES, _TAG, FILE_ID_BYTES = 4096, 16, 16, 16
+VERSION, FILE_VERSION = 2, b"\0\2"
+_HEADER = len(FILE_VERSION) + FILE_ID_BYTES
+FLAGS = {"HKDF", "GCMIV128", "PlaintextNames"}
 # What a hostile image may make us compute: scrypt's memory is 128 * N * R bytes.
 _MOST_SCRYPT_BYTES = 1 << 28
 _MOST_CONF_BYTES = 1 << 16
 _MOST_TYPED_BYTES = 4096
+_MOST_LISTED_BYTES = 1 << 16
+_COPIED_BYTES = 1 << 20
 
 
 class Unreadable(Exception):
@@ -89,21 +98,22 @@ def master_key(conf: bytes, password: bytes) -> bytes:
         if n < 1 or r < 1:
             raise ValueError("scrypt takes numbers above 0")
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise Unreadable(f"{_CONF} is malformed: {error}") from None
-    if facts.get("Version") != 2 or flags != _FLAGS:
+        raise Unreadable(f"{CONF} is malformed: {error}") from None
+    if facts.get("Version") != VERSION or flags != FLAGS:
         raise Unreadable(f"gocryptfs with the features {', '.join(sorted(flags))} is not supported")
     if 128 * n * r > _MOST_SCRYPT_BYTES or not 0 < p <= 4 or scrypt.get("KeyLen") != 32:
-        raise Unreadable(f"{_CONF} asks for more work than is reasonable")
+        raise Unreadable(f"{CONF} asks for more work than is reasonable")
     try:
         hashed = hashlib.scrypt(
             password, salt=salt, n=n, r=r, p=p, dklen=32, maxmem=2 * _MOST_SCRYPT_BYTES
         )
     except ValueError as error:
-        raise Unreadable(f"{_CONF} is malformed: {error}") from None
-    return _open(_content_key(hashed), encrypted, bytes(8), "the key is wrong")
+        raise Unreadable(f"{CONF} is malformed: {error}") from None
+    return _open(cipher_of(hashed), encrypted, bytes(8), "the key is wrong")
 
 
-def _content_key(key: bytes) -> Any:
+def cipher_of(key: bytes) -> Any:
+    """Return what seals and opens blocks with a file system's key."""
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
     from cryptography.hazmat.primitives.kdf.hkdf import HKDF
@@ -115,10 +125,10 @@ def _content_key(key: bytes) -> Any:
 def _open(cipher: Any, block: bytes, associated: bytes, wrong: str) -> bytes:
     from cryptography.exceptions import InvalidTag
 
-    if len(block) < _NONCE + _TAG:
+    if len(block) < NONCE_BYTES + _TAG:
         raise Unreadable("the encrypted data is cut short")
     try:
-        opened: bytes = cipher.decrypt(block[:_NONCE], block[_NONCE:], associated)
+        opened: bytes = cipher.decrypt(block[:NONCE_BYTES], block[NONCE_BYTES:], associated)
     except InvalidTag:
         raise Unreadable(wrong) from None
     return opened
@@ -131,35 +141,47 @@ def decrypt(key: bytes, source: Any) -> Iterator[bytes]:
         Unreadable: a block was changed, or is missing.
     """
     head = source.read(_HEADER)
-    if len(head) != _HEADER or head[:2] != b"\0\2":
+    if len(head) != _HEADER or head[:2] != FILE_VERSION:
         raise Unreadable("the encrypted data has no header")
-    cipher, number = _content_key(key), 0
-    while block := source.read(_NONCE + _BLOCK + _TAG):
+    cipher, number = cipher_of(key), 0
+    while block := source.read(NONCE_BYTES + BLOCK_BYTES + _TAG):
         associated = number.to_bytes(8, "big") + head[2:]
         if not any(block):
-            yield bytes(max(0, len(block) - _NONCE - _TAG))  # a hole
+            yield bytes(max(0, len(block) - NONCE_BYTES - _TAG))  # a hole
         else:
             yield _open(cipher, block, associated, f"block {number} of the image was changed")
         number += 1
 
 
-def _cat(image_fd: int, offset: int, name: str) -> subprocess.Popen[bytes]:
+def _unsquashfs(image_fd: int, offset: int, *words: str) -> subprocess.Popen[bytes]:
+    import resource
     import subprocess
 
-    argv = [_UNSQUASHFS, "-o", str(offset), "-cat", f"/proc/self/fd/{image_fd}", name]
-    return subprocess.Popen(
+    argv = [_UNSQUASHFS, "-o", str(offset), "-processors", "1", "-data-queue", "16"]
+    argv += ["-frag-queue", "16", words[0], f"/proc/self/fd/{image_fd}", *words[1:]]
+    child = subprocess.Popen(
         argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, pass_fds=(image_fd,), env={}
     )
+    try:
+        # An image can make the program that unpacks it ask for any amount of memory.
+        resource.prlimit(child.pid, resource.RLIMIT_AS, (_UNSQUASHFS_BYTES, _UNSQUASHFS_BYTES))
+    except (OSError, ValueError):
+        pass  # it has ended, or has less
+    return child
+
+
+def _cat(image_fd: int, offset: int, name: str) -> subprocess.Popen[bytes]:
+    return _unsquashfs(image_fd, offset, "-cat", name)
 
 
 def _name_of_cipher(image_fd: int, offset: int) -> str:
-    import subprocess
-
-    argv = [_UNSQUASHFS, "-o", str(offset), "-lc", f"/proc/self/fd/{image_fd}"]
-    done = subprocess.run(argv, capture_output=True, pass_fds=(image_fd,), env={}, check=False)
-    names = [line.partition("/")[2] for line in done.stdout.decode(errors="replace").splitlines()]
+    with _unsquashfs(image_fd, offset, "-lc") as listing:
+        assert listing.stdout is not None
+        listed = listing.stdout.read(_MOST_LISTED_BYTES)
+        listing.kill()
+    names = [line.partition("/")[2] for line in listed.decode(errors="replace").splitlines()]
     found = [name for name in names if name.startswith("squashfs-") and "/" not in name]
-    if _CONF not in names or len(found) != 1:
+    if CONF not in names or len(found) != 1:
         raise Unreadable("its encrypted partition does not hold one gocryptfs file system")
     return found[0]
 
@@ -171,7 +193,7 @@ def unlock(image_fd: int, offset: int, out_fd: int, password: bytes) -> None:
         Unreadable: as `master_key` and `decrypt`.
     """
     name = _name_of_cipher(image_fd, offset)
-    with _cat(image_fd, offset, _CONF) as conf:
+    with _cat(image_fd, offset, CONF) as conf:
         assert conf.stdout is not None
         key = master_key(conf.stdout.read(_MOST_CONF_BYTES), password)
     with _cat(image_fd, offset, name) as source, os.fdopen(out_fd, "wb", closefd=False) as out:
@@ -224,6 +246,57 @@ def _password() -> bytes:
     return key_from_pem(secret, message) if kind == "pem" else secret
 
 
+def become_nobody() -> None:
+    """Give up root's rights for ever: what a hostile image does to its readers is nobody's deed.
+
+    Raises:
+        Unreadable: root's rights are still there.
+    """
+    import ctypes
+
+    libc = ctypes.CDLL(None)
+    libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    if os.getuid() != 0:
+        return
+    libc.unshare(_NEW_SPACES)
+    # SAFE: from root to nobody, all ids at once, and no way back.
+    try:
+        os.setgroups([])
+        os.setresgid(_NOBODY, _NOBODY, _NOBODY)
+        os.setresuid(_NOBODY, _NOBODY, _NOBODY)
+    except OSError:
+        if not _is_mapped():
+            return  # root of a user namespace alone, where nobody else is
+        raise Unreadable("root's rights cannot be given up") from None
+    try:
+        os.setresuid(0, 0, 0)
+    except OSError:
+        return
+    raise Unreadable("root's rights cannot be given up")
+
+
+def _is_mapped() -> bool:
+    with open("/proc/self/uid_map", "rb") as rows:
+        spans = [(int(row.split()[0]), int(row.split()[2])) for row in rows]
+    return any(first <= _NOBODY < first + count for first, count in spans)
+
+
+def _readable(image_fd: int, offset: int, size: int) -> tuple[int, int]:
+    """Return a descriptor that unsquashfs may open again, and where in it the partition begins."""
+    try:
+        os.close(os.open(f"/proc/self/fd/{image_fd}", os.O_RDONLY | os.O_CLOEXEC))
+    except PermissionError:
+        copy = os.memfd_create("encrypted", os.MFD_CLOEXEC)
+        os.lseek(image_fd, offset, os.SEEK_SET)
+        while size > 0 and (data := os.read(image_fd, min(size, _COPIED_BYTES))):
+            size -= len(data)
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.write(copy, rest) :]
+        return copy, 0
+    return image_fd, offset
+
+
 def _say(reason: object) -> None:
     os.write(1, str(reason).encode())
 
@@ -231,7 +304,9 @@ def _say(reason: object) -> None:
 def main() -> int:
     """Decrypt from descriptor 4 to 5 with what the pipe at 3 says; say on 1 why it cannot be."""
     try:
-        unlock(_IMAGE_FD, int(sys.argv[1]), _OUT_FD, _password())
+        become_nobody()
+        password = _password()
+        unlock(*_readable(_IMAGE_FD, int(sys.argv[1]), int(sys.argv[2])), _OUT_FD, password)
     except Unreadable as error:
         _say(error)
         return 1

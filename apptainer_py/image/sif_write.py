@@ -39,6 +39,7 @@ class _Placed(Record):
     gap_bytes: int
     name: bytes = b""
     extra: bytes = b""
+    link: int = 0
 
 
 def write_sif(  # noqa: PLR0913 each is an object of the file
@@ -50,11 +51,14 @@ def write_sif(  # noqa: PLR0913 each is an object of the file
     metadata: bytes | None = None,
     oci_config: bytes | None = None,
     epoch: int | None = None,
+    fs: int = sif.SQUASHFS,
+    message: bytes = b"",
 ) -> None:
     """Write a SIF file around a squashfs file; an existing target is replaced at the end.
 
     `arch` is a name such as `amd64`; without `deffile`, `metadata` or `oci_config` (both JSON) its
-    object is left out.
+    object is left out. `fs` says what the squashfs holds, `message` leads to the key of an
+    encrypted one.
     With `epoch`, in seconds since 1970, the same input gives the same bytes. The mode is 0755
     less the umask.
 
@@ -75,7 +79,8 @@ def write_sif(  # noqa: PLR0913 each is an object of the file
                 (sif.GENERIC_JSON, METADATA_NAME, metadata),
                 (sif.GENERIC_JSON, OCI_CONFIG_NAME, oci_config),
             )
-            _fill(out, source, code=code, objects=objects, epoch=epoch)
+            extra = struct.pack("<ii3s", fs, sif.PRIMARY_SYSTEM, code)
+            _fill(out, source, extra=extra, objects=objects, message=message, epoch=epoch)
             os.fsync(out)
             os.rename(partial, target)
         except BaseException:
@@ -98,8 +103,9 @@ def _fill(
     out: int,
     source: int,
     *,
-    code: bytes,
+    extra: bytes,
     objects: Sequence[tuple[int, bytes, bytes | None]],
+    message: bytes,
     epoch: int | None,
 ) -> None:
     import hashlib
@@ -121,7 +127,6 @@ def _fill(
         end += len(content)
     start = -(-end // _PARTITION_ALIGNMENT) * _PARTITION_ALIGNMENT
     size = _copy(source, out, start, digest.update)
-    extra = struct.pack("<ii3s", sif.SQUASHFS, sif.PRIMARY_SYSTEM, code)
     placed.append(
         _Placed(
             data_type=sif.PARTITION,
@@ -131,11 +136,28 @@ def _fill(
             extra=extra,
         )
     )
+    end = start + size
+    if message:
+        placed.append(_message(message, end, link=len(placed)))
+        _write_all(out, message, end)
+        digest.update(message)
+        end += len(message)
     now = int(time.time()) if epoch is None else epoch
     identity = os.urandom(16) if epoch is None else digest.digest()[:16]
     table = b"".join(_pack_object(number, entry, now) for number, entry in enumerate(placed, 1))
     _write_all(out, table.ljust(_DATA_OFFSET - _DESCRIPTORS_OFFSET, b"\0"), _DESCRIPTORS_OFFSET)
-    _write_all(out, _pack_header(code, identity, now, len(placed), start + size), 0)
+    _write_all(out, _pack_header(extra[8:11], identity, now, len(placed), end), 0)
+
+
+def _message(content: bytes, offset: int, *, link: int) -> _Placed:
+    return _Placed(
+        data_type=sif.CRYPTO_MESSAGE,
+        offset=offset,
+        size_bytes=len(content),
+        gap_bytes=0,
+        extra=struct.pack("<ii", sif.PEM, sif.RSA_OAEP),
+        link=link,
+    )
 
 
 def _pack_object(number: int, entry: _Placed, now_s: int) -> bytes:
@@ -145,7 +167,7 @@ def _pack_object(number: int, entry: _Placed, now_s: int) -> bytes:
         1,
         number,
         _GROUP,
-        0,
+        entry.link,
         entry.offset,
         entry.size_bytes,
         padded,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from apptainer_py.builds.definition import Stage
+    from apptainer_py.crypto.sealing import Lock
 
 _TMPDIRS = ("APPTAINER_TMPDIR", "SINGULARITY_TMPDIR", "TMPDIR")
 _DEFINITION_BYTES = 16 << 20
@@ -37,7 +38,10 @@ class CannotRead(ApptainerError):
 
 
 class Request(Record):
-    """A command line of `build`, a field for each option, with the caller's environment."""
+    """A command line of `build`, a field for each option, with the caller's environment.
+
+    `lock` is what options of encryption came to: None for a plain image.
+    """
 
     target: str
     spec: str
@@ -62,6 +66,7 @@ class Request(Record):
     tmpdir: str = ""
     container_options: tuple[str, ...] = ()
     announced: bool = True
+    lock: Lock | None = None
     config_file: str = build_facts.CONFIG_FILE
 
 
@@ -72,6 +77,7 @@ def build(request: Request, describe: Callable[[str], str]) -> None:
         ApptainerError: it cannot be done; nothing is left of it.
     """
     sections = _sections(request.section)
+    _check_lock(request)
     _check_target(request)
     stages = _stages(request)
     for stage in stages:
@@ -105,6 +111,7 @@ def build(request: Request, describe: Callable[[str], str]) -> None:
         memory=config.mksquashfs_mem,
         epoch=_epoch(request),
         announced=request.announced,
+        lock=request.lock,
     )
     supervised.run(
         lambda launches: pipeline.run(job, launches),
@@ -159,6 +166,17 @@ def _sections(chosen: Sequence[str]) -> frozenset[str]:
 
 
 # -- the target
+
+
+def _check_lock(request: Request) -> None:
+    if request.lock is None:
+        return
+    if request.sandbox:
+        raise TargetRefused(reason="a sandbox cannot be encrypted: leave --sandbox out")
+    if request.reproducible:
+        raise TargetRefused(
+            reason="--reproducible and encryption exclude each other: each key is random"
+        )
 
 
 def _check_target(request: Request) -> None:

@@ -73,7 +73,7 @@ def open_root(
         reason = "it was encrypted with a passphrase, not with a key"
         raise CannotDecrypt(image=image.path, reason=reason)
     fd = os.memfd_create("root", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    reason = _decrypt(image.fd, part.offset, fd, (kind, secret, message))
+    reason = _decrypt(image.fd, part, fd, (kind, secret, message))
     if reason:
         raise CannotDecrypt(image=image.path, reason=reason)
     import fcntl
@@ -131,7 +131,7 @@ def _message(fd: int, part_id: int) -> bytes:
     return b""
 
 
-def _decrypt(image_fd: int, offset: int, out_fd: int, key: tuple[str, bytes, bytes]) -> str:
+def _decrypt(image_fd: int, part: Partition, out_fd: int, key: tuple[str, bytes, bytes]) -> str:
     """Have the program decrypt; returns why it could not."""
     kind, secret, message = key
     told, tells = os.pipe2(os.O_CLOEXEC)
@@ -140,7 +140,9 @@ def _decrypt(image_fd: int, offset: int, out_fd: int, key: tuple[str, bytes, byt
     actions: list[Any] = [
         (os.POSIX_SPAWN_DUP2, fd, number) for fd, number in zip(apart, (1, 3, 4, 5), strict=True)
     ]
-    words = [build.PYTHON, "-I", "-B", "-c", _PROGRAM.format(library=build.LIBDIR), str(offset)]
+    program = _PROGRAM.format(library=build.LIBDIR)
+    place = (str(part.offset), str(part.size_bytes))
+    words = [build.PYTHON, "-I", "-B", "-c", program, *place]
     pid = os.posix_spawn(words[0], words, {}, file_actions=actions, setsigmask=[])
     for fd in (told, says, *apart):
         os.close(fd)
