@@ -231,3 +231,216 @@ def test_images_of_the_real_one(own, made, open_fuse):
         pytest.skip(f"the real one cannot: {built.stderr[-200:]}")
     done = own.run("exec", "--pem-path", made.pem, place / "x.sif", "cat", "/etc/test-release")
     assert (done.returncode, done.stdout) == (0, "a small tree\n"), done.stderr
+
+
+# ---- build --encrypt ----
+
+TELLTALE = """\
+Bootstrap: localimage
+From: {tree}
+%pre
+    env > pre.said
+%setup
+    env > setup.said
+%post
+    env > /post.said
+%test
+    env
+"""
+
+
+@pytest.fixture(scope="module")
+def bench(installed, made) -> SimpleNamespace:
+    """A directory of the user's with public keys and a tree, and how to build there."""
+    place = Path(made.place, "bench")
+    place.mkdir()
+    for form, name in (("-RSAPublicKey_out", "public.pem"), ("-pubout", "spki.pem")):
+        words = ["openssl", "rsa", "-in", made.pem, form, "-out", place / name]
+        subprocess.run(words, check=True, capture_output=True)
+        (place / name).chmod(0o644)
+    tree = place / "tree"
+    shutil.copytree(images.small_tree(images.shared_folder()), tree, symlinks=True)
+    (place / "image.def").write_text(TELLTALE.format(tree=tree))
+    for path in (place, tree, *tree.rglob("*")):
+        os.chown(path, installed.user.pw_uid, installed.user.pw_gid, follow_symlinks=False)
+
+    def build(*words: object, env: dict[str, str] | None = None, **how: object):
+        more = {"APPTAINER_TMPDIR": str(place), **(env or {})}
+        return installed.run("build", *words, env=more, cwd=place, **how)
+
+    return SimpleNamespace(place=place, tree=tree, build=build)
+
+
+def locks(made: SimpleNamespace, bench: SimpleNamespace) -> dict[str, tuple[list[object], dict]]:
+    pem = (bench.place / "public.pem").read_text()
+    return {
+        "pem": (["--pem-path", "public.pem"], {}),
+        "spki": (["-e"], {"SINGULARITY_ENCRYPTION_PEM_PATH": "spki.pem"}),
+        "data": ([], {"APPTAINER_ENCRYPT": "1", "APPTAINER_ENCRYPTION_PEM_DATA": pem}),
+        "passphrase": (["--encrypt"], {"APPTAINER_ENCRYPTION_PASSPHRASE": SECRET}),
+    }
+
+
+@pytest.mark.parametrize("way", ["pem", "spki", "data", "passphrase"])
+def test_what_we_encrypt_both_programs_run(own, made, bench, open_fuse, way):
+    words, env = locks(made, bench)[way]
+    target = bench.place / f"{way}.sif"
+    done = bench.build(*words, target.name, "tree", env=env)
+    assert done.returncode == 0, done.stderr
+    assert b"a small tree" not in target.read_bytes()
+    opens: dict[str, str] = {"APPTAINER_ENCRYPTION_PASSPHRASE": SECRET}
+    if way != "passphrase":
+        opens = {"APPTAINER_ENCRYPTION_PEM_PATH": str(made.pem)}
+    done = own.run("exec", target, "cat", "/etc/test-release", env=opens)
+    assert (done.returncode, done.stdout) == (0, "a small tree\n"), done.stderr
+    done = own.run("exec", target, "true")
+    assert "required option --passphrase or --pem-path missing" in done.stderr
+    if not images.have_real_apptainer() or not shutil.which("gocryptfs"):
+        pytest.skip("Apptainer or gocryptfs is not installed: only our own program was asked")
+    done = subprocess.run(
+        [images.REAL_APPTAINER, "exec", target, "cat", "/etc/test-release"],
+        env=own.environment(opens), capture_output=True, text=True, check=False,
+        cwd=own.user.pw_dir, **own.identity(),
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "a small tree\n"), done.stderr
+    kinds = subprocess.run(
+        [images.REAL_APPTAINER, "sif", "list", target], capture_output=True, text=True, check=True
+    ).stdout
+    assert "FS (Gocryptfs squashfs/*System/amd64)" in kinds
+    assert ("|3       |" in kinds and "(PEM/RSA-OAEP)" in kinds) == (way != "passphrase")
+
+
+def test_a_passphrase_is_typed(own, bench):
+    done = bench.build("--passphrase", "typed.sif", "tree", input=SECRET + "\n", stdin=None)
+    assert done.returncode == 0, done.stderr
+    assert "Enter encryption passphrase: " in done.stdout
+    assert SECRET not in done.stdout + done.stderr
+    env = {"APPTAINER_ENCRYPTION_PASSPHRASE": SECRET}
+    assert own.run("exec", bench.place / "typed.sif", "true", env=env).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "env", "says"),
+    [
+        (["--encrypt"], {}, "Missing encryption info, please add `--passphrase` or"),
+        (["--pem-path", "none.pem"], {}, "Specified PEM file none.pem: does not exist."),
+        (["--pem-path", "{pem}"], {}, "Invalid encryption public key: it is a private key"),
+        (["--pem-path", "image.def"], {}, "Invalid encryption public key: "),
+        (["--pem-path", "public.pem", "--sandbox"], {}, "a sandbox cannot be encrypted"),
+        (["--pem-path", "public.pem", "--reproducible"], {}, "exclude each other"),
+        (["-e"], {"PASSPHRASE": "two\nlines"}, "it has more than one line"),
+        (["-e"], {"PASSPHRASE": "x" * 3000}, "it has more than 2048 bytes"),
+    ],
+)
+def test_what_cannot_be_encrypted(made, bench, words, env, says):
+    before = sorted(bench.place.iterdir())
+    words = [word.format(pem=made.pem) for word in words]
+    more = {f"APPTAINER_ENCRYPTION_{name}": value for name, value in env.items()}
+    done = bench.build(*words, "refused.sif", "tree", env=more)
+    assert done.returncode == 255
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("FATAL:   ")
+    assert says in line
+    assert sorted(bench.place.iterdir()) == before
+
+
+def test_variables_alone_encrypt_nothing_and_say_so(own, bench):
+    env = {"APPTAINER_ENCRYPTION_PASSPHRASE": SECRET}
+    done = bench.build("plain.sif", "tree", env=env)
+    assert "WARNING: Encryption related env vars found, but --encrypt was not" in done.stderr
+    assert own.run("exec", bench.place / "plain.sif", "true").returncode == 0
+
+
+def told_to_others(home, own_programs: set[str], secret: bytes, seen: set[str]) -> None:
+    """Look at every process of ours: command lines of all, environments of other programs."""
+    for pid in home.alive():
+        try:
+            line = Path(f"/proc/{pid}/cmdline").read_bytes()
+            assert secret not in line
+            program = line.split(b"\0")[0].decode()
+            environ = Path(f"/proc/{pid}/environ").read_bytes()
+            if b"apptainer-py\0build" not in line and program not in own_programs:
+                seen.add(os.path.basename(program))
+                assert secret not in environ, line
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue  # it has ended, or is closed to all
+
+
+def test_a_build_tells_its_secret_to_nobody(own, bench):
+    """Scripts of the definition print what they have; whoever runs meanwhile is looked at."""
+    env = own.environment({
+        "APPTAINER_ENCRYPTION_PASSPHRASE": SECRET, "APPTAINER_TMPDIR": str(bench.place),
+        "SINGULARITY_ENCRYPTION_PASSPHRASE": SECRET,
+    })  # fmt: skip
+    words = ["-d", "build", "--fakeroot", "-e", "told.sif", "image.def"]
+    seen: set[str] = set()
+    with household() as home:
+        process = home.adopt(own.start(*words, env=env, cwd=bench.place, stderr=subprocess.STDOUT))
+        said = b""
+        assert process.stdout is not None
+        os.set_blocking(process.stdout.fileno(), False)
+        program = str(own.program)
+
+        def ended() -> bool:
+            nonlocal said
+            said += process.stdout.read() or b""
+            told_to_others(home, {program, PYTHON}, SECRET.encode(), seen)
+            return process.poll() is not None
+
+        eventually(ended, "the build ends", 60)
+        said += process.stdout.read() or b""
+    assert process.returncode == 0, said[-2000:]
+    assert "mksquashfs" in seen
+    assert SECRET.encode() not in said
+    assert b"PATH=" in said
+    for name in ("pre.said", "setup.said"):
+        found = list(bench.place.rglob(name))
+        assert found or name == "pre.said"
+        assert all(SECRET not in path.read_text() for path in found)
+    done = own.run("exec", bench.place / "told.sif", "cat", "/post.said", env={
+        "APPTAINER_ENCRYPTION_PASSPHRASE": SECRET})  # fmt: skip
+    assert "PATH=" in done.stdout, done.stderr
+    assert SECRET not in done.stdout
+
+
+# ---- root ----
+
+
+def status_of(pid: int) -> dict[str, list[str]]:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {line.partition(":")[0]: line.partition(":")[2].split() for line in lines}
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o600])
+def test_root_reads_an_encrypted_image_as_nobody(own, made, mode):
+    """While it waits for the passphrase, nothing of the image has been read yet."""
+    image = made.place / f"root-{mode:o}.sif"
+    shutil.copy(made.passphrase, image)
+    image.chmod(mode)
+    with household() as home:
+        words = ["exec", "--passphrase", image, "cat", "/etc/test-release"]
+        process = home.adopt(
+            subprocess.Popen(
+                [own.program, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE, env=own.environment(), cwd="/", start_new_session=True,
+            )
+        )  # fmt: skip
+        found: list[int] = []
+
+        def waits() -> bool:
+            for pid in home.alive():
+                line = Path(f"/proc/{pid}/cmdline").read_bytes()
+                if b"gocryptfs" in line and status_of(pid)["Uid"][0] != "0":
+                    found.append(pid)
+            return bool(found)
+
+        eventually(waits, "the program that decrypts is there")
+        status = status_of(found[0])
+        assert status["Uid"] == status["Gid"] == ["65534"] * 4
+        assert status["Groups"] == []
+        assert {int(status[f"Cap{name}"][0], 16) for name in ("Inh", "Prm", "Eff", "Amb")} == {0}
+        eventually(lambda: status_of(found[0])["NoNewPrivs"] == ["1"], "it gains nothing")
+        ours = os.stat("/proc/self/ns/net").st_ino
+        assert os.stat(f"/proc/{found[0]}/ns/net").st_ino != ours
+        out, err = process.communicate(SECRET.encode() + b"\n", timeout=30)
+    assert (process.returncode, out) == (0, b"a small tree\n"), err

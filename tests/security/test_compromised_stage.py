@@ -210,6 +210,26 @@ def test_another_kind_of_image(rogue):
         assert rogue.run("exec", image, "true").returncode == 255
 
 
+def test_an_encrypted_image(rogue):
+    """What master has decrypted has no name and no owner of note: C sees that by the file."""
+    place = Path(tempfile.mkdtemp(dir=rogue.place))
+    os.chown(place, rogue.user.pw_uid, rogue.user.pw_gid)
+    tree = images.small_tree(images.shared_folder())
+    env = {"APPTAINER_ENCRYPTION_PASSPHRASE": "secret", "APPTAINER_TMPDIR": str(place)}
+    built = rogue.run("build", "--encrypt", place / "x.sif", tree, env=env)
+    assert built.returncode == 0, built.stderr
+
+    def runs(holds: str) -> int:
+        configure(rogue, holds, "")
+        return rogue.run("exec", place / "x.sif", "true", env=env).returncode
+
+    assert runs("") == 0
+    # Its content is a squashfs, but that is not what it came as.
+    assert runs("allow container squashfs = no") == 0
+    assert runs("allow container encrypted = no") == 255
+    assert runs(f"limit container owners = {rogue.user.pw_name}") == 255
+
+
 def test_the_plan_is_not_changed_where_nothing_is_forbidden(rogue, sif):
     """With the same file on both sides this installation is like any other."""
     configure(rogue, "", "")
