@@ -266,8 +266,7 @@ bool scan_asks_sharing(const struct scan *s, char *const envp[]) {
 
 /* A directory needs nothing of the kind, and an instance that is joined has its root. */
 bool scan_asks_unsquash(const struct scan *s, char *const envp[]) {
-    return !s->joins && s->instance == NULL &&
-           asks(s, envp, OPT_UNSQUASH, unsquash_keys, COUNT(unsquash_keys));
+    return !s->joins && asks(s, envp, OPT_UNSQUASH, unsquash_keys, COUNT(unsquash_keys));
 }
 
 /* Has something like mpirun(1) started us, as one of several? */

@@ -74,11 +74,13 @@ static bool whole_grant(const struct container_plan *plan) {
 
 /* An instance lives as long as the first process of its own pid namespace.  Who joins one makes
  * nothing: what it enters is found out from that process alone (join.c). */
-static bool fits_instance(const struct container_plan *plan) {
+static bool fits_instance(const struct launch *l, const struct container_plan *plan) {
     const uint32_t joining = PLAN_JOIN | PLAN_NO_NEW_PRIVS | PLAN_FAKEROOT | PLAN_SHARED;
     if (plan->flags & PLAN_JOIN)
         return plan->spaces == 0 && plan->fuse_count == 0 && !(plan->flags & ~joining);
-    return !(plan->flags & PLAN_INSTANCE) || (plan->flags & PLAN_SHIM && plan->spaces & SPACE_PID);
+    /* Root's may be the image's own init. */
+    bool fit = plan->spaces & SPACE_PID && (plan->flags & PLAN_SHIM || l->uid == 0);
+    return !(plan->flags & PLAN_INSTANCE) || fit;
 }
 
 /* Mounts that other launches of the caller's may enter: where the caller owns them, and where they
@@ -121,7 +123,7 @@ int policy_plan(const struct launch *l, const struct container_plan *plan) {
     if ((plan->spaces & ~spaces) || (plan->flags & ~flags) ||
         plan->fuse_count > LIMIT_FUSE_DEVICES ||
         (plan->flags & PLAN_SERVED_LAYER && plan->fuse_count == 0) ||
-        plan->group_count > LIMIT_GROUPS || !fits_instance(plan) || !fits_sharing(l, plan))
+        plan->group_count > LIMIT_GROUPS || !fits_instance(l, plan) || !fits_sharing(l, plan))
         return ERR_MALFORMED;
     if (plan->flags & PLAN_JOIN_NET &&
         (l->netns_fd < 0 || !(plan->spaces & SPACE_NET) || plan->flags & PLAN_FAKEROOT))

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 # act upon is judged by the parser, which reads the same arguments again in the starter's child.
 MEANINGS = {
     "add-caps": "OPT_UNFORESEEN",
+    "boot": "OPT_UNFORESEEN",
     "compat": "OPT_COMPAT",
     "containall": "OPT_CONTAINALL",
     "fakeroot": "OPT_FAKEROOT",

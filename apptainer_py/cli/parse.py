@@ -206,6 +206,18 @@ def _check_transport(kind: str, image: str, *, has_oci: bool) -> None:
         raise NeedsOci(name=kind)
 
 
+def _booted(wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what --boot sets beside: what an init believes to own must not be the host's."""
+    dropped = () if wanted["keep-privs"] else ("CAP_SYS_BOOT", "CAP_SYS_RAWIO")
+    return {
+        "contain": True,
+        "net": True,
+        "uts": True,
+        "hostname": wanted["hostname"] or wanted["instance"],
+        "drop-caps": ",".join(filter(None, (wanted["drop-caps"], *dropped))),
+    }
+
+
 def _action(
     command: str, values: Mapping[str, Any], rest: list[str], general: dict[str, Any]
 ) -> ActionRequest:
@@ -224,6 +236,8 @@ def _action(
         wanted["pid"] = False
     if command in INSTANCES:
         wanted["pid"] = True  # an instance lives as long as its first process
+        if wanted["boot"]:
+            wanted.update(_booted(wanted))
     fields = {name: wanted[name] for name in ("instance",) if name in wanted} | {
         row[0].replace("-", "_"): wanted[row[0]]
         for row in options_of(command)

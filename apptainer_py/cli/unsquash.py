@@ -1,8 +1,8 @@
 """`--unsquash`: the image becomes a directory for the time of one launch.
 
 front ── sweeper: the sweeper removes the directory when the front and what it has started are gone,
-whichever of them was killed. What a killed sweeper leaves is not locked any more, and goes with the
-next such launch.
+whichever of them was killed; an instance's, when its keeper has ended. What a killed sweeper leaves
+is not locked any more, and goes with the next such launch, unless it is a running instance's.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 
     from apptainer_py.image.detect import OpenImage
     from apptainer_py.model.request import ActionRequest
+    from apptainer_py.runtime.instances import Instance
 
 _VARIABLES = ("APPTAINER_TMPDIR", "SINGULARITY_TMPDIR", "TMPDIR")
 _SWITCHES = ("APPTAINER_UNSQUASH", "SINGULARITY_UNSQUASH")
 _TOOLS = {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}
 _SIGNALLED = 128
 _STOPPED = 127
+_IN_ORDER = b"E"
 _TRIES, _PAUSE_S = 100, 0.05
 
 
@@ -38,7 +40,8 @@ def start(action: ActionRequest, typed: Sequence[str], environ: Mapping[str, str
     """
     from apptainer_py.base import build as facts
 
-    place = len(typed) - len(action.arguments) - 1
+    # Behind the image come an instance's name and the arguments.
+    place = len(typed) - len(action.arguments) - (2 if action.instance else 1)
     kept = {name: value for name, value in environ.items() if name not in _SWITCHES}
     launcher = f"{facts.BINDIR}/{PROGRAM}"
 
@@ -49,15 +52,18 @@ def start(action: ActionRequest, typed: Sequence[str], environ: Mapping[str, str
     image = _image(action.image)
     if image is None:
         return os.execve(launcher, line(action.image), kept)
-    folder = _Folder(environ)
+    folder = _Folder(environ, action.instance)
+    stays = False
     try:
         log.info("Converting SIF file to temporary sandbox...")
         _unpack(image, folder.root)
         status = folder.run(line(folder.root), kept)
-        log.info("Cleaning up image...")
+        stays = bool(action.instance) and status == 0
+        if not stays:
+            log.info("Cleaning up image...")
         return status
     finally:
-        folder.close()
+        folder.close(wait=not stays)
 
 
 def _image(path: str) -> OpenImage | None:
@@ -105,12 +111,21 @@ def _unpack(image: OpenImage, root: str) -> None:
         raise LaunchError(text=f"--unsquash: {reason}")
 
 
+def _close_all_but(*kept: int) -> None:
+    """Keep nothing of the caller's: who reads from a pipe waits for its end."""
+    ends = sorted(kept)
+    for low, high in zip(ends, [*ends[1:], os.sysconf("SC_OPEN_MAX")], strict=True):
+        os.closerange(low + 1, high)
+
+
 class _Folder:
     """A directory for one unpacked image, with the process that removes it."""
 
-    def __init__(self, environ: Mapping[str, str]) -> None:
+    def __init__(self, environ: Mapping[str, str], instance: str) -> None:
         import fcntl
         import tempfile
+
+        self._instance = instance
 
         named = next(filter(None, (environ.get(name, "") for name in _VARIABLES)), "/tmp")
         above = f"{os.path.abspath(named)}/apptainer-py-unsquash-{os.geteuid()}"
@@ -127,7 +142,7 @@ class _Folder:
         self._sweeper = os.fork()
         if self._sweeper == 0:
             os.close(self._told)
-            self._sweep(reading)
+            self._sweep(reading, lock)
         os.close(reading)
         os.close(lock)
 
@@ -146,16 +161,19 @@ class _Folder:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
             signal.signal(number, lambda number, _frame: os.kill(child, number))
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status >= 0:
+            os.write(self._told, _IN_ORDER)
         return status if status >= 0 else _SIGNALLED - status
 
-    def close(self) -> None:
-        """Have the directory removed, and wait for that."""
+    def close(self, *, wait: bool) -> None:
+        """Have the directory removed when it is used no more, and wait for that if asked."""
         os.close(self._told)
-        os.waitpid(self._sweeper, 0)
+        if wait:
+            os.waitpid(self._sweeper, 0)
 
     # -- the sweeper
 
-    def _sweep(self, told: int) -> NoReturn:
+    def _sweep(self, told: int, lock: int) -> NoReturn:
         import signal
 
         try:
@@ -165,6 +183,8 @@ class _Folder:
             null = os.open(os.devnull, os.O_RDWR)
             for fd in (0, 1, 2):
                 os.dup2(null, fd)
+            os.chdir("/")
+            _close_all_but(2, told, lock, self._above)
             self._sweep_others()
             self._wait(told)
             self._remove()
@@ -183,7 +203,33 @@ class _Folder:
                 return
             # Whoever was killed between the two, the container ends first.
             select.select([handle], [], [])
-            os.read(told, 1)
+            in_order = os.read(told, 1) == _IN_ORDER
+            if self._instance:
+                self._outlive(in_order=in_order)
+
+    def _outlive(self, *, in_order: bool) -> None:
+        """Wait for the instance's end: its keeper goes on when what has started it is gone."""
+        import select
+        import time
+
+        from apptainer_py.runtime import instances
+
+        owner = instances.owner(os.getuid())
+        # Where the start was cut off, the keeper may be about to write its record.
+        for _ in range(1 if in_order else _TRIES):
+            found = instances.find(owner, self._instance)
+            if found is not None and self._is_root_of(found):
+                try:
+                    handle = os.pidfd_open(found.ppid)
+                except OSError:
+                    return
+                if instances.runs(found, owner):
+                    select.select([handle], [], [])
+                return
+            time.sleep(0 if in_order else _PAUSE_S)
+
+    def _is_root_of(self, instance: Instance) -> bool:
+        return instance.image == os.path.realpath(self.root)
 
     def _remove(self) -> None:
         import time
@@ -202,9 +248,14 @@ class _Folder:
 
     def _sweep_others(self) -> None:
         from apptainer_py.image.oci_layers import remove_tree
+        from apptainer_py.runtime import instances
 
+        above = os.path.dirname(os.path.dirname(os.path.realpath(self.root)))
+        used = {one.image for one in instances.every(instances.owner(os.getuid()))}
         for name in os.listdir(self._above):
             if name == self._name or not name.startswith("rootfs-"):
+                continue
+            if f"{above}/{name}/root" in used:
                 continue
             fd = self._lock_of_nobody(name)
             if fd >= 0:

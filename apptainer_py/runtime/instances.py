@@ -78,6 +78,8 @@ class Instance(Record):
     stop_signal: str = ""
     cgroup: bool = False
     sharens: bool = False
+    # Its first process is the image's own init.
+    booted: bool = False
     # What it has of --fakeroot: namespace, subids, command.
     fakeroot: tuple[str, ...] = ()
 
@@ -297,6 +299,7 @@ def _encoded(instance: Instance) -> bytes:
         "pidNamespace": instance.pid_space,
         "stopSignal": instance.stop_signal,
         "fakeroot": list(instance.fakeroot),
+        "booted": instance.booted,
     }
     return json.dumps(fields, separators=(",", ":")).encode("utf-8", "surrogateescape")
 
@@ -335,6 +338,7 @@ def _read_record(folder: int, file: str, owner: Owner) -> Instance | None:
         fields[ours] = value if type(value) is int and 0 <= value < 1 << 63 else 0
     fields["userns"] = found.get("userns") is True
     fields["cgroup"] = found.get("cgroup") is True
+    fields["booted"] = found.get("booted") is True
     parts = found.get("fakeroot")
     fields["fakeroot"] = tuple(
         part for part in FAKEROOT_PARTS if isinstance(parts, list) and part in parts
@@ -419,7 +423,8 @@ def is_running(instance: Instance, folder: int, owner: Owner) -> bool:
     """Return whether the process of an open directory of /proc is the one of the record.
 
     It is the first of a pid namespace below ours, named as our shim and Apptainer's, belongs to the
-    owner of the record in every id, and its parent shows the instance's name.
+    owner of the record in every id, and its parent shows the instance's name. Root's own may be
+    the image's init, which is named as it likes.
     """
     if instance.pid_space not in (0, pid_space()) or instance.boot not in ("", boot_id()):
         return False
@@ -428,7 +433,7 @@ def is_running(instance: Instance, folder: int, owner: Owner) -> bool:
     except (OSError, ValueError):
         return False
     return (
-        process.name == _SHIM
+        (process.name == _SHIM or (instance.booted and owner.uid == 0))
         and process.numbers[-1:] == (1,)
         and len(process.numbers) > 1
         and process.parent == instance.ppid

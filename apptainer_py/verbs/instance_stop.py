@@ -15,6 +15,8 @@ from apptainer_py.base.errors import ApptainerError, UsageError
 from apptainer_py.runtime import instances
 
 _LAST_WORDS_S = 5.0
+# What the init programs themselves say ends all that they have started.
+_OF_INITS = {"systemd": "SIGRTMIN+3", "busybox": "SIGUSR2", "openrc-init": "SIGPWR"}
 
 
 class StopForRoot(ApptainerError):
@@ -92,12 +94,15 @@ def signal_number(text: str) -> int:
 
     if text.isascii() and text.isdigit() and 1 <= int(text) <= 64:
         return int(text)
-    name = text.upper()
+    name, _, more = text.upper().partition("+")
     name = name if name.startswith("SIG") else f"SIG{name}"
     found = signal.Signals.__members__.get(name)
-    if found is None:
+    if found is None or not (more or "0").isascii() or not (more or "0").isdigit():
         raise BadSignal(text=text)
-    return found
+    number = found + int(more or 0)
+    if more and (found != signal.SIGRTMIN or number > signal.SIGRTMAX):
+        raise BadSignal(text=text)
+    return number
 
 
 def _take(instance: instances.Instance, owner: instances.Owner) -> _Target | None:
@@ -139,14 +144,29 @@ def _stop(targets: list[_Target], wanted: int, timeout_s: int) -> None:
 
 
 def _own_signal(instance: instances.Instance) -> int:
-    """Return what the image's author wants for the end, or SIGINT."""
+    """Return what the image's author wants for the end, what its init heeds, or SIGINT."""
     import signal
 
+    wanted = instance.stop_signal or _OF_INITS.get(_init_of(instance), "SIGINT")
     try:
-        return signal_number(instance.stop_signal) if instance.stop_signal else signal.SIGINT
+        return signal_number(wanted)
     except BadSignal:
         log.warning(f"{instance.image}: its stop signal is unknown; sending SIGINT")
         return signal.SIGINT
+
+
+def _init_of(instance: instances.Instance) -> str:
+    """Return the name of the program that the image has as its init, if that is the first."""
+    if not instance.booted:
+        return ""
+    try:
+        program = os.path.basename(os.readlink(f"/proc/{instance.pid}/exe"))
+        with open(f"/proc/{instance.pid}/cmdline", "rb") as file:
+            name = file.read(4096).partition(b"\0")[0]
+    except OSError:
+        return ""
+    # A script's interpreter is named otherwise, and heeds what the script says.
+    return program if os.path.basename(name) in (b"init", os.fsencode(program)) else ""
 
 
 def _wait(targets: list[_Target], patience_s: float, *, keepers: bool = False) -> list[_Target]:

@@ -210,7 +210,6 @@ def test_devices_are_not_the_images(launch, sandbox, canary, kind):
 
 
 ABSENT = [
-    ["instance", "start", "--boot", "{sif}", "x"],
     ["exec", "--security", "selinux:x", "{sif}", "true"],
     ["exec", "-n", "--network", "bridge", "{sif}", "true"],
     ["exec", "instance://x", "true"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -15,9 +16,10 @@ import pytest
 
 from tests import images
 from tests.e2e.three_flows import FLOWS, run
-from tests.own_install import Installation
+from tests.own_install import Completed, Installation
 
 DEADLINE_S = 30.0
+NAME = "apy-unsq"
 
 
 @pytest.fixture
@@ -124,7 +126,6 @@ def test_what_a_killed_sweeper_left_is_removed(
 @pytest.mark.parametrize(("words", "said"), [
     (("exec", "--unsquash", "/none", "true"), "no such file or directory"),
     (("exec", "--unsquash", "--oci", "SIF", "true"), "`--unsquash` is not supported with --oci"),
-    (("instance", "start", "--unsquash", "SIF", "x"), "--unsquash"),
 ])  # fmt: skip
 def test_what_is_refused(
     installed: Installation, sif: Path, place: Path, words: tuple[str, ...], said: str
@@ -145,3 +146,86 @@ def test_a_directory_of_somebody_else_is_not_used(
     done = run(installed.program, "setuid", words, env={"APPTAINER_TMPDIR": str(place)})
     assert done.returncode == 255
     assert "is not a directory of your own" in done.stderr
+
+
+def stop(program: Path | str, flow: str, name: str, *options: str) -> Completed:
+    return run(
+        program, "setuid" if flow == "userns" else flow, ["instance", "stop", *options, name]
+    )
+
+
+def start(installed: Installation, flow: str, image: Path, place: Path, *more: str) -> Completed:
+    words = ["instance", "start", *(["-u"] if flow == "userns" else []), "--unsquash", image, NAME]
+    env = {"APPTAINER_TMPDIR": str(place)}
+    return run(installed.program, "root" if flow == "root" else "setuid", [*words, *more], env=env)
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_an_instances_directory_lives_as_long_as_it(
+    installed: Installation, sif: Path, place: Path, flow: str
+) -> None:
+    env = {"APPTAINER_TMPDIR": str(place)}
+    started = start(installed, flow, sif, place, "x")
+    try:
+        assert started.returncode == 0, started.stderr
+        assert started.stderr.endswith("INFO:    instance started successfully\n")
+        own = "root" if flow == "root" else "setuid"
+        words = ["exec", f"instance://{NAME}", "sh", "-c", "cat /etc/test-release"]
+        inside = run(installed.program, flow, words)
+        assert (inside.returncode, len(left(place))) == (0, 1), inside.stderr
+        # Another launch removes what nobody uses, and this is used.
+        other = run(installed.program, own, ["exec", "--unsquash", sif, "true"], env=env)
+        assert other.returncode == 0, other.stderr
+        assert len(left(place)) == 1
+    finally:
+        stop(installed.program, flow, NAME)
+    wait_for(lambda: left(place) == [])
+
+
+def test_a_start_that_fails_leaves_nothing(installed: Installation, sif: Path, place: Path) -> None:
+    words = ["instance", "start", "--unsquash", "--hostname", "a_b", sif, NAME]
+    done = run(installed.program, "setuid", words, env={"APPTAINER_TMPDIR": str(place)})
+    assert (done.returncode, "not a valid hostname" in done.stderr) == (255, True), done.stderr
+    assert left(place) == []
+
+
+def of_sweeper(place: Path) -> int:
+    """Return the process that holds the one directory."""
+    wanted = str(next(path for above in place.iterdir() for path in above.iterdir()))
+    for fd in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if os.readlink(fd) == wanted:
+                return int(fd.parts[2])
+        except OSError:
+            continue
+    raise AssertionError(f"nobody holds {wanted}")
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+@pytest.mark.parametrize("who", ["keeper", "sweeper"])
+def test_an_instances_directory_goes_whoever_is_killed(
+    installed: Installation, sif: Path, place: Path, who: str
+) -> None:
+    env = {"APPTAINER_TMPDIR": str(place)}
+    assert start(installed, "setuid", sif, place).returncode == 0
+    try:
+        listed = run(installed.program, "setuid", ["instance", "list", "--json"]).stdout
+        pid = next(one["pid"] for one in json.loads(listed)["instances"] if one["instance"] == NAME)
+        if who == "keeper":
+            os.kill(parent_of(pid), signal.SIGKILL)
+        else:
+            sweeper = of_sweeper(place)
+            os.kill(sweeper, signal.SIGKILL)
+            wait_for(lambda: not Path(f"/proc/{sweeper}").exists())
+            # Nobody holds it, but it is in use: then it goes with the next.
+            words = ["exec", "--unsquash", sif, "true"]
+            assert run(installed.program, "setuid", words, env=env).returncode == 0
+            assert len(left(place)) == 1
+            stop(installed.program, "setuid", NAME)
+            assert run(installed.program, "setuid", words, env=env).returncode == 0
+    finally:
+        stop(installed.program, "setuid", NAME, "--force")
+    wait_for(lambda: left(place) == [])

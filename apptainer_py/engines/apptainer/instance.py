@@ -61,6 +61,7 @@ class Service:
         self.stop_signal = ""
         self.fakeroot = fakeroot
         self.limited = limited
+        self.booted = action.boot
         self.place = self._reserve()
         self.logs = instances.logs_of(self.owner, self.name)
         null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
@@ -109,6 +110,7 @@ class Service:
                 stop_signal=self.stop_signal,
                 fakeroot=self.fakeroot,
                 cgroup=self.limited,
+                booted=self.booted,
             )
         )
         log.info("instance started successfully")

@@ -320,7 +320,7 @@ def check_options(action: ActionRequest, facts: Facts) -> None:
     """Refuse options that need more rights than the caller has."""
     if facts.uid == 0:
         return
-    for option in ("keep_privs", "allow_setuid"):
+    for option in ("boot", "keep_privs", "allow_setuid"):
         if getattr(action, option):
             from apptainer_py.engines.apptainer import capabilities
 
@@ -547,7 +547,8 @@ def choose_spaces(prepared: Prepared, action: ActionRequest, facts: Facts) -> tu
 def first_process(action: ActionRequest, spaces: int) -> int:
     """Return what the plan says of process 1: an instance lives as long as ours."""
     if action.instance:
-        return protocol.PLANFLAG_SHIM | protocol.PLANFLAG_INSTANCE
+        shim = 0 if action.boot else protocol.PLANFLAG_SHIM
+        return shim | protocol.PLANFLAG_INSTANCE
     shim = spaces & protocol.SPACE_PID and not action.no_init
     return protocol.PLANFLAG_SHIM if shim else 0
 

@@ -382,7 +382,7 @@ def lists(  # noqa: PLR0913 one thing each
     plain.setdefault("LD_LIBRARY_PATH", "/.singularity.d/libs")
     evaluate = not action.no_eval
     return {
-        b"action": [action.command.encode()],
+        b"action": [b"boot" if action.boot else action.command.encode()],
         b"arguments": [os.fsencode(word) for word in _command(action)],
         b"script": [os.fsencode(script(action, environment, prefix or []))],
         b"values": [os.fsencode(environ.injection(environment, evaluate=evaluate))],

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from apptainer_py.runtime.contexts import StartContext
 
 _SHELL, _BASH = b"/bin/sh", b"/bin/bash"
-_RUNSCRIPT = b"/.singularity.d/runscript"
+_RUNSCRIPT, _INIT = b"/.singularity.d/runscript", b"/sbin/init"
 _SCRIPTS = {b"run": _RUNSCRIPT, b"start": b"/.singularity.d/startscript"}
 _FOLDER = "/.singularity.d/env"
 _FILE_BYTES = 1 << 16
@@ -60,6 +60,8 @@ def start(context: StartContext) -> None:
     os.umask(int(message[b"umask"][0]))
     directory = os.fsencode(os.getcwd())
     _check_start(message)
+    if message[b"action"][0] == b"boot":
+        _boot(context, message, directory)
     evaluated = _evaluate(message, directory)
     if evaluated is not None:
         _start_directly(context, message, evaluated)
@@ -314,6 +316,16 @@ def _find(name: bytes, path: bytes) -> bytes:
         if _is_program(candidate):
             return candidate
     raise NotStarted(text=f'"{os.fsdecode(name)}": executable file not found in $PATH')
+
+
+def _boot(context: StartContext, message: dict[bytes, list[bytes]], directory: bytes) -> None:
+    """Become the image's init, which reads no environment of the image's, nor arguments."""
+    if not _is_program(_INIT):
+        raise NotStarted(text="--boot: /sbin/init does not exist in container, or is no program")
+    # By this variable an init knows that it has no machine to start (container(7) of systemd).
+    environment = [*message[b"plain"], b"container=apptainer", b"PWD=" + directory]
+    problem = context.execve(_INIT, [_INIT], environment)
+    raise NotStarted(text=_explain(_INIT, problem))
 
 
 def _start_without_shell(
