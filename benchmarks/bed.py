@@ -136,7 +136,9 @@ def _own_sif(tree: Path, target: Path) -> None:
 
     packed = target.with_suffix(".squashfs")
     squashfs.pack(str(tree), str(packed), squashfs.Packing(epoch=EPOCH))
-    sif_write.write_sif(str(target), str(packed), arch=arch.host_arch(), epoch=EPOCH)
+    sif_write.write_sif(
+        str(target), str(packed), arch=arch.host_arch(), epoch=EPOCH, quick_start=True
+    )
     packed.unlink()
 
 

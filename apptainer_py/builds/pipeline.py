@@ -292,6 +292,7 @@ def _place_sif(job: Job, root: str, base: Base) -> None:
         epoch=job.epoch,
         fs=fs,
         message=message,
+        quick_start=True,
     )
     os.rename(made, job.target)
 

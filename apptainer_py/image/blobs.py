@@ -163,6 +163,22 @@ def _zstd() -> Step:
     return step
 
 
+def unpack_zstd(data: bytes, limit_bytes: int) -> bytes:
+    """Return the content of one frame.
+
+    Raises:
+        ImageError: it is damaged, or longer.
+    """
+    import ctypes
+
+    library = _load_zstd(ctypes)
+    space = ctypes.create_string_buffer(limit_bytes)
+    size = library.ZSTD_decompress(space, limit_bytes, data, len(data))
+    if library.ZSTD_isError(size):
+        raise ImageError(image="", reason="a block of zstd is damaged")
+    return space.raw[:size]
+
+
 def _load_zstd(ctypes: Any) -> Any:
     try:
         library = ctypes.CDLL(_ZSTD_LIBRARY)
@@ -171,6 +187,10 @@ def _load_zstd(ctypes: Any) -> Any:
         raise ImageError(image="", reason=reason) from None
     library.ZSTD_createDStream.restype = ctypes.c_void_p
     library.ZSTD_decompressStream.restype = ctypes.c_size_t
+    library.ZSTD_decompress.restype = ctypes.c_size_t
+    library.ZSTD_decompress.argtypes = (
+        ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_size_t,
+    )  # fmt: skip
     library.ZSTD_DCtx_setParameter.restype = ctypes.c_size_t
     library.ZSTD_isError.argtypes = (ctypes.c_size_t,)
     library.ZSTD_getErrorName.argtypes = (ctypes.c_size_t,)

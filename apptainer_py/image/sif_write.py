@@ -12,11 +12,11 @@ import struct
 from apptainer_py.base.errors import ImageError
 from apptainer_py.base.record import Record
 from apptainer_py.image import arch as archs
-from apptainer_py.image import sif, squashfs
+from apptainer_py.image import sif, squashfs, squashfs_start
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 LAUNCHER = b"#!/usr/bin/env run-singularity\n"
 METADATA_NAME = b"inspect-metadata.json"
@@ -26,7 +26,6 @@ _DESCRIPTORS_OFFSET = 4096
 _DESCRIPTORS_TOTAL = 48
 _DATA_OFFSET = _DESCRIPTORS_OFFSET + _DESCRIPTORS_TOTAL * sif.DESCRIPTOR_BYTES
 _PARTITION_ALIGNMENT = 4096
-_COPY_BYTES = 1 << 20
 _GROUP = sif.GROUP_MASK | 1
 _HEADER = struct.Struct("<32s10s3s3s16sqqqqqqqq")
 _DESCRIPTOR = struct.Struct("<iBIIIqqqqqqq128s384s")
@@ -53,12 +52,13 @@ def write_sif(  # noqa: PLR0913 each is an object of the file
     epoch: int | None = None,
     fs: int = sif.SQUASHFS,
     message: bytes = b"",
+    quick_start: bool = False,
 ) -> None:
     """Write a SIF file around a squashfs file; an existing target is replaced at the end.
 
     `arch` is a name such as `amd64`; without `deffile`, `metadata` or `oci_config` (both JSON) its
     object is left out. `fs` says what the squashfs holds, `message` leads to the key of an
-    encrypted one.
+    encrypted one. With `quick_start`, what programs read first is put in uncompressed.
     With `epoch`, in seconds since 1970, the same input gives the same bytes. The mode is 0755
     less the umask.
 
@@ -81,6 +81,8 @@ def write_sif(  # noqa: PLR0913 each is an object of the file
             )
             extra = struct.pack("<ii3s", fs, sif.PRIMARY_SYSTEM, code)
             _fill(out, source, extra=extra, objects=objects, message=message, epoch=epoch)
+            content = _content(source, quick_start=quick_start)
+            _fill(out, content, code=code, objects=objects, epoch=epoch)
             os.fsync(out)
             os.rename(partial, target)
         except BaseException:
@@ -101,7 +103,7 @@ def _arch_code(name: str, target: str) -> bytes:
 
 def _fill(
     out: int,
-    source: int,
+    source: Iterable[bytes],
     *,
     extra: bytes,
     objects: Sequence[tuple[int, bytes, bytes | None]],
@@ -210,9 +212,15 @@ def _write_all(fd: int, data: bytes, offset: int) -> None:
         offset += written
 
 
-def _copy(source: int, target: int, offset: int, saw: Callable[[bytes], None]) -> int:
+def _content(source: int, *, quick_start: bool) -> Iterator[bytes]:
+    whole = squashfs_start.Piece(offset=0, size_bytes=os.fstat(source).st_size)
+    pieces = squashfs_start.rearranged(source) if quick_start else [whole]
+    return squashfs_start.chunks(source, pieces)
+
+
+def _copy(source: Iterable[bytes], target: int, offset: int, saw: Callable[[bytes], None]) -> int:
     size = 0
-    while chunk := os.pread(source, _COPY_BYTES, size):
+    for chunk in source:
         _write_all(target, chunk, offset + size)
         saw(chunk)
         size += len(chunk)

@@ -73,8 +73,8 @@ def test_packing_names_its_compression(tmp_path, compression):
 
 
 def test_what_every_start_reads_is_stored_as_it_is(tmp_path):
-    quick = ("lib/libc.so.6", "lib64/ld-linux-x86-64.so.2", "bin/dash", "etc/passwd")
-    packed = ("lib/libother.so.1", "bin/large", "etc/other")
+    quick = ("etc/group", "etc/passwd", ".singularity.d/runscript")
+    packed = ("lib/libc.so.6", "bin/large", "etc/other")
     lines = {name: f"a line of {name}\n".encode() * 20000 for name in (*quick, *packed)}
     for name, content in lines.items():
         path = tmp_path / "tree" / name
