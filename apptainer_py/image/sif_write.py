@@ -80,9 +80,8 @@ def write_sif(  # noqa: PLR0913 each is an object of the file
                 (sif.GENERIC_JSON, OCI_CONFIG_NAME, oci_config),
             )
             extra = struct.pack("<ii3s", fs, sif.PRIMARY_SYSTEM, code)
-            _fill(out, source, extra=extra, objects=objects, message=message, epoch=epoch)
             content = _content(source, quick_start=quick_start)
-            _fill(out, content, code=code, objects=objects, epoch=epoch)
+            _fill(out, content, extra=extra, objects=objects, message=message, epoch=epoch)
             os.fsync(out)
             os.rename(partial, target)
         except BaseException:
