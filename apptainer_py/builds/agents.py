@@ -24,7 +24,7 @@ _TOOLS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _MS_NOSUID, _MS_NODEV = 2, 4
 _INITIAL_USERNS = "user:[4026531837]"
 _LATER = (
-    "docker-archive", "docker-daemon", "library", "yum", "dnf", "zypper", "arch", "busybox",
+    "docker-archive", "docker-daemon", "yum", "dnf", "zypper", "arch", "busybox",
 )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ class Fetching(Record):
     docker_username: str = ""
     docker_password: str = ""
     disable_cache: bool = False
+    library: str = ""
     arch: str = ""
     arch_variant: str = ""
     tmpdir: str = ""

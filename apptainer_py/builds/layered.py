@@ -18,6 +18,7 @@ def register(how: Fetching, cache: Cache | None = None) -> None:
     agents.register("docker", _docker(how, cache))
     for transport in ("oras", "http", "https"):
         agents.register(transport, _file(transport, how))
+    agents.register("library", _library(how))
 
 
 def _file(transport: str, how: Fetching) -> Agent:
@@ -27,6 +28,20 @@ def _file(transport: str, how: Fetching) -> Agent:
         with uris.cache_for(how, order.environ) as cache:
             uri = f"{transport}://{order.source}"
             path = uris.fetch(uri, how, order.environ, cache, uris.no_layers)
+            return agents.local_image(order.replace(header={**order.header, "from": path}))
+
+    return fill
+
+
+def _library(how: Fetching) -> Agent:
+    def fill(order: Order) -> Base:
+        from apptainer_py.builds import libraries, uris
+        from apptainer_py.registry import library
+
+        name = library.parse(order.source.removeprefix("library:"))
+        chosen = how.replace(library=order.header.get("library", "") or how.library)
+        with uris.cache_for(how, order.environ) as cache:
+            path = libraries.fetch(name, chosen, order.environ, cache)
             return agents.local_image(order.replace(header={**order.header, "from": path}))
 
     return fill

@@ -10,10 +10,10 @@ import threading
 
 from apptainer_py.base import log
 from apptainer_py.base.errors import ApptainerError
-from apptainer_py.builds import artifacts, remote, report
+from apptainer_py.builds import artifacts, libraries, remote, report
 from apptainer_py.cache.store import Cache, CacheError, folder_of
 from apptainer_py.image import arch
-from apptainer_py.registry import downloads, reference
+from apptainer_py.registry import downloads, library, reference
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,16 +27,14 @@ if TYPE_CHECKING:
 _OCI_TMP, _NET = "oci-tmp", "net"
 _TMPDIRS = ("APPTAINER_TMPDIR", "SINGULARITY_TMPDIR", "TMPDIR")
 _NEEDED = {
-    "library": "remote has no library client (there is no default library); docker://, oras:// and "
-    "https:// work without one",
     "shub": "Singularity Hub ended in 2021: its images are no longer to be had",
 }
-TRANSPORTS = ("docker", "oras", "http", "https")
+TRANSPORTS = ("docker", "oras", "library", "http", "https")
 
 
 class NoTransport(ApptainerError):
     message = "No transport type URI supplied"
-    hint = "a URI begins with one of: docker://, oras://, http://, https://"
+    hint = "a URI begins with one of: docker://, oras://, library://, http://, https://"
 
 
 class UnknownTransport(ApptainerError):
@@ -70,6 +68,8 @@ def file_stem(uri: str) -> str:
     if transport in ("http", "https"):
         last = rest.partition("?")[0].rstrip("/").rpartition("/")[2]
         return last.removesuffix(".sif") or "image"
+    if transport == "library":
+        return library.parse(rest).file_stem
     return reference.parse(rest, docker=transport == "docker").file_stem
 
 
@@ -143,6 +143,8 @@ def fetch(
     transport, rest = split(uri)
     if transport in ("http", "https"):
         return _of_web(uri, how, environ, cache)
+    if transport == "library":
+        return libraries.fetch(library.parse(rest), how, environ, cache)
     named = reference.parse(rest, docker=transport == "docker")
     if transport == "oras":
         return artifacts.fetch(named, how, environ, cache)

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 BLOB = "blob"
 FILES = ("library", "oci-tmp", "shub", "oras", "net")
 KINDS = (*FILES, BLOB)
-_BY_DIGEST = ("oras", "library")
+LIBRARY, _ORAS = "library", "oras"
+_LIBRARY_PREFIX = "sha256."
 _SOURCES = ".sources"
 _PART = ".part"
 _LEASE = ".lease"
@@ -120,7 +121,12 @@ class Cache:
 
     def path(self, kind: str, key: str) -> str:
         """Return where an entry is, or would be."""
-        digits = key.removeprefix("sha256:") if kind in _BY_DIGEST else key
+        if kind == LIBRARY:
+            digits = key.removeprefix(_LIBRARY_PREFIX)
+            if not _HEX.issuperset(digits) or len(digits) + len(_LIBRARY_PREFIX) != len(key):
+                raise ValueError(f"{key!r} is no key")
+            return f"{self.folder}/{kind}/{key}"
+        digits = key.removeprefix("sha256:") if kind == _ORAS else key
         if not digits or not _HEX.issuperset(digits):
             raise ValueError(f"{key!r} is no key")
         return f"{self.blobs}/{key}" if kind == BLOB else f"{self.folder}/{kind}/{key}"
@@ -141,7 +147,7 @@ class Cache:
             for _ in range(_ROUNDS):
                 with Lease(f"{path}{_LEASE}", lambda: os.path.isfile(path)) as lease:
                     if lease.held and self._make(path, make):
-                        self._note(kind, key, source)
+                        self._note(kind, os.path.basename(path), source)
                 if os.path.isfile(path):
                     return path
         except OSError as error:

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
     from apptainer_py.model.request import Parsed
 
-_NEED_MORE = ("cache", "capability", "instance", "key", "overlay", "registry")
+_NEED_MORE = (
+    "cache", "capability", "instance", "key", "keyserver", "overlay", "registry", "remote",
+)  # fmt: skip
 _CONFIG_OPERATIONS = ("set", "unset", "get", "reset")
 
 
@@ -305,6 +307,12 @@ def _images(parsed: Parsed) -> int:
     return command(parsed)
 
 
+def _remotes(parsed: Parsed) -> int:
+    from apptainer_py.cli import remotes
+
+    return remotes.COMMANDS[parsed.command](parsed)
+
+
 def _overlay_create(parsed: Parsed) -> int:
     from apptainer_py.verbs import overlay
 
@@ -330,24 +338,42 @@ _COMMANDS: dict[str, Callable[[Parsed], int]] = {
     "capability list": _capability_list,
     "completion bash": _completion,
     "completion fish": _completion,
+    "completion powershell": _completion,
     "completion zsh": _completion,
     "confgen": _confgen,
     "config check": _config_check,
     "config fakeroot": _config_fakeroot,
     "config global": _config_global,
     "config show": _config_show,
+    "delete": _remotes,
     "help": _help,
     "inspect": _inspect,
     "instance list": _instance_list,
     "instance stats": _instance_stats,
     "instance stop": _instance_stop,
+    "keyserver add": _remotes,
+    "keyserver list": _remotes,
+    "keyserver login": _remotes,
+    "keyserver logout": _remotes,
+    "keyserver remove": _remotes,
     "overlay create": _overlay_create,
     "pull": _images,
     "push": _images,
     "registry list": _images,
     "registry login": _images,
     "registry logout": _images,
+    "remote add": _remotes,
+    "remote add-keyserver": _remotes,
+    "remote get-login-password": _remotes,
+    "remote list": _remotes,
+    "remote login": _remotes,
+    "remote logout": _remotes,
+    "remote remove": _remotes,
+    "remote remove-keyserver": _remotes,
+    "remote status": _remotes,
+    "remote use": _remotes,
     "run-help": _run_help,
+    "search": _remotes,
     "sif dump": _sif_dump,
     "sif header": _sif_header,
     "sif info": _sif_info,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _FETCHING = (
     "arch", "arch_variant", "authfile", "disable_cache", "docker_password", "docker_username",
-    "no_https", "tmpdir",
+    "library", "no_https", "tmpdir",
 )  # fmt: skip
 _PASSWORD_BYTES = 1 << 16
 _SIGNALLED = 128
@@ -85,12 +85,24 @@ def start(parsed: Parsed, typed: Sequence[str]) -> int:
     convert = _converter(how, parsed.config_file)
     with uris.cache_for(how, environ) as cache:
         found = uris.fetch(uri, how, environ, cache, convert)
-        words = [f"{facts.BINDIR}/{PROGRAM}", *typed[:place], found, *typed[place + 1 :]]
+        before = _without_password(typed[:place], how.docker_password)
+        words = [f"{facts.BINDIR}/{PROGRAM}", *before, found, *typed[place + 1 :]]
         if cache.passing:
             # Whoever waits outlives the launch, and takes the image away then.
             return _wait_for(words, environ)
     sys.stdout.flush()
     return os.execve(words[0], words, environ)
+
+
+def _without_password(words: Sequence[str], password: str) -> list[str]:
+    """Return options without what nobody needs any more, and every user of the machine sees."""
+    option, kept = "--docker-password", list(words)
+    for place, word in enumerate(words):
+        if word == f"{option}={password}":
+            kept[place] = f"{option}=-"
+        elif place and word == password and words[place - 1] == option:
+            kept[place] = "-"
+    return kept
 
 
 def _wait_for(words: list[str], environ: dict[str, str]) -> int:
@@ -120,7 +132,16 @@ def pull(parsed: Parsed) -> int:
         folder=str(parsed.options["dir"]),
         force=bool(parsed.options["force"]),
     )
-    verb.pull(request, _converter(how, parsed.config_file))
+    made = verb.pull(request, _converter(how, parsed.config_file))
+    if uri.startswith("library:"):
+        from apptainer_py.base.errors import ApptainerError
+        from apptainer_py.cli import signing
+
+        try:
+            signing.check_signed(parsed, made)
+        except ApptainerError as error:
+            log.warning(str(error))
+            log.warning("Skipping container verification")
     return 0
 
 
@@ -130,9 +151,34 @@ def push(parsed: Parsed) -> int:
 
     path, uri = parsed.arguments
     notes: Any = parsed.options["annotation"]
+    if uri.startswith("library:"):
+        return _push_to_library(parsed, path, uri)
+    if parsed.options["description"]:
+        raise UsageError(text="--description is for library:// only")
     digest = verb.push(path, uri, fetching(parsed), _environment(), notes)
     log.verbose(f"{uri} is {digest}")
     log.info("Upload complete")
+    return 0
+
+
+def _push_to_library(parsed: Parsed, path: str, uri: str) -> int:
+    from apptainer_py.cli import signing
+    from apptainer_py.verbs import push as verb
+
+    if parsed.options["annotation"]:
+        raise UsageError(text="--annotation is for oras:// only")
+    check = None if parsed.options["allow-unsigned"] else signing.check_signed
+    if check is None:
+        log.warning("Skipping container verification")
+    sent = verb.push_to_library(
+        path,
+        uri,
+        fetching(parsed),
+        _environment(),
+        description=str(parsed.options["description"]),
+        check=lambda: None if check is None else check(parsed, path),
+    )
+    log.info("Upload complete" if sent else "The library has this image already")
     return 0
 
 

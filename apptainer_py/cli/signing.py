@@ -16,10 +16,12 @@ if TYPE_CHECKING:
 
     from apptainer_py.crypto.packets import Key
     from apptainer_py.model.request import Parsed
+    from apptainer_py.registry.keyserver import Place
     from apptainer_py.verbs.key import Rings
     from apptainer_py.verbs.verify import Verdict
 
 _NUMBER_MAX = 0xFFFFFFF
+_VERIFYING = ("verify", "push", "pull")
 # No argument of a command can hold it.
 _NOT_GIVEN = "\0"
 _TABLE = "ID  |GROUP   |LINK    |TYPE\n" + "-" * 48 + "\n"
@@ -50,10 +52,17 @@ def _rings(parsed: Parsed) -> Rings:
     return key.of_machine(build.SYSCONFDIR)
 
 
-def _server(parsed: Parsed) -> str:
-    from apptainer_py.host import keyserver
+def _servers(parsed: Parsed) -> list[Place]:
+    """Return the key servers that are asked, one after the other."""
+    from apptainer_py.registry import active
 
-    return str(parsed.options.get("url") or "") or keyserver.DEFAULT
+    given = str(parsed.options.get("url") or "")
+    environ = dict(os.environ)  # noqa: TID251 as in main: read here, once
+    return active.keyservers(environ, given=given, every=parsed.command in _VERIFYING)
+
+
+def _server(parsed: Parsed) -> Place:
+    return _servers(parsed)[0]
 
 
 def _number(parsed: Parsed, name: str) -> int:
@@ -117,6 +126,18 @@ def _verify(parsed: Parsed) -> int:
     return 0
 
 
+def check_signed(parsed: Parsed, path: str) -> None:
+    """Verify the OpenPGP signatures of an image that goes to a library, or comes from one.
+
+    Raises:
+        ApptainerError: it has none, or not good ones.
+    """
+    from apptainer_py.verbs import verify
+
+    wanted = verify.Wanted(group=0, ident=0, legacy=False, everything=False)
+    verify.verify(path, wanted, _pgp_prover(parsed), lambda verdict: None)
+
+
 def _prover(parsed: Parsed) -> Callable[..., Any]:
     from apptainer_py.verbs import verify
 
@@ -143,10 +164,16 @@ def _pgp_prover(parsed: Parsed) -> Callable[..., Any]:
 
     def fetch(fingerprint: str) -> bytes:
         try:
-            return b"".join(found.raw for found in key.fetch(_server(parsed), fingerprint))
+            places = _servers(parsed)
         except ApptainerError as error:
             log.warning(str(error))
             return b""
+        for place in places:
+            try:
+                return b"".join(found.raw for found in key.fetch(place, fingerprint))
+            except ApptainerError as error:
+                log.warning(str(error))
+        return b""
 
     try:
         rings = [
@@ -155,7 +182,7 @@ def _pgp_prover(parsed: Parsed) -> Callable[..., Any]:
         ]
     except ApptainerError as error:
         raise verify.VerifyFailed(reason=error) from None
-    return verify.by_keyrings(rings, None if parsed.options["local"] else fetch)
+    return verify.by_keyrings(rings, None if parsed.options.get("local") else fetch)
 
 
 def _certified_key(parsed: Parsed) -> Any:

@@ -55,6 +55,13 @@ _BUILD: Final = ("build",)
 _OCI_MAKE: Final = ("oci create", "oci run")
 _OCI_ONE: Final = ("oci kill",)
 _FETCHED: Final = ("build", "pull", "push")
+_REMOTES: Final = (
+    "remote add", "remote list", "remote login", "remote logout", "remote remove", "remote status",
+    "remote use",
+)  # fmt: skip
+_KEYSERVERS: Final = ("keyserver list", "keyserver login", "keyserver logout")
+_ADDING_KEYSERVERS: Final = ("keyserver add", "remote add-keyserver")
+_LOGINS: Final = ("registry login", "keyserver login", "remote login")
 _GRANTING: Final = ("capability add", "capability drop")
 
 PREFIXES: Final = ("APPTAINER_", "SINGULARITY_")
@@ -77,6 +84,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "verify all objects (of an image with legacy signatures)"),
     ("allow-setuid", "", BOOL, False, ("ALLOW_SETUID",), _ALL, SUPPORTED,
      "let setuid programs of the container work (root only)"),
+    ("allow-unsigned", "U", BOOL, False, ("ALLOW_UNSIGNED",), ("push",), SUPPORTED,
+     "push to a library an image that nobody has signed"),
     ("annotation", "", REPEAT, (), (), ("push",), SUPPORTED,
      "a note that the registry keeps with the image: name=value"),
     ("app", "", STRING, "", ("APP", "APPNAME"), _ALL, SUPPORTED,
@@ -89,6 +98,10 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "architecture of the image"),
     ("arch", "", STRING, "", ("PULL_ARCH",), ("pull",), SUPPORTED,
      "architecture of the image, where there are several, such as arm64"),
+    ("arch", "A", STRING, "", ("ARCH",), ("delete",), SUPPORTED,
+     "architecture of the image, this machine's if not given"),
+    ("arch", "", STRING, "", ("SEARCH_ARCH",), ("search",), SUPPORTED,
+     "architecture of the images, this machine's if not given"),
     ("arch-variant", "", STRING, "", ("PULL_ARCH_VARIANT",), ("pull",), SUPPORTED,
      "variant of the architecture, such as v7"),
     ("armor", "a", BOOL, False, (), ("key export",), SUPPORTED,
@@ -139,6 +152,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "bring the 32-bit libraries of the drivers too, in /.singularity.d/libs32"),
     ("config", "c", STRING, "", ("CONFIG_FILE",), ROOT, SUPPORTED,
      "use this configuration file (for root, or where no setuid starter is installed)"),
+    ("config", "c", STRING, "", (), (*_REMOTES, *_KEYSERVERS), SUPPORTED,
+     "file with the remotes, in place of ~/.apptainer/remote.yaml"),
     ("console-socket", "", STRING, "", (), _OCI_MAKE, SUPPORTED,
      "socket that is given the terminal"),
     ("contain", "c", BOOL, False, ("CONTAIN",), _ALL, SUPPORTED,
@@ -168,6 +183,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "print all messages there are"),
     ("deffile", "d", BOOL, False, (), ("inspect",), SUPPORTED,
      "show the definition file the image was built from"),
+    ("description", "D", STRING, "", (), ("push",), SUPPORTED,
+     "what the image is, for a library"),
     ("detach", "d", BOOL, False, (), ("oci run",), SUPPORTED,
      "return when the container runs; it is not deleted in the end"),
     ("device", "", LIST, (), (), ACTIONS, SUPPORTED,
@@ -220,6 +237,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "files with variables to set in the container"),
     ("environment", "e", BOOL, False, (), ("inspect",), SUPPORTED,
      "show the environment that the image sets"),
+    ("exclusive", "e", BOOL, False, (), ("remote use",), SUPPORTED,
+     "let nobody on the machine use another one (root only, implies --global)"),
     ("fakeroot", "f", BOOL, False, ("FAKEROOT",), _ALL, SUPPORTED,
      "appear as root inside the container"),
     ("fakeroot", "f", BOOL, False, ("FAKEROOT",), _BUILD, SUPPORTED,
@@ -242,6 +261,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "overwrite a file that is there"),
     ("force", "f", BOOL, False, (), ("cache clean",), SUPPORTED,
      "do not ask"),
+    ("force", "F", BOOL, False, ("FORCE",), ("delete",), SUPPORTED,
+     "do not ask"),
     ("fusemount", "", LIST, (), ("FUSESPEC",), _ALL, SUPPORTED,
      "mount a FUSE file system, \"TYPE:PROGRAM [ARGUMENT...] MOUNTPOINT\"; TYPE says where the "
      "program runs, host or container, or host-daemon or container-daemon for one that leaves the "
@@ -251,6 +272,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
     ("global", "g", BOOL, False, (), _KEYRINGS, SUPPORTED,
      "work with the public keys of the machine (changed by root, or by the owner of an "
      "installation without the setuid flow)"),
+    ("global", "g", BOOL, False, (), ("remote add", "remote remove", "remote use"), SUPPORTED,
+     "change the remotes of the machine (root only)"),
     ("group", "g", STRING, "", ("CAP_GROUP",), _GRANTING, SUPPORTED,
      "group whose capabilities change"),
     ("group-id", "g", INT, 0, (), ("sign", "verify"), SUPPORTED,
@@ -275,6 +298,12 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "act as if there were no user namespaces"),
     ("ignore-userns", "", BOOL, False, (), _BUILD, SUPPORTED,
      "act as if there were no user namespaces"),
+    ("insecure", "i", BOOL, False, ("ADD_INSECURE",), ("remote add",), SUPPORTED,
+     "speak to the remote over http"),
+    ("insecure", "i", BOOL, False, (), _ADDING_KEYSERVERS, SUPPORTED,
+     "do not check the certificate of the key server"),
+    ("insecure", "i", BOOL, False, ("LOGIN_INSECURE",), ("remote login",), SUPPORTED,
+     "speak to a registry over http"),
     ("intel-hpu", "", BOOL, False, ("INTEL_HPU",), _ALL, SUPPORTED,
      "Intel Gaudi support: the devices that HABANA_VISIBLE_DEVICES names, all without it"),
     ("ipc", "i", BOOL, False, ("IPC", "UNSHARE_IPC"), _ALL, SUPPORTED,
@@ -289,7 +318,9 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "print JSON in place of text"),
     ("json", "", BOOL, False, ("JSON",), _BUILD, REFUSED,
      "read the definition as JSON"),
-    ("json", "j", BOOL, False, (), ("cache list", "registry list"), SUPPORTED,
+    ("json", "j", BOOL, False, (),
+     ("cache list", "keyserver list", "registry list", "remote list", "remote status", "search"),
+     SUPPORTED,
      "print JSON"),
     ("keep-privs", "", BOOL, False, ("KEEP_PRIVS",), _ALL, SUPPORTED,
      "let root keep its capabilities in the container (root only)"),
@@ -306,6 +337,12 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "show the labels of the image (shown if nothing else is asked for)"),
     ("legacy-insecure", "", BOOL, False, (), ("verify",), SUPPORTED,
      "accept signatures of the old form, which cover less"),
+    ("library", "", STRING, "", ("LIBRARY",), _ALL, FETCHING,
+     "address of the library that library:// means"),
+    ("library", "", STRING, "", ("LIBRARY",), (*_FETCHED, "delete"), SUPPORTED,
+     "address of the library that library:// means, in place of the active remote's"),
+    ("library", "", STRING, "", ("SEARCH_LIBRARY", "LIBRARY"), ("search",), SUPPORTED,
+     "address of the library, in place of the active remote's"),
     ("link", "", INT, 0, (), ("sif add",), SUPPORTED,
      "number of the object that this one belongs to"),
     ("list-apps", "", BOOL, False, (), ("inspect",), SUPPORTED,
@@ -346,12 +383,14 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "of the configuration"),
     ("network-args", "", LIST, (), ("NETWORK_ARGS",), _ALL, SUPPORTED,
      "arguments for the CNI plug-ins"),
-    ("new-password", "", BOOL, False, (), ("key import",), REFUSED,
+    ("new-password", "", BOOL, False, (), ("key import",), SUPPORTED,
      "ask for a new passphrase for the private key"),
     ("no-cleanup", "", BOOL, False, ("NO_CLEANUP",), _BUILD, SUPPORTED,
      "keep the directories of the build, also if it fails"),
+    ("no-default", "n", BOOL, False, (), ("remote add",), SUPPORTED,
+     "leave the active remote as it is"),
     ("no-descriptions", "", BOOL, False, (),
-     ("completion bash", "completion fish", "completion zsh"), SUPPORTED,
+     ("completion bash", "completion fish", "completion powershell", "completion zsh"), SUPPORTED,
      "complete names only, without explanations"),
     ("no-env", "", LIST, (), ("NOENV",), _ALL, SUPPORTED,
      "variables of the host that do not reach the container"),
@@ -361,8 +400,10 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "do not mount the home directory, unless it is the working directory"),
     ("no-https", "", BOOL, False, ("NOHTTPS", "NO_HTTPS"), _ALL, FETCHING,
      "fetch over http"),
-    ("no-https", "", BOOL, False, ("NOHTTPS", "NO_HTTPS"), (*_FETCHED, "registry login"), SUPPORTED,
-     "speak to the registry over http"),
+    ("no-https", "", BOOL, False, ("NOHTTPS", "NO_HTTPS"), (*_FETCHED, "delete", "registry login"),
+     SUPPORTED, "speak to the registry, or library, over http"),
+    ("no-login", "", BOOL, False, (), ("remote add",), SUPPORTED,
+     "do not ask for a token"),
     ("no-init", "", BOOL, False, ("NOSHIMINIT",), _ALL, SUPPORTED,
      "with --pid, make the command itself process 1"),
     ("no-mount", "", LIST, (), ("NO_MOUNT",), _ALL, SUPPORTED,
@@ -406,6 +447,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "ask the issuers whether certificates are revoked"),
     ("oom-kill-disable", "", BOOL, False, ("OOM_KILL_DISABLE",), _ALL, SUPPORTED,
      "do not let the kernel kill processes when memory is short"),
+    ("order", "o", INT, -1, (), _ADDING_KEYSERVERS, SUPPORTED,
+     "place among the key servers, 1 for the first that is asked"),
     ("overlay", "o", LIST, (), ("OVERLAY", "OVERLAYIMAGE"), _ALL, SUPPORTED,
      "image or directory to lay over the container: path[:ro]"),
     ("partarch", "", INT, 0, (), ("sif add",), SUPPORTED,
@@ -421,9 +464,9 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "ask for a passphrase to encrypt the image with"),
     ("password", "P", STRING, "\0", (), ("key newpair",), SUPPORTED,
      "passphrase of the key; everybody on the machine sees it there: better be asked for it"),
-    ("password", "p", STRING, "", ("LOGIN_PASSWORD",), ("registry login",), SUPPORTED,
+    ("password", "p", STRING, "", ("LOGIN_PASSWORD",), _LOGINS, SUPPORTED,
      "password or token (others may read it in a list of processes)"),
-    ("password-stdin", "", BOOL, False, (), ("registry login",), SUPPORTED,
+    ("password-stdin", "", BOOL, False, (), _LOGINS, SUPPORTED,
      "read the password from standard input"),
     ("pem-path", "", STRING, "", (), _ALL, SUPPORTED,
      "file with the private RSA key of an encrypted image"),
@@ -492,6 +535,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "signal to send"),
     ("signal", "s", STRING, "", ("SIGNAL",), ("instance stop",), SUPPORTED,
      "signal to send, by name or number (SIGINT, or what the image's label says)"),
+    ("signed", "", BOOL, False, ("SEARCH_SIGNED",), ("search",), SUPPORTED,
+     "signed images only"),
     ("signentity", "", STRING, "", (), ("sif add",), SUPPORTED,
      "fingerprint of the key that has made a signature"),
     ("signhash", "", INT, 0, (), ("sif add",), SUPPORTED,
@@ -516,6 +561,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "directory for temporary files while an image is fetched"),
     ("tmpdir", "", STRING, "", ("TMPDIR",), _BUILD, SUPPORTED,
      "directory for temporary files"),
+    ("tokenfile", "", STRING, "", (), ("remote add", "remote login"), SUPPORTED,
+     "file with the token, in its first line"),
     ("trace", "", STRING, "", (), ROOT, SUPPORTED,
      "append what happens to this file, one JSON object a line"),
     ("type", "T", LIST, ("all",), (), ("cache list", "cache clean"), SUPPORTED,
@@ -539,7 +586,7 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "instances of this user (root only)"),
     ("user", "u", STRING, "", ("CAP_USER",), _GRANTING, SUPPORTED,
      "user whose capabilities change"),
-    ("username", "u", STRING, "", ("LOGIN_USERNAME",), ("registry login",), SUPPORTED,
+    ("username", "u", STRING, "", ("LOGIN_USERNAME",), _LOGINS, SUPPORTED,
      "name of the account"),
     ("userns", "u", BOOL, False, ("USERNS", "UNSHARE_USERNS"), _ALL, SUPPORTED,
      "a new user namespace, without the setuid starter"),
@@ -603,7 +650,7 @@ COMMANDS: Final[tuple[Command, ...]] = (
     ("completion", "", 0, -1, SUPPORTED, "Print a completion script for a shell"),
     ("completion bash", "", 0, 0, SUPPORTED, "Print the completion script for bash"),
     ("completion fish", "", 0, 0, SUPPORTED, "Print the completion script for fish"),
-    ("completion powershell", "", 0, 0, REFUSED, "Print the completion script for PowerShell"),
+    ("completion powershell", "", 0, 0, SUPPORTED, "Print the completion script for PowerShell"),
     ("completion zsh", "", 0, 0, SUPPORTED, "Print the completion script for zsh"),
     ("confgen", "[old file] <new file>", 1, 2, SUPPORTED, "Write a new configuration file"),
     ("config", "", 0, -1, SUPPORTED, "Read, check and change the configuration"),
@@ -615,7 +662,8 @@ COMMANDS: Final[tuple[Command, ...]] = (
      "Read or change a directive of the configuration file"),
     ("config show", "[--effective] [--user <name>] [file]", 0, 1, SUPPORTED,
      "Print the configuration and where each value came from"),
-    ("delete", "<image>", 1, 1, REFUSED, "Delete an image from a library"),
+    ("delete", "[delete options...] <imageRef>", 1, 1, SUPPORTED,
+     "Delete an image from a library"),
     ("exec", "[exec options...] <container> <command>", 2, -1, SUPPORTED,
      "Run a command within a container"),
     ("help", "[command]", 0, -1, SUPPORTED, "Help about any command"),
@@ -645,7 +693,17 @@ COMMANDS: Final[tuple[Command, ...]] = (
      "Remove a key from a keyring"),
     ("key search", "[search options...] <words>", 1, 1, SUPPORTED,
      "Search for keys on a key server"),
-    ("keyserver", "", 0, -1, REFUSED, "Manage key servers"),
+    ("keyserver", "<command>", 0, -1, SUPPORTED, "Manage key servers"),
+    ("keyserver add", "[add options...] [remoteName] <keyserver_url>", 1, 2, SUPPORTED,
+     "Add a key server to a remote (root only)"),
+    ("keyserver list", "[remoteName]", 0, 1, SUPPORTED,
+     "List the key servers of the remotes"),
+    ("keyserver login", "[login options...] <keyserver_url>", 1, 1, SUPPORTED,
+     "Keep an account of a key server"),
+    ("keyserver logout", "<keyserver_url>", 1, 1, SUPPORTED,
+     "Forget an account of a key server"),
+    ("keyserver remove", "[remoteName] <keyserver_url>", 1, 2, SUPPORTED,
+     "Remove a key server from a remote (root only)"),
     ("oci", "<command>", 0, -1, SUPPORTED, "Manage OCI containers"),
     ("oci attach", "<container_ID>", 1, 1, SUPPORTED,
      "Attach console to a running container process"),
@@ -680,11 +738,29 @@ COMMANDS: Final[tuple[Command, ...]] = (
      "Keep an account of an OCI registry"),
     ("registry logout", "<registry_uri>", 1, 1, SUPPORTED,
      "Forget an account of an OCI registry"),
-    ("remote", "", 0, -1, REFUSED, "Manage remote services"),
+    ("remote", "<command>", 0, -1, SUPPORTED,
+     "Manage remotes: addresses of libraries and key servers"),
+    ("remote add", "[add options...] <remote_name> <remote_URI>", 2, 2, SUPPORTED,
+     "Add a remote"),
+    ("remote add-keyserver", "[options...] [remoteName] <keyserver_url>", 1, 2, SUPPORTED,
+     "Add a key server (now `keyserver add`)"),
+    ("remote get-login-password", "", 0, 0, SUPPORTED,
+     "Print the password of one's account in the registry of the active library"),
+    ("remote list", "", 0, 0, SUPPORTED, "List the remotes"),
+    ("remote login", "[login options...] [remoteName]", 0, 1, SUPPORTED,
+     "Keep a token of a remote"),
+    ("remote logout", "[remoteName]", 0, 1, SUPPORTED, "Forget the token of a remote"),
+    ("remote remove", "[remove options...] <remote_name>", 1, 1, SUPPORTED, "Remove a remote"),
+    ("remote remove-keyserver", "[remoteName] <keyserver_url>", 1, 2, SUPPORTED,
+     "Remove a key server (now `keyserver remove`)"),
+    ("remote status", "[remoteName]", 0, 1, SUPPORTED,
+     "Ask the services of a remote how they are, and whether they take the token"),
+    ("remote use", "[use options...] <remote_name>", 1, 1, SUPPORTED, "Choose the active remote"),
     ("run", "[run options...] <container> [args...]", 1, -1, SUPPORTED,
      "Run the default command of a container"),
     ("run-help", "<image path>", 1, 1, SUPPORTED, "Show the help text of an image"),
-    ("search", "<words>", 1, 1, REFUSED, "Search a library for images"),
+    ("search", "[search options...] <search_query>", 1, 1, SUPPORTED,
+     "Search a library for images"),
     ("shell", "[shell options...] <container>", 1, -1, SUPPORTED,
      "Run a shell within a container"),
     ("sif", "", 0, -1, SUPPORTED, "Look into SIF images"),
@@ -704,19 +780,22 @@ COMMANDS: Final[tuple[Command, ...]] = (
     ("version", "", 0, -1, SUPPORTED, "Print the version of this program"),
 )  # fmt: skip
 
-HIDDEN_COMMANDS: Final = ("buildcfg", "checkpoint", "confgen")
+HIDDEN_COMMANDS: Final = (
+    "buildcfg", "checkpoint", "confgen", "remote add-keyserver", "remote remove-keyserver",
+)  # fmt: skip
 # Elsewhere the first argument ends the options.
 INTERSPERSED: Final = (
     *_SIF, "build", "sif", "completion", "help", "instance list", "instance stats", "instance stop",
     "oci attach", "oci create", "oci delete", "oci kill",
     "oci mount", "oci pause", "oci resume", "oci run", "oci start", "oci state", "oci umount",
     "oci update", "cache list", "cache clean", "pull", "push", "registry list", "registry login",
-    "registry logout", "overlay create",
+    "registry logout", "overlay create", *_REMOTES, *_KEYSERVERS, *_ADDING_KEYSERVERS,
+    "keyserver remove", "remote get-login-password", "remote remove-keyserver", "search", "delete",
 )  # fmt: skip
 # Groups that explain themselves when the command after them is missing or unknown.
 GROUPS: Final = (
     "sif", "cache", "config", "capability", "completion", "instance", "key", "oci", "overlay",
-    "registry",
+    "registry", "remote", "keyserver",
 )  # fmt: skip
 
 # `name:` without slashes is a transport only if it is one of these (uri.Split of Apptainer).
@@ -726,7 +805,7 @@ TRANSPORTS: Final = (
 )  # fmt: skip
 
 # Images that are fetched first, and then started as files.
-FETCHED: Final = ("docker", "oras", "http", "https")
+FETCHED: Final = ("docker", "oras", "library", "http", "https")
 # What a parsed command line says then; nobody can type it.
 FETCH: Final = "fetch"
 

@@ -196,19 +196,29 @@ def forget(file: str, host: str) -> bool:
 
 
 def _write(file: str, content: Mapping[str, Any]) -> None:
-    """Replace it as a whole; a link is followed to its file, which keeps its mode."""
+    write_private(file, (json.dumps(content, indent="\t") + "\n").encode())
+
+
+def write_private(file: str, data: bytes, *, for_all: bool = False) -> None:
+    """Replace a file as a whole; a link is followed to its file, whose mode is kept or made less.
+
+    Raises:
+        AccountError: it cannot be written.
+    """
     target = os.path.realpath(file)
     made = f"{target}.{os.getpid()}.new"
+    most = 0o644 if for_all else 0o600
     try:
-        os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
+        os.makedirs(os.path.dirname(target), mode=0o755 if for_all else 0o700, exist_ok=True)
         try:
-            mode = stat.S_IMODE(os.stat(target).st_mode) & 0o600
+            mode = stat.S_IMODE(os.stat(target).st_mode) & most
         except FileNotFoundError:
-            mode = 0o600
-        fd = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-        with open(fd, "w", encoding="utf-8") as stream:
-            json.dump(content, stream, indent="\t")
-            stream.write("\n")
+            mode = most
+        fd = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with open(fd, "wb") as stream:
+            # Whatever the umask: what is for all is read by all.
+            os.fchmod(fd, mode)
+            stream.write(data)
             stream.flush()
             os.fsync(fd)
         os.rename(made, target)

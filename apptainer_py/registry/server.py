@@ -62,6 +62,7 @@ class Server:
     """One server.  Its methods can be called from several threads."""
 
     not_allowed: type[RegistryError] = NotAllowed
+    tries = TRIES
 
     def __init__(
         self,
@@ -169,7 +170,7 @@ class Server:
         # Another host, which an upload goes to, is told nothing of the account.
         proved = not self._is_own(url)
         until = time.monotonic() + _ANSWER_S
-        for attempt in range(TRIES):
+        for attempt in range(self.tries):
             sent = dict(headers or {})
             if self._is_own(url):
                 self._prove(sent, scope)
@@ -179,7 +180,7 @@ class Server:
                 if not is_of_the_net(error):
                     raise
                 late = time.monotonic() > until
-                if attempt == TRIES - 1 or late or body is not None or _is_hopeless(error):
+                if attempt == self.tries - 1 or late or body is not None or _is_hopeless(error):
                     raise self._wrong(words_of(error)) from None
                 self._wait(attempt, None)
                 continue
@@ -191,7 +192,7 @@ class Server:
                 if not self._learn(challenge, scope):
                     return self._follow(method, url, sent, body)
                 continue
-            last = attempt == TRIES - 1 or time.monotonic() > until
+            last = attempt == self.tries - 1 or time.monotonic() > until
             if answer.status_code not in _AGAIN or last or body is not None:
                 return answer
             answer.close()

@@ -10,13 +10,14 @@ import os
 from apptainer_py.base.errors import ApptainerError
 from apptainer_py.base.record import Record
 from apptainer_py.crypto import gnupg, keyring, packets
-from apptainer_py.host import keyserver
+from apptainer_py.registry import keyserver
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from apptainer_py.crypto.packets import Key
+    from apptainer_py.registry.keyserver import Place
 
 _ALGORITHMS = {
     "1": "RSA", "2": "RSA", "3": "RSA", "16": "Elgamal", "17": "DSA", "18": "ECDH", "19": "ECDSA",
@@ -224,7 +225,7 @@ def remove(rings: Rings, fingerprint: str, *, public: bool, secret: bool) -> Non
         raise RemoveFailed(reason=("neither " if troubles[1:] else "") + ", nor ".join(troubles))
 
 
-def pull(rings: Rings, server: str, fingerprint: str) -> str:
+def pull(rings: Rings, server: Place, fingerprint: str) -> str:
     """Fetch a key and add it to the public ring; return what to say.
 
     Raises:
@@ -248,7 +249,7 @@ def pull(rings: Rings, server: str, fingerprint: str) -> str:
     return f"{count} key(s) added to keyring of trust {rings.public}\n"
 
 
-def fetch(server: str, fingerprint: str) -> list[Key]:
+def fetch(server: Place, fingerprint: str) -> list[Key]:
     """Return the key that a server has for a fingerprint; whatever else it sends is left out.
 
     Raises:
@@ -269,7 +270,7 @@ def fetch(server: str, fingerprint: str) -> list[Key]:
     return found
 
 
-def push(rings: Rings, server: str, fingerprint: str) -> str:
+def push(rings: Rings, server: Place, fingerprint: str) -> str:
     """Send a public key to a server; return what to say.
 
     Raises:
@@ -297,7 +298,7 @@ def push(rings: Rings, server: str, fingerprint: str) -> str:
     return f"public key `{fingerprint}' pushed to server successfully\n"
 
 
-def search(server: str, words: str, *, in_full: bool) -> str:
+def search(server: Place, words: str, *, in_full: bool) -> str:
     """Return the keys that a server has for some words, as a table.
 
     Raises:

@@ -1,17 +1,17 @@
-"""`push`: a SIF file into a registry, as an artifact."""
+"""`push`: a SIF file into a registry, as an artifact, or into a library."""
 
 from __future__ import annotations
 
 import os
 
 from apptainer_py.base.errors import ApptainerError
-from apptainer_py.builds import artifacts
-from apptainer_py.image import detect
-from apptainer_py.registry import reference
+from apptainer_py.builds import artifacts, libraries
+from apptainer_py.image import detect, sif
+from apptainer_py.registry import library, reference
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from apptainer_py.builds.fetching import Fetching
 
@@ -22,7 +22,7 @@ class BadUri(ApptainerError):
 
 class UnknownTransport(ApptainerError):
     message = "Unsupported transport type: {name}"
-    hint = "oras:// takes SIF files"
+    hint = "oras:// and library:// take SIF files"
 
 
 class CannotPush(ApptainerError):
@@ -48,6 +48,61 @@ def push(
         raise UnknownTransport(name=transport)
     named = reference.parse(f"//{rest}", docker=False)
     notes = dict(_pair(path, text) for text in annotations)
+    _check_sif(path)
+    try:
+        return artifacts.push(path, named, how, environ, notes)
+    except OSError as error:
+        raise CannotPush(path=path, reason=(error.strerror or "").lower()) from None
+
+
+class Unsigned(ApptainerError):
+    message = "Unable to upload container: unable to verify signature: {reason}"
+    hint = "`sign` signs it; --allow-unsigned pushes it as it is"
+
+
+def push_to_library(
+    path: str,
+    uri: str,
+    how: Fetching,
+    environ: Mapping[str, str],
+    *,
+    description: str,
+    check: Callable[[], None],
+) -> bool:
+    """Upload a SIF file that `check` finds signed; return whether its bytes had to be sent.
+
+    Raises:
+        ApptainerError: the library does not take it, or it is no signed SIF file.
+    """
+    name = library.parse(uri.partition(":")[2])
+    if wrong := library.bad_for_push(name):
+        raise CannotPush(path=path, reason=wrong)
+    _check_sif(path)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            machine = _machine(fd)
+        finally:
+            os.close(fd)
+        try:
+            check()
+        except ApptainerError as error:
+            raise Unsigned(reason=error) from None
+        return libraries.push(path, name, machine, how, environ, description)
+    except OSError as error:
+        raise CannotPush(path=path, reason=(error.strerror or "").lower()) from None
+
+
+def _machine(fd: int) -> str:
+    objects = sif.read_descriptors(fd, sif.read_header(fd))
+    rows = [sif.partition_facts(one) for one in objects if one.data_type == sif.PARTITION]
+    found = [machine for _, kind, machine in rows if kind == sif.PRIMARY_SYSTEM]
+    if len(found) != 1 or found[0] == "unknown":
+        raise CannotPush(path="it", reason="unknown architecture in SIF file")
+    return found[0]
+
+
+def _check_sif(path: str) -> None:
     try:
         image = detect.open_image(path)
     except ApptainerError as error:
@@ -55,10 +110,6 @@ def push(
     os.close(image.fd)
     if image.kind != "sif":
         raise CannotPush(path=path, reason="only SIF files are pushed")
-    try:
-        return artifacts.push(path, named, how, environ, notes)
-    except OSError as error:
-        raise CannotPush(path=path, reason=(error.strerror or "").lower()) from None
 
 
 def _pair(path: str, text: str) -> tuple[str, str]:
