@@ -8,7 +8,6 @@ import sys
 from apptainer_py.base import log
 from apptainer_py.base.errors import ApptainerError, UsageError
 from apptainer_py.cli import ask
-from apptainer_py.registry import remotes as files
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,11 +29,14 @@ def _environment() -> dict[str, str]:
 
 
 def _path(parsed: Parsed) -> str:
+    from apptainer_py.registry import remotes as files
+
     return str(parsed.options.get("config") or "") or files.user_file(_environment())
 
 
 def _file(parsed: Parsed) -> File:
     """Return the file that a command is about."""
+    from apptainer_py.registry import remotes as files
     from apptainer_py.verbs import remote
 
     is_system = bool(parsed.options.get("global") or parsed.options.get("exclusive"))
@@ -47,6 +49,8 @@ def _file(parsed: Parsed) -> File:
 
 
 def _check_root(what: str) -> None:
+    from apptainer_py.registry import remotes as files
+
     if os.geteuid() != 0:
         raise files.NotYourFile(what=what)
 

@@ -402,10 +402,10 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "fetch over http"),
     ("no-https", "", BOOL, False, ("NOHTTPS", "NO_HTTPS"), (*_FETCHED, "delete", "registry login"),
      SUPPORTED, "speak to the registry, or library, over http"),
-    ("no-login", "", BOOL, False, (), ("remote add",), SUPPORTED,
-     "do not ask for a token"),
     ("no-init", "", BOOL, False, ("NOSHIMINIT",), _ALL, SUPPORTED,
      "with --pid, make the command itself process 1"),
+    ("no-login", "", BOOL, False, (), ("remote add",), SUPPORTED,
+     "do not ask for a token"),
     ("no-mount", "", LIST, (), ("NO_MOUNT",), _ALL, SUPPORTED,
      "mounts of the configuration to leave out: proc, sys, dev, devpts, home, tmp, hostfs, cwd, "
      "bind-paths, or the target of a bind path"),

@@ -89,12 +89,12 @@ def parse(text: str) -> Name:
     if text.startswith("//") and not rest.startswith("/") and len(parts) not in (1, 3):
         host, *parts = parts
         if not _HOST.fullmatch(host):
-            raise BadName(name=text[:200], reason=f"{host[:100]!r} is no host")
+            raise BadName(name=_plain(text), reason=f"{host[:100]!r} is no host")
     if len(parts) > 3 or not all(_NAME.fullmatch(part) for part in parts):
-        raise BadName(name=text[:200], reason=f"{'/'.join(parts)[:100]!r} is no path")
+        raise BadName(name=_plain(text), reason=f"{'/'.join(parts)[:100]!r} is no path")
     tags = tuple(last.split(",")) if colon and last else ()
     if rest.endswith(":") or not all(_NAME.fullmatch(tag) for tag in tags):
-        raise BadName(name=text[:200], reason=f"{last[:100]!r} is no tag")
+        raise BadName(name=_plain(text), reason=f"{last[:100]!r} is no tag")
     return Name(host=host, path="/".join(parts), tags=tags)
 
 
@@ -415,6 +415,10 @@ def _found(row: Mapping[str, Any]) -> Found:
         fingerprints=texts(row.get("fingerprints")),
         size_bytes=size if isinstance(size, int) and size >= 0 else 0,
     )
+
+
+def _plain(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text[:200])
 
 
 def _quoted(text: str) -> str:

@@ -33,7 +33,7 @@ class RemoteError(ApptainerError):
 
 
 class NoLibrary(RemoteError):
-    message = "remote {name} has no library"
+    message = "remote has no library client: {name} names no library"
     hint = "`{program} remote add NAME ADDRESS` adds a remote that has one, --library names one"
 
 

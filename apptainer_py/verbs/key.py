@@ -10,7 +10,6 @@ import os
 from apptainer_py.base.errors import ApptainerError
 from apptainer_py.base.record import Record
 from apptainer_py.crypto import gnupg, keyring, packets
-from apptainer_py.registry import keyserver
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -256,6 +255,8 @@ def fetch(server: Place, fingerprint: str) -> list[Key]:
         KeyserverError: it does not answer, or with something else.
         RingError: what it sends is no key.
     """
+    from apptainer_py.registry import keyserver
+
     wanted = fingerprint.upper().removeprefix("0X")
     if not wanted or any(c not in "0123456789ABCDEF" for c in wanted):
         raise keyserver.KeyserverError(reason="not a fingerprint", status=0)
@@ -276,6 +277,8 @@ def push(rings: Rings, server: Place, fingerprint: str) -> str:
     Raises:
         KeyFailed: there is no such key, or the server does not take it.
     """
+    from apptainer_py.registry import keyserver
+
     if len(fingerprint) not in (_LONG_CHARS, _FINGERPRINT_CHARS):
         reason = "please provide a keyid(16 chars) or a full fingerprint(40 chars)"
         raise KeyFailed(doing="push", reason=reason)
@@ -304,6 +307,8 @@ def search(server: Place, words: str, *, in_full: bool) -> str:
     Raises:
         KeyFailed: it does not answer.
     """
+    from apptainer_py.registry import keyserver
+
     try:
         answer = keyserver.index(server, words)
     except keyserver.KeyserverError as error:

@@ -214,8 +214,8 @@ ABSENT = [
     ["exec", "-n", "--network", "bridge", "{sif}", "true"],
     ["exec", "instance://x", "true"],
     ["exec", "library://alpine", "true"],
-    ["keyserver", "list"],
-    ["pull", "library://x/y"],
+    ["plugin", "list"],
+    ["pull", "library://x/y/z"],
     ["cache", "clean", "--type", "none"],
 ]
 

@@ -251,7 +251,7 @@ def test_accounts(do: Do, closed: str, home: Path, place: Path) -> None:
     (("pull", "--no-https", "oras://HOST/lib/small:1"), "is no SIF image"),
     (("pull", "--dir", "none", "docker://HOST/lib/small:1"), "there is no directory none"),
     (("pull", "shub://a/b"), "Singularity Hub ended"),
-    (("pull", "library://a/b"), "no library client"),
+    (("pull", "library://a/b/c"), "no library client"),
     (("pull", "docker://a//b"), "is no name of an image"),
     (("push", "SIF", "docker://HOST/a"), "Unsupported transport type: docker"),
     (("push", "SIF", "foo"), "bad uri foo"),

@@ -43,14 +43,18 @@ def loaded_by(repository, *modules: str) -> set[str]:
 # What waits for a network anyway: commands load it, and no launch of an image of this machine.
 SLOW = (
     "apptainer_py.builds.artifacts",
+    "apptainer_py.builds.libraries",
     "apptainer_py.builds.remote",
     "apptainer_py.builds.uris",
     "apptainer_py.cache.",
     "apptainer_py.registry.",
     "apptainer_py.verbs.cache",
+    "apptainer_py.verbs.keyserver",
+    "apptainer_py.verbs.library",
     "apptainer_py.verbs.pull",
     "apptainer_py.verbs.push",
     "apptainer_py.verbs.registry",
+    "apptainer_py.verbs.remote",
 )
 
 

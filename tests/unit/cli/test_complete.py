@@ -33,7 +33,7 @@ def test_commands() -> None:
     assert completed("apptainer-py", "-q", "sh") == ["shell"]
     assert completed("apptainer-py", "sif", "s") == ["setprim"]
     assert completed("apptainer-py", "help", "insp") == ["inspect"]
-    assert "remote" not in completed("apptainer-py", "")
+    assert "plugin" not in completed("apptainer-py", "")
 
 
 def test_options() -> None:

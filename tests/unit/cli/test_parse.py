@@ -258,7 +258,7 @@ def test_an_option_that_is_switched_off_is_not_refused() -> None:
 @pytest.mark.parametrize(
     ("image", "error"),
     [
-        ("library://alpine", NotSupported),
+        ("library:alpine", NotSupported),
         ("docker:alpine", NotSupported),
         ("docker-daemon://x", NotSupported),
         ("foo://x", UnknownTransport),
@@ -269,7 +269,7 @@ def test_an_image_from_elsewhere(image: str, error: type[Exception]) -> None:
         parse(["run", image], {})
 
 
-@pytest.mark.parametrize("words", [["remote", "x"], ["plugin"]])
+@pytest.mark.parametrize("words", [["plugin", "x"], ["plugin"]])
 def test_a_command_that_is_not_built(words: list[str]) -> None:
     with pytest.raises(NotSupported) as caught:
         parse(words, {})
@@ -403,7 +403,7 @@ def test_other_commands() -> None:
         ["exec", "--contain=\x1b]0;x\x07", "i"],
         ["\udcff\n"],
         ["run", "\x1b[2J://x"],
-        ["run", "library://\x1b[2J"],
+        ["run", "docker-daemon://\x1b[2J"],
     ],
 )
 def test_what_was_typed_cannot_reach_the_terminal(words: list[str]) -> None:
