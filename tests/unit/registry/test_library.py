@@ -215,7 +215,7 @@ def test_a_token_is_for_its_own_library(
             libraries.fetch(name, how, home, Cache(cache.folder))
         # A library that leads elsewhere does not lead its token there.
         trick(fake, "/v1/imagefile/me/col/img:v1", 303, b"",
-              Location=f"{other.url}/v1/imagefile/me/col/img:v1")  # fmt: skip
+              Location=f"{other.url}/v1/imagefile/me/col/img:v1?arch=amd64")  # fmt: skip
         fresh = Cache(str(tmp_path / "fresh"))
         fresh.prepare()
         libraries.fetch(NAME, Fetching(), home, fresh)
