@@ -1,32 +1,29 @@
-/* Undoes what outlives the processes of a launch of root's: control groups and CNI networks.  What
- * is registered is undone once the container has ended and master's end of the socket is closed,
- * whoever else was killed.  There is none where nothing is registered, and none for a user. */
+/* Makes and undoes what outlives the processes of a launch: CNI networks, and root's control
+ * groups.  What is registered is undone once the container has ended and master's end of the socket
+ * is closed, whoever else was killed.  There is none where nothing is registered; for a user there
+ * is one where the administrator allows a network, and it does nothing else. */
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/capability.h>
 #include <linux/magic.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/vfs.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "starter.h"
+#include "networks.h"
 
-enum { GROUPS_MAX = 32, NETWORKS_MAX = 32, NAME_BYTES = 64, ARGS_BYTES = 1024 };
+enum { GROUPS_MAX = 32 };
 enum { SOCKET_FD = 3, CONTAINER_FD = 4, SPACE_FD = 5, FIRST_FREE_FD = 6 };
 enum { DEPTH_MAX = 16, REMOVE_TRIES = 200, REMOVE_WAIT_MS = 5 };
 enum janitor_phase { WATCH };
-
-static struct network {
-    uint64_t container, interface;     /* numbers: CNI's names are made of them */
-    char plugin[NAME_BYTES], args[ARGS_BYTES];
-    int config_fd;
-} networks[NETWORKS_MAX];
-static size_t network_count;
 
 static char groups[GROUPS_MAX][LIMIT_PATH_BYTES];
 static size_t group_count;
@@ -35,35 +32,25 @@ static const struct launch *janitor_launch;
 /* ---- what is registered ---- */
 
 /* CLEAN_GROUP: a directory of a control group that is about to be made. */
-static int clean_group(const struct op_request *q, int passed) {
+static int clean_group(const struct op_request *q, int passed, struct op_reply *a) {
+    (void)a;
     const char *path = wire_string(q, 0);
-    if (passed >= 0 || !path || path[0] != '/' || q->length[1] || group_count == GROUPS_MAX)
+    if (janitor_launch->flow != FLOW_ROOT || passed >= 0 || !path || path[0] != '/' ||
+        q->length[1] || group_count == GROUPS_MAX)
         return ERR_MALFORMED;
     memcpy(groups[group_count++], path, q->length[0]);
     return ERR_OK;
 }
 
-static bool only_of(const char *text, const char *alphabet) {
-    return text[strspn(text, alphabet)] == '\0';
-}
+static int network_said = -1;          /* what a plugin that has failed gives as its reason */
 
-#define LETTERS "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
-
-/* CLEAN_NETWORK(container, interface): plugin, CNI_ARGS and, as a file, what it reads. */
-static int clean_network(const struct op_request *q, int passed) {
-    const char *plugin = wire_string(q, 0), *args = wire_string(q, 1);
-    if (passed < 0 || !plugin || !args || network_count == NETWORKS_MAX ||
-        q->length[0] > NAME_BYTES || q->length[1] > ARGS_BYTES || !only_of(plugin, LETTERS "_-") ||
-        *plugin == '\0' || !only_of(args, LETTERS "_-=;.:/"))
+/* ADD_NETWORKS: those that keeper has judged.  The value tells which plugin has failed. */
+static int add_networks(const struct op_request *q, int passed, struct op_reply *a) {
+    if (passed >= 0 || q->length[0] || q->length[1] || networks.count == 0)
         return ERR_MALFORMED;
-    int fd = fcntl(passed, F_DUPFD_CLOEXEC, FIRST_FREE_FD);
-    if (fd < 0)
-        return ERR_SETUP;
-    struct network *n = &networks[network_count++];
-    *n = (struct network){.container = q->num[0], .interface = q->num[1], .config_fd = fd};
-    append_text(n->plugin, sizeof(n->plugin), plugin);
-    append_text(n->args, sizeof(n->args), args);
-    return ERR_OK;
+    int error = networks_connect(janitor_launch, SPACE_FD, &a->value, &network_said);
+    a->error = error > 0 ? error : 0;
+    return error == 0 ? ERR_OK : ERR_PLUGIN;
 }
 
 #define ROW_INIT(name, phase, next, times, function)
@@ -76,20 +63,20 @@ static const struct {
     uint32_t op;
     enum janitor_phase phase, next_phase;
     uint32_t times;
-    int (*run)(const struct op_request *, int);
+    int (*run)(const struct op_request *, int, struct op_reply *);
 } table[] = {
 #define OP(name, number, server, phase, next, times, function)                                     \
     ROW_##server(name, phase, next, times, function)
 #include "rows.h"
 };
 
-static int register_one(const struct op_request *q, size_t size, int passed) {
+static int register_one(const struct op_request *q, size_t size, int passed, struct op_reply *a) {
     static uint32_t uses[ARRAY_SIZE(table)];
     if (wire_check_request(q, size) < 0 || q->flags)
         return ERR_MALFORMED;
     for (size_t i = 0; i < ARRAY_SIZE(table); i++)
         if (table[i].op == q->op)
-            return uses[i]++ < table[i].times ? table[i].run(q, passed) : ERR_TIMES;
+            return uses[i]++ < table[i].times ? table[i].run(q, passed, a) : ERR_TIMES;
     return ERR_MALFORMED;
 }
 
@@ -100,10 +87,14 @@ static void listen_to_master(void) {
     ssize_t got;
     while ((got = wire_receive(SOCKET_FD, &q, sizeof(q), &passed)) > 0) {
         struct op_reply a = {.op = q.op};
-        a.code = register_one(&q, (size_t)got, passed);
+        a.code = register_one(&q, (size_t)got, passed, &a);
         if (passed >= 0)
             close(passed);
-        if (wire_send(SOCKET_FD, &a, sizeof(a), -1) < 0)
+        int sent = wire_send(SOCKET_FD, &a, sizeof(a), network_said);
+        if (network_said >= 0)
+            close(network_said);
+        network_said = -1;
+        if (sent < 0)
             return;
     }
 }
@@ -112,48 +103,6 @@ static void wait_for(int fd) {
     struct pollfd one = {.fd = fd, .events = POLLIN};
     while (poll(&one, 1, -1) < 0 && errno == EINTR)
         ;
-}
-
-/* ---- CNI ---- */
-
-NO_RETURN static void run_plugin(const struct network *n) {
-    const char *directory = config_string(&janitor_launch->config, CONFIG_CNI_PLUGIN_PATH);
-    static char program[LIMIT_PATH_BYTES], path[LIMIT_PATH_BYTES + 16] = "CNI_PATH=";
-    char id[64] = "CNI_CONTAINERID=apptainer-py-";
-    char space[64] = "CNI_NETNS=/proc/", name[32] = "CNI_IFNAME=eth";
-    char args[ARGS_BYTES + 16] = "CNI_ARGS=";
-    static char command[] = "CNI_COMMAND=DEL", search[] = "PATH=/usr/sbin:/usr/bin:/sbin:/bin";
-    append_text(program, sizeof(program), directory);
-    append_text(program, sizeof(program), "/");
-    append_text(program, sizeof(program), n->plugin);
-    append_number(id, sizeof(id), n->container);
-    append_number(space, sizeof(space), (uint64_t)getppid());
-    append_text(space, sizeof(space), "/fd/");
-    append_number(space, sizeof(space), SPACE_FD);
-    append_number(name, sizeof(name), n->interface);
-    append_text(path, sizeof(path), directory);
-    append_text(args, sizeof(args), n->args);
-    char *const argv[] = {program, NULL};
-    char *const envp[] = {command, id, space, name, path, args, search, NULL};
-    sigset_t none;
-    sigemptyset(&none);
-    sigprocmask(SIG_SETMASK, &none, NULL);
-    if (lseek(n->config_fd, 0, SEEK_SET) < 0 || dup2(n->config_fd, 0) < 0)
-        _exit(127);
-    /* SAFE: root's own launch: the administrator's program, a clean environment, data on stdin. */
-    execve(program, argv, envp);
-    _exit(127);
-}
-
-static void remove_network(const struct network *n) {
-    int status = -1;
-    pid_t pid = fork();
-    if (pid == 0)
-        run_plugin(n);
-    while (pid > 0 && waitpid(pid, &status, 0) < 0 && errno == EINTR)
-        ;
-    if (status != 0)
-        report("WARNING: ", "a CNI plugin could not undo its part of the container's network");
 }
 
 /* ---- control groups ---- */
@@ -247,27 +196,89 @@ static void remove_groups(bool wait) {
 
 /* ---- the process ---- */
 
+/* The container's own network, never the one that is the host's. */
+static int open_space(const struct launch *l, pid_t container) {
+    char path[64] = "/proc/";
+    struct stat ours, its;
+    append_number(path, sizeof(path), (uint64_t)container);
+    append_text(path, sizeof(path), "/ns/net");
+    /* SAFE: a child of keeper's that has not been reaped; the file is a namespace, or nothing. */
+    const struct raised *raised = privs_raise(CAP_BIT(CAP_SYS_PTRACE));
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    privs_lower(raised);
+    if (fd >= 0 && networks.count > 0 &&
+        (fstat(fd, &its) < 0 || stat("/proc/self/ns/net", &ours) < 0 ||
+         (its.st_dev == ours.st_dev && its.st_ino == ours.st_ino) || l->netns_fd >= 0)) {
+        close(fd);
+        fd = -1;
+    }
+    return fd;
+}
+
+/* Ports that are held stay, behind our own numbers; all that is the caller's goes. */
+static int arrange_ports(void) {
+    int next = FIRST_FREE_FD;
+    for (size_t i = 0; i < networks.count; i++)
+        for (size_t k = 0; k < networks.at[i].port_count; k++) {
+            int *fd = &networks.at[i].ports[k].fd;
+            if (*fd >= 0 && (*fd = fcntl(*fd, F_DUPFD_CLOEXEC, 64)) < 0)
+                return -1;
+        }
+    for (size_t i = 0; i < networks.count; i++)
+        for (size_t k = 0; k < networks.at[i].port_count; k++) {
+            int *fd = &networks.at[i].ports[k].fd;
+            if (*fd >= 0 && (*fd = dup3(*fd, next++, O_CLOEXEC)) < 0)
+                return -1;
+        }
+    return close_range((unsigned)next, ~0U, 0);
+}
+
 /* Our own descriptors at fixed numbers; of the caller's streams the one for warnings alone, and not
- * even that where the caller goes and the instance stays. */
-static int arrange(const struct launch *l, pid_t container, int socket) {
-    char space[64] = "/proc/";
-    append_number(space, sizeof(space), (uint64_t)container);
-    append_text(space, sizeof(space), "/ns/net");
+ * even that where the caller goes and the instance stays, or is no root. */
+static int arrange(const struct launch *l, pid_t container, int socket, int space) {
     int from = fcntl(socket, F_DUPFD_CLOEXEC, 64);
     int process = (int)syscall(SYS_pidfd_open, container, 0);
-    int net = open(space, O_RDONLY | O_CLOEXEC), null = open("/dev/null", O_RDWR | O_CLOEXEC);
+    int net = space, null = open("/dev/null", O_RDWR | O_CLOEXEC);
     if (from < 0 || process < 0 || net < 0 || null < 0)
         return -1;
     process = fcntl(process, F_DUPFD_CLOEXEC, 64);
     net = fcntl(net, F_DUPFD_CLOEXEC, 64);
     null = fcntl(null, F_DUPFD_CLOEXEC, 64);
-    bool stays = (l->plan.flags & PLAN_INSTANCE) != 0;
-    if (dup2(null, 0) < 0 || dup2(null, 1) < 0 || (stays && dup2(null, 2) < 0) ||
+    bool quiet = l->plan.flags & PLAN_INSTANCE || l->flow != FLOW_ROOT;
+    if (dup2(null, 0) < 0 || dup2(null, 1) < 0 || (quiet && dup2(null, 2) < 0) ||
         dup3(from, SOCKET_FD, O_CLOEXEC) < 0 || dup3(process, CONTAINER_FD, O_CLOEXEC) < 0 ||
         dup3(net, SPACE_FD, O_CLOEXEC) < 0)
         return -1;
     trace_fd = -1;
-    return close_range(FIRST_FREE_FD, ~0U, 0);
+    return arrange_ports();
+}
+
+/* A user's limits would end a plugin in the middle, or keep it from undoing.  Where hard limits
+ * cannot be lifted, keeper has refused those that matter. */
+static void lift_limits(void) {
+    static const int lifted[] = {RLIMIT_CPU, RLIMIT_FSIZE, RLIMIT_DATA, RLIMIT_AS};
+    const struct raised *raised = privs_raise(CAP_BIT(CAP_SYS_RESOURCE));
+    for (size_t i = 0; i < ARRAY_SIZE(lifted); i++) {
+        const struct rlimit none = {RLIM_INFINITY, RLIM_INFINITY};
+        /* SAFE: of this process alone, which runs nothing of the caller's. */
+        (void)setrlimit((__rlimit_resource_t)lifted[i], &none);
+    }
+    privs_lower(raised);
+}
+
+/* Root for plugins, with the rights that making and undoing networks takes, and no others. */
+static void find_target(const struct launch *l, struct target_identity *target) {
+    const uint64_t caps = CAP_BIT(CAP_CHOWN) | CAP_BIT(CAP_DAC_OVERRIDE) | CAP_BIT(CAP_FOWNER) |
+                          CAP_BIT(CAP_NET_ADMIN) | CAP_BIT(CAP_NET_RAW) |
+                          CAP_BIT(CAP_NET_BIND_SERVICE) | CAP_BIT(CAP_SYS_ADMIN) |
+                          CAP_BIT(CAP_SYS_PTRACE);
+    if (l->flow == FLOW_ROOT) {
+        stage_target(l, ROLE_HOST_HELPER, target);
+        return;
+    }
+    *target = (struct target_identity){.set_groups = true, .no_new_privs = true};
+    target->caps[CAP_SET_PERMITTED] = target->caps[CAP_SET_EFFECTIVE] =
+        target->caps[CAP_SET_BOUNDING] = caps;
 }
 
 NO_RETURN static void janitor_main(struct launch *l, pid_t container, int socket) {
@@ -275,18 +286,21 @@ NO_RETURN static void janitor_main(struct launch *l, pid_t container, int socket
     trace_set_role(ROLE_HOST_HELPER);
     janitor_launch = l;
     step_begin(STEP_DROP_JANITOR);
-    stage_target(l, ROLE_HOST_HELPER, &target);
-    /* SAFE: root's own rights, for root's own launch; no other flow gets here. */
-    if (privs_drop(&target) < 0 || setsid() < 0 || chdir("/") < 0)
+    find_target(l, &target);
+    int space = open_space(l, container);
+    /* SAFE: root's own rights for root's own launch; for a user's, root without most of them: what
+     * it reads has no field, and what it runs is the administrator's.  The user cannot end it. */
+    if (l->flow != FLOW_ROOT)
+        lift_limits();
+    if (space < 0 || privs_drop(&target) < 0 || setsid() < 0 || chdir("/") < 0)
         _exit(255);
     step_end(STEP_DROP_JANITOR);
     trace_process();
-    if (arrange(l, container, socket) < 0)
+    if (arrange(l, container, socket, space) < 0)
         _exit(255);
     listen_to_master();
     wait_for(CONTAINER_FD);
-    while (network_count > 0)
-        remove_network(&networks[--network_count]);
+    networks_disconnect(l, SPACE_FD);
     close(SPACE_FD);
     remove_groups(false);
     /* Master waits for this; nobody waits for what is left in the background. */
@@ -303,6 +317,7 @@ pid_t janitor_start(struct launch *l, pid_t container, int socket, int signals) 
         close(signals);
         janitor_main(l, container, socket);
     }
+    networks_close();
     step_end(STEP_FORK_JANITOR);
     return pid;
 }

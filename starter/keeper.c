@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #include "loan.h"
+#include "networks.h"
 
 enum { SERVER_PATIENCE_MS = 5000 };
 enum phase { PREPARE, SETUP, RUN, ENDED };
@@ -504,13 +505,35 @@ static int op_netns(struct keeper *k, const union keeper_request *request, size_
     return ERR_OK;
 }
 
-/* JANITOR and a socket: root's launch makes what must be undone whoever dies (janitor.c). */
+static int op_network(struct keeper *k, const union keeper_request *request, size_t size,
+                      int passed, struct op_reply *a) {
+    const struct op_request *q = &request->plain;
+    uint64_t any = q->flags;
+    for (int i = 0; i < 6; i++)
+        any |= q->num[i];
+    (void)a;
+    if (wire_check_request(q, size) < 0 || any != 0 || passed >= 0)
+        return ERR_MALFORMED;
+    return networks_add(k->launch, wire_string(q, 0), wire_string(q, 1));
+}
+
+static int op_port(struct keeper *k, const union keeper_request *request, size_t size, int passed,
+                   struct op_reply *a) {
+    const struct op_request *q = &request->plain;
+    if (wire_check_request(q, size) < 0 || q->flags || q->num[4] || q->num[5] || q->length[0] ||
+        q->length[1] || passed >= 0)
+        return ERR_MALFORMED;
+    return networks_port(k->launch, q->num, &a->error);
+}
+
+/* JANITOR and a socket: this launch makes what must be undone whoever dies (janitor.c); a user's
+ * makes networks that were judged before, and nothing else. */
 static int op_janitor(struct keeper *k, const union keeper_request *request, size_t size,
                       int passed, struct op_reply *a) {
     struct launch *l = k->launch;
     if (no_fields(request, size) < 0 || passed < 0)
         return ERR_MALFORMED;
-    if (l->flow != FLOW_ROOT)
+    if (l->flow != FLOW_ROOT && (l->flow != FLOW_SETUID || networks.count == 0))
         return ERR_REFUSED;
     pid_t pid = janitor_start(l, k->container, passed, k->signals);
     a->error = errno;

@@ -45,7 +45,7 @@ static bool any_match(const struct config *c, enum config_id key, bool group, co
 }
 
 /* The child that asks; returns as fork(2) does. */
-static pid_t fork_asker(const struct launch *l) {
+pid_t names_fork_asker(const struct launch *l) {
     struct target_identity target;
     pid_t pid = fork();
     if (pid != 0)
@@ -62,7 +62,7 @@ static pid_t fork_asker(const struct launch *l) {
 }
 
 /* Its exit status, or -1. */
-static int wait_for_asker(pid_t pid) {
+int names_wait_for_asker(pid_t pid) {
     int status;
     while (waitpid(pid, &status, 0) < 0)
         if (errno != EINTR)
@@ -73,10 +73,10 @@ static int wait_for_asker(pid_t pid) {
 /* 1 yes, 0 no, -1 it could not be found out (which callers treat as no). */
 int names_match(const struct launch *l, enum config_id key, bool group, const gid_t *ids,
                 size_t count) {
-    pid_t pid = fork_asker(l);
+    pid_t pid = names_fork_asker(l);
     if (pid == 0)
         _exit(any_match(&l->config, key, group, ids, count) ? 1 : 0);
-    int answer = pid < 0 ? -1 : wait_for_asker(pid);
+    int answer = pid < 0 ? -1 : names_wait_for_asker(pid);
     return answer == 0 || answer == 1 ? answer : -1;
 }
 
@@ -85,7 +85,7 @@ int names_home(const struct launch *l, char *out, size_t size) {
     int ends[2];
     if (pipe2(ends, O_CLOEXEC) < 0)
         return -1;
-    pid_t pid = fork_asker(l);
+    pid_t pid = names_fork_asker(l);
     if (pid == 0) {
         const struct passwd *p = getpwuid(l->uid);
         size_t length = p ? strlen(p->pw_dir) : 0;
@@ -94,7 +94,7 @@ int names_home(const struct launch *l, char *out, size_t size) {
         _exit(fits ? 1 : 0);
     }
     close(ends[1]);
-    bool found = pid > 0 && wait_for_asker(pid) == 1;
+    bool found = pid > 0 && names_wait_for_asker(pid) == 1;
     ssize_t got = found ? read(ends[0], out, size - 1) : -1;
     close(ends[0]);
     if (got <= 0)
@@ -151,7 +151,7 @@ uint64_t names_granted_caps(const struct launch *l) {
         close(fd);
         return 0;
     }
-    pid_t pid = fork_asker(l);
+    pid_t pid = names_fork_asker(l);
     if (pid == 0)
         _exit(read_grants(l->uid, fd, &granted) == 0 &&
                       write(answer[1], &granted, sizeof(granted)) == (ssize_t)sizeof(granted)
@@ -161,7 +161,7 @@ uint64_t names_granted_caps(const struct launch *l) {
     close(fd);
     ssize_t got = pid < 0 ? -1 : read(answer[0], &granted, sizeof(granted));
     close(answer[0]);
-    if (pid < 0 || wait_for_asker(pid) != 0 || got != (ssize_t)sizeof(granted))
+    if (pid < 0 || names_wait_for_asker(pid) != 0 || got != (ssize_t)sizeof(granted))
         return 0;
     return granted;
 }
@@ -211,7 +211,7 @@ int names_subids(const struct launch *l, struct subid_range range[2]) {
     int answer[2];
     if (pipe2(answer, O_CLOEXEC) < 0)
         return -1;
-    pid_t pid = fork_asker(l);
+    pid_t pid = names_fork_asker(l);
     if (pid == 0) {
         bool told = read_both(l, range) == 0 &&
                     write(answer[1], range, 2 * sizeof(*range)) == (ssize_t)(2 * sizeof(*range));
@@ -220,7 +220,7 @@ int names_subids(const struct launch *l, struct subid_range range[2]) {
     close(answer[1]);
     ssize_t got = pid < 0 ? -1 : read(answer[0], range, 2 * sizeof(*range));
     close(answer[0]);
-    if (pid < 0 || wait_for_asker(pid) != 0 || got != (ssize_t)(2 * sizeof(*range)))
+    if (pid < 0 || names_wait_for_asker(pid) != 0 || got != (ssize_t)(2 * sizeof(*range)))
         return -1;
     for (int i = 0; i < 2; i++) {
         uint32_t own = i == 0 ? l->uid : l->gid;

@@ -1,7 +1,9 @@
-/* Which network namespace a container may join, judged on the open descriptor.  Changes nothing. */
+/* Which network namespace a container may join, judged on the open descriptor, and which CNI
+ * network.  Changes nothing. */
 #include <linux/magic.h>
 #include <linux/nsfs.h>
 #include <sched.h>
+#include <string.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <sys/vfs.h>
@@ -56,6 +58,35 @@ int policy_netns(const struct launch *l, int fd) {
         return ERR_OK;
     case FLOW_SETUID:
         return is_own(l, fd) || (is_listed(l, fd) && is_net_user(l)) ? ERR_OK : ERR_REFUSED;
+    case FLOW_USERNS:
+    case FLOW_CALLER:
+    default:
+        return ERR_REFUSED;
+    }
+}
+
+static bool is_listed_network(const struct launch *l, const char *name) {
+    for (size_t i = 0; i < config_list_count(&l->config, CONFIG_ALLOW_NET_NETWORKS); i++)
+        if (strcmp(config_list_item(&l->config, CONFIG_ALLOW_NET_NETWORKS, i), name) == 0)
+            return true;
+    return false;
+}
+
+/* Plugins run as root, and touch the host: whose launch may have them do so, for which network.
+ * Only a namespace that the starter has made for this very container is ever connected. */
+int policy_network(const struct launch *l, const char *name) {
+    const struct container_plan *plan = &l->plan;
+    if (!(plan->spaces & SPACE_NET) || plan->flags & (PLAN_JOIN | PLAN_JOIN_NET))
+        return ERR_MALFORMED;
+    bool fakeroot = (plan->flags & PLAN_FAKEROOT) != 0;
+    switch (l->flow) {
+    case FLOW_ROOT:
+        return ERR_OK;
+    case FLOW_SETUID:
+        /* Root inside may change its own address: one network is made for that. */
+        if (fakeroot)
+            return strcmp(name, "fakeroot") == 0 ? ERR_OK : ERR_REFUSED;
+        return is_listed_network(l, name) && is_net_user(l) ? ERR_OK : ERR_REFUSED;
     case FLOW_USERNS:
     case FLOW_CALLER:
     default:

@@ -151,12 +151,16 @@ MUST_USE int policy_caller(const struct launch *l, const char **why);
 MUST_USE int policy_plan(const struct launch *l, const struct container_plan *plan);
 MUST_USE int policy_image(const struct launch *l, int image_fd);
 MUST_USE int policy_netns(const struct launch *l, int fd);
+MUST_USE int policy_network(const struct launch *l, const char *name);
 bool policy_limits_images(const struct launch *l);
 bool policy_on_fuse(int fd);
 MUST_USE bool policy_holds_mounts(int fd);
 MUST_USE bool policy_root_lies_on_nothing(void);
 MUST_USE int names_match(const struct launch *l, enum config_id key, bool group, const gid_t *ids,
                          size_t count);
+/* A child that has dropped, and its exit status: for what keeper must not read itself. */
+MUST_USE pid_t names_fork_asker(const struct launch *l);
+MUST_USE int names_wait_for_asker(pid_t pid);
 MUST_USE int names_home(const struct launch *l, char *out, size_t size);
 uint64_t names_granted_caps(const struct launch *l);
 /* The caller's ranges of subordinate ids: [0] of users, [1] of groups. */

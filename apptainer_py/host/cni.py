@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 _ENDINGS = (".conflist", ".conf", ".json")
 _FILE_BYTES_MAX = 1 << 20
-_RESULT_BYTES_MAX = 1 << 20
-_PATH = "PATH=/usr/sbin:/usr/bin:/sbin:/bin"
 _LETTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")
 _NAME = _LETTERS | frozenset("_-")
 _VALUE = _NAME | frozenset(".:/")
@@ -132,8 +130,8 @@ class Arguments:
         self.ports: list[dict[str, Any]] = []
 
     def text(self) -> str:
-        """Return CNI_ARGS; a plugin leaves out what another one understands."""
-        return ";".join(f"{key}={value}" for key, value in (("IgnoreUnknown", "1"), *self.pairs))
+        """Return them as CNI_ARGS has them."""
+        return ";".join(f"{key}={value}" for key, value in self.pairs)
 
 
 def parse_arguments(words: tuple[str, ...], networks: tuple[str, ...]) -> list[Arguments]:
@@ -187,67 +185,36 @@ def port_mapping(text: str) -> dict[str, Any]:
     return {"hostPort": numbers[0], "containerPort": numbers[1], "protocol": layer}
 
 
-def plugin_config(
-    network: Network, number: int, arguments: Arguments, previous: dict[str, Any] | None
-) -> bytes:
-    """Return what a plugin of a network reads on stdin."""
-    import json
-
-    plugin = network.plugins[number]
-    config = {**plugin, "name": network.name, "cniVersion": network.version}
-    capabilities = config.pop("capabilities", None)
-    if isinstance(capabilities, dict) and capabilities.get("portMappings") and arguments.ports:
-        config["runtimeConfig"] = {"portMappings": arguments.ports}
-    if previous is not None:
-        config["prevResult"] = previous
-    return json.dumps(config).encode()
-
-
-def run_plugin(program: str, variables: dict[str, str], config: bytes, kept: int) -> dict[str, Any]:
-    """Run a plugin to add its part; returns what it did.
-
-    `kept` is a descriptor that the plugin holds as long as it runs.
+def check_use(network: Network, arguments: Arguments) -> None:
+    """Refuse ports for a network without a plugin that passes them on.
 
     Raises:
-        PluginFailed: it says, or shows, that it could not.
+        NetworkWrong: says so.
     """
+    able = [one.get("capabilities") for one in network.plugins]
+    if arguments.ports and not any(isinstance(x, dict) and x.get("portMappings") for x in able):
+        raise _wrong(f"the network {network.name} passes no port on")
+
+
+def plugin_reason(path: str, error: int, said: bytes) -> str:
+    """Return why a plugin has failed: what could not be done, or what it says itself."""
     import json
 
-    plugin = program.rpartition("/")[2]
+    if error:
+        return f"{path}: {os.strerror(error).lower()}"
     try:
-        check_own(program, os.stat(program), regular=True)
-    except OSError as error:
-        reason = f"{program}: {(error.strerror or '').lower()}"
-        raise PluginFailed(plugin=plugin, reason=reason) from None
-    stdin, stdout = (os.memfd_create(name, os.MFD_CLOEXEC) for name in ("config", "result"))
-    held = os.dup(kept)
-    os.set_inheritable(held, True)  # noqa: FBT003
-    try:
-        os.write(stdin, config)
-        os.lseek(stdin, 0, os.SEEK_SET)
-        pid = os.posix_spawn(
-            program,
-            [program],
-            dict(pair.split("=", 1) for pair in (_PATH,)) | variables,
-            file_actions=[(os.POSIX_SPAWN_DUP2, stdin, 0), (os.POSIX_SPAWN_DUP2, stdout, 1)],
-            setsigmask=[],
-        )
-        status = os.waitpid(pid, 0)[1]
-        text = os.pread(stdout, _RESULT_BYTES_MAX, 0)
-    except OSError as error:
-        raise PluginFailed(plugin=plugin, reason=(error.strerror or "").lower()) from None
-    finally:
-        for fd in (stdin, stdout, held):
-            os.close(fd)
-    try:
-        result = json.loads(text) if text.strip() or status else {}
+        result = json.loads(said)
     except (ValueError, RecursionError):
         result = None
-    if status != 0 or not isinstance(result, dict):
-        said = result.get("msg") if isinstance(result, dict) else None
-        reason = str(said or "it gave no reason").replace("\n", " ")
-        raise PluginFailed(plugin=plugin, reason=reason)
-    return result
+    text = result.get("msg") if isinstance(result, dict) else None
+    return str(text or "it gave no reason").replace("\n", " ")
+
+
+def port_taken(port: dict[str, Any], error: int) -> NetworkWrong:
+    """Return what says that a port of the host cannot be had."""
+    reason = os.strerror(error).lower() if error else "this protocol is root's"
+    text = f"host port {port['hostPort']}/{port['protocol']} cannot be used: {reason}"
+    return _wrong(text)
 
 
 def check_ports(arguments: Arguments) -> None:
@@ -263,12 +230,11 @@ def check_ports(arguments: Arguments) -> None:
         if port["protocol"] == "sctp":
             continue
         with socket.socket(socket.AF_INET, kind) as one:
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if kind == socket.SOCK_STREAM:
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 one.bind(("", port["hostPort"]))
                 if kind == socket.SOCK_STREAM:
                     one.listen(1)
             except OSError as error:
-                reason = (error.strerror or "").lower()
-                text = f"host port {port['hostPort']}/{port['protocol']} cannot be used: {reason}"
-                raise _wrong(text) from None
+                raise port_taken(port, error.errno or 0) from None

@@ -14,12 +14,13 @@ from apptainer_py.model import protocol
 from apptainer_py.runtime.mounting import StarterGone, refused
 
 _WHAT = "cannot arrange for the end of the launch"
+_REASON_BYTES_MAX = 65536
 
 
 class Janitor:
     """One process of the starter's, which outlives all others; `container_pid` is who it watches.
 
-    `fd` is for programs that master runs meanwhile: while they hold it, nothing is undone yet.
+    While `fd` is open, nothing is undone yet.
     """
 
     __slots__ = ("container_pid", "fd")
@@ -49,10 +50,21 @@ class Janitor:
         """Have a directory of a control group removed."""
         self._register(protocol.OP_CLEAN_GROUP, (), os.fsencode(directory), None, -1)
 
-    def network(self, numbers: tuple[int, int], plugin: str, arguments: str, config: int) -> None:
-        """Have a CNI plugin called to undo its part; `numbers` are the container and interface."""
-        first, second = plugin.encode(), arguments.encode()
-        self._register(protocol.OP_CLEAN_NETWORK, numbers, first, second, config)
+    def connect(self) -> tuple[int, int, int, bytes]:
+        """Have the networks made that keeper has judged.
+
+        Returns an ERR_*, an errno, which plugin has failed, and what that one says.
+        """
+        try:
+            _starter.send_operation(self.fd, protocol.OP_ADD_NETWORKS, 0, (), None, None, -1)
+            code, error, value, fd = _starter.receive_answer(self.fd)
+        except (EOFError, OSError):
+            raise StarterGone(what=_WHAT) from None
+        said = b""
+        if fd >= 0:
+            said = os.pread(fd, _REASON_BYTES_MAX, 0)
+            os.close(fd)
+        return code, error, value, said
 
     def _register(
         self, op: int, numbers: tuple[int, ...], first: bytes, second: bytes | None, fd: int

@@ -147,8 +147,35 @@ class Mounting:
         if code != protocol.ERR_OK:
             raise refused(what, code, error)
 
+    def network(self, name: str, arguments: str) -> tuple[int, int]:
+        """Ask for one of the administrator's networks; returns an ERR_* and an errno."""
+        first, second = name.encode(), arguments.encode()
+        return self._judge(protocol.OP_NETWORK, (), first, second)
+
+    def port(self, numbers: tuple[int, int, int, int]) -> tuple[int, int]:
+        """Ask for a port of the host; returns an ERR_* and an errno.
+
+        `numbers` are the network, the host's port, the container's and the protocol's number.
+        """
+        return self._judge(protocol.OP_PORT, numbers, None, None)
+
+    def _judge(
+        self, wanted: int, numbers: tuple[int, ...], first: bytes | None, second: bytes | None
+    ) -> tuple[int, int]:
+        what = "cannot connect the container to a network"
+        try:
+            _starter.send_operation(self._keeper_fd, wanted, 0, numbers, first, second, -1)
+            op, code, error, _ = _starter.receive_reply(self._keeper_fd)
+        except (EOFError, OSError):
+            raise StarterGone(what=what) from None
+        if op == protocol.EVENT_SERVER_ENDED:
+            raise ImageGone
+        if op != wanted:
+            raise StarterGone(what=what)
+        return code, error
+
     def janitor(self) -> Janitor:
-        """Start the process that undoes what outlives this launch; only root's may have one."""
+        """Start the process that undoes what outlives this launch."""
         from apptainer_py.runtime.janitor import Janitor
 
         return Janitor(self._keeper_fd, self.container_pid)

@@ -1,11 +1,15 @@
-"""CNI networks of root's launches, with Debian's plugins, on a host that is a namespace of its own.
+"""CNI networks with Debian's plugins, on a host that is a namespace of its own: root's, users'.
 
 Bridges, addresses and rules are made in that namespace, which goes with the test.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import time
@@ -33,18 +37,22 @@ class Host:
         assert self.holder.stdout is not None
         assert self.holder.stdout.readline() == b"ready\n"
         self.inside = ["nsenter", "-t", str(self.holder.pid), "-n", "-m"]
+        own = installed.user
+        ids = [f"--reuid={own.pw_uid}", f"--regid={own.pw_gid}", "--clear-groups"]
+        self.as_user = ["setpriv", *ids, "env", "-i", "PATH=/usr/bin", f"HOME={own.pw_dir}"]
 
     def end(self) -> None:
         self.holder.kill()
         self.holder.communicate()
 
-    def start(self, *words: str | Path) -> subprocess.Popen[str]:
-        line = [*self.inside, str(self.installed.program), "exec", *map(str, words)]
+    def start(self, *words: str | Path, user: bool = False) -> subprocess.Popen[str]:
+        who = self.as_user if user else ()
+        line = [*self.inside, *who, str(self.installed.program), "exec", *map(str, words)]
         pipe = subprocess.PIPE
         return subprocess.Popen(line, stdout=pipe, stderr=pipe, text=True, cwd="/")
 
-    def run(self, *words: str | Path) -> tuple[int, str, str]:
-        started = self.start(*words)
+    def run(self, *words: str | Path, user: bool = False) -> tuple[int, str, str]:
+        started = self.start(*words, user=user)
         out, err = started.communicate(timeout=60)
         return started.returncode, out, err
 
@@ -170,17 +178,222 @@ def test_a_port_that_is_taken(host: Host) -> None:
     assert "host port 8082/tcp cannot be used: address already in use" in err
 
 
-def test_a_failing_plugin_undoes_those_before_it(host: Host, tmp_path: Path) -> None:
-    host.installed.configure(f"cni configuration path = {tmp_path}")
-    tmp_path.chmod(0o755)
-    (tmp_path / "x.conflist").write_text(
-        '{"cniVersion": "1.0.0", "name": "own", "plugins": [{"type": "bridge", "bridge": "b0",'
-        ' "ipam": {"type": "host-local", "subnet": "10.99.0.0/24"}}, {"type": "absent"}]}'
-    )
-    try:
-        status, _, err = host.run("--network", "own", host.sif, "true")
-    finally:
-        host.installed.restore()
+def configure(host: Host, file: dict[str, object], more: str = "") -> None:
+    """Have one network more: its directory is root's down from /."""
+    folder = host.installed.sysconfdir / "networks-of-tests"
+    folder.mkdir(exist_ok=True)
+    (folder / "x.conflist").write_text(json.dumps({"cniVersion": "1.0.0", **file}))
+    host.installed.configure(f"cni configuration path = {folder}\n{more}")
+
+
+RANGE = {"type": "host-local", "subnet": "10.99.0.0/24"}
+BRIDGE: dict[str, object] = {"type": "bridge", "bridge": "b0", "ipam": RANGE}
+
+
+@pytest.fixture
+def restored(host: Host) -> Iterator[None]:
+    yield
+    shutil.rmtree(host.installed.sysconfdir / "networks-of-tests", ignore_errors=True)
+    host.installed.restore()
+
+
+def test_a_failing_plugin_undoes_those_before_it(host: Host, restored: None) -> None:
+    configure(host, {"name": "own", "plugins": [BRIDGE, {"type": "absent"}]})
+    status, _, err = host.run("--network", "own", host.sif, "true")
     assert status == 255
     assert 'plugin type="absent" failed (add): /usr/lib/cni/absent: no such file' in err
     eventually(lambda: host.traces() == [], "nothing is left of the network")
+
+
+def allow(host: Host, networks: str = "bridge", more: str = "") -> str:
+    name = host.installed.user.pw_name
+    text = f"allow net users = {name}\nallow net networks = {networks}\n{more}"
+    host.installed.configure(text)
+    return text
+
+
+@pytest.fixture
+def users(host: Host, restored: None) -> Host:
+    """Let the ordinary user join the network bridge."""
+    allow(host)
+    return host
+
+
+def test_a_user_who_may_is_connected(users: Host) -> None:
+    script = "id -u; tail -n +3 /proc/net/dev | cut -d: -f1; grep Cap /proc/self/status"
+    status, out, err = users.run("--net", users.sif, "sh", "-c", script, user=True)
+    assert (status, err) == (0, "")
+    lines = out.split()
+    assert lines[0] == str(users.installed.user.pw_uid)
+    assert {"lo", "eth0"} <= set(lines)
+    assert "CapPrm: 0000000000000000" in " ".join(lines)
+    assert users.traces() == []
+
+
+def bound(host: Host, port: int, kind: str) -> str:
+    """Return what a user is told who binds that port of the host."""
+    script = (
+        "import socket\n"
+        f"s = socket.socket(socket.AF_INET, socket.{kind})\n"
+        "s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)\n"
+        f"s.bind(('', {port}))\n"
+        "s.type == socket.SOCK_STREAM and s.listen()"
+    )
+    line = [*host.inside, *host.as_user, "/usr/bin/python3", "-c", script]
+    return subprocess.run(line, capture_output=True, text=True, check=False).stderr
+
+
+def test_a_users_port_is_passed_on_and_nobody_elses(users: Host) -> None:
+    """While what comes there goes to the container, nobody can believe to have that port."""
+    words = ("--network-args", f"portmap=8080:8000/tcp;portmap=8081:81/udp;IP={HTTP}")
+    listen = "while :; do echo hello | nc -l -p 8000; done"
+    started = users.start("-p", "--net", *words, users.sif, "sh", "-c", listen, user=True)
+    try:
+        assert hello(users, "127.0.0.1:8080") == "hello\n"
+        assert "Address already in use" in bound(users, 8080, "SOCK_STREAM")
+        assert "Address already in use" in bound(users, 8081, "SOCK_DGRAM")
+    finally:
+        started.terminate()
+        started.communicate(timeout=60)
+    eventually(lambda: users.traces() == [], "nothing is left of the network")
+    eventually(lambda: bound(users, 8080, "SOCK_STREAM") == "", "the port is free")
+
+
+def test_what_a_user_can_kill_undoes_no_cleaning(users: Host) -> None:
+    """The janitor is root's, in a session of its own, with the rights for networks alone."""
+    started = users.start("-p", "--net", users.sif, "sleep", "60", user=True)
+    eventually(lambda: len(users.traces()) >= 2, "the network is made")
+    janitor = next(pid for pid in members(started.pid) if "\nUid:\t0\t0\t0\t0\n" in status_of(pid))
+    facts = status_of(janitor)
+    assert re.search(r"Groups:\s*\n", facts)
+    assert "NoNewPrivs:\t1" in facts
+    assert "CapPrm:\t000000000028340b\n" in facts
+    assert "CapBnd:\t000000000028340b\n" in facts
+    script = f"kill -0 {janitor} 2>/dev/null && echo it can be killed; :"
+    line = [*users.inside, *users.as_user, "sh", "-c", script]
+    assert subprocess.run(line, capture_output=True, text=True, check=False).stdout == ""
+    for pid in members(started.pid):
+        if pid != janitor:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    started.communicate(timeout=60)
+    eventually(lambda: users.traces() == [], "nothing is left of the network")
+    eventually(lambda: not Path(f"/proc/{janitor}").exists(), "the janitor has ended")
+
+
+def status_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/status").read_text()
+
+
+def members(pid: int) -> list[int]:
+    """Return a process and its descendants."""
+    found = [pid]
+    for one in found:
+        with contextlib.suppress(FileNotFoundError):
+            found += map(int, Path(f"/proc/{one}/task/{one}/children").read_text().split())
+    return found
+
+
+STATIC = {"type": "static", "addresses": [{"address": "10.98.0.2/24"}]}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--network", "ptp"), "network ptp is for root, and in the setuid flow for those"),
+        (("-u", "--network", "bridge"), "network bridge is for root, and in the setuid flow"),
+        (("--network", "bridge,ptp"), "is for root, and in the setuid flow for those"),
+        (("--network-args", "portmap=80:80/tcp"), "host port 80/tcp cannot be used: permission"),
+        (("--network-args", "portmap=8080:80/sctp"), "8080/sctp cannot be used: this protocol"),
+        (("--network-args", "MAC=02:00:00:00:00:01"), "network bridge: a user may ask for"),
+        (("--network-args", "IP=10.22.0.7;GATEWAY=10.22.0.8"), "network bridge: a user may ask"),
+        (("--network-args", "IP=10.22.0.7/8"), "network bridge: a user may ask for"),
+        (("--network-args", "IP=10.23.0.7"), 'plugin type="bridge" failed (add)'),
+        (("--network-args", "CNI_COMMAND=x"), "network bridge: a user may ask for"),
+    ],
+)
+def test_what_a_user_may_not(users: Host, words: tuple[str, ...], said: str) -> None:
+    status, out, err = users.run("--net", *words, users.sif, "echo", "ran", user=True)
+    assert (status, out) == (255, "")
+    assert said in err
+    eventually(lambda: users.traces() == [], "nothing is left of the network")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "allow net networks = bridge",
+        "allow net users = {name}",
+        "allow net users = root\nallow net networks = bridge",
+        "allow net groups = root\nallow net networks = bridge",
+    ],
+)
+def test_a_user_whom_nobody_allows(host: Host, restored: None, text: str) -> None:
+    host.installed.configure(text.format(name=host.installed.user.pw_name))
+    status, out, err = host.run("--net", host.sif, "echo", "ran", user=True)
+    assert (status, out) == (255, "")
+    assert "network bridge is for root, and in the setuid flow for those" in err
+
+
+def test_an_address_that_is_nobodys_range(host: Host, restored: None) -> None:
+    """Of a network whose plugin believes what it is told, a user tells nothing."""
+    plugin = {"type": "bridge", "bridge": "b0", "ipam": STATIC}
+    more = f"allow net users = {host.installed.user.pw_name}\nallow net networks = own"
+    configure(host, {"name": "own", "plugins": [plugin]}, more)
+    words = ("--network", "own", "--network-args", "IP=10.98.0.1")
+    status, _, err = host.run(*words, host.sif, "true", user=True)
+    assert status == 255
+    assert "network own: a user may ask for" in err
+    assert host.run("--network", "own", host.sif, "true", user=True)[0] == 0
+
+
+def test_a_port_of_another_container_is_taken(users: Host) -> None:
+    words = ("--net", "--network-args", "portmap=8083:80/tcp")
+    first = users.start("-p", *words, users.sif, "sleep", "60", user=True)
+    try:
+        eventually(lambda: len(users.traces()) >= 3, "the network is made")
+        status, _, err = users.run(*words, users.sif, "true", user=True)
+    finally:
+        first.terminate()
+        first.communicate(timeout=60)
+    assert status == 255
+    assert "host port 8083/tcp cannot be used: address already in use" in err
+    eventually(lambda: users.traces() == [], "nothing is left of the network")
+
+
+def test_limits_of_the_callers_stop_no_plugin(users: Host) -> None:
+    """A plugin that could write no file would leave an address reserved for ever."""
+    limited = ["prlimit", "--data=4000000000:4000000000", "--"]
+    program = str(users.installed.program)
+    line = [*users.inside, *users.as_user, *limited, program, "exec", "--net"]
+    line += [str(users.sif), "true"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, cwd="/")
+    if int(re.findall(r"CapBnd:\s(\w+)", status_of(os.getpid()))[0], 16) >> 24 & 1:
+        assert (done.returncode, done.stderr) == (0, "")
+    else:
+        assert done.returncode == 255
+        assert "a hard limit could end a network's plugin" in done.stderr
+    assert users.traces() == []
+
+
+def test_fakeroot_has_the_network_that_is_made_for_it(host: Host, restored: None) -> None:
+    """Root of a container of its own may change addresses: it is a link of its own to the host."""
+    if not has_ranges(host):
+        pytest.skip("did not run: this user has no range of ids")
+    words = ("--fakeroot", "--net", host.sif, "sh", "-c", "id -u; ls /sys/class/net")
+    status, out, err = host.run(*words, user=True)
+    assert status == 0, err
+    assert "WARNING: network bridge is replaced by `fakeroot`, the one of --fakeroot" in err
+    assert out.split()[0] == "0"
+    assert "eth0" in out.split()
+    assert host.traces() == []
+
+
+def has_ranges(host: Host) -> bool:
+    """Return whether the user has ranges of ids, and the setuid flow serves --fakeroot."""
+    name = host.installed.user.pw_name
+    return all(
+        any(line.split(":")[0] == name for line in Path(file).read_text().splitlines())
+        for file in ("/etc/subuid", "/etc/subgid")
+    )

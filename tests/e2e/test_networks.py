@@ -14,7 +14,7 @@ import pytest
 from tests.e2e.three_flows import FLOWS, run
 from tests.own_install import Installation, eventually
 
-NEEDS_ROOT = "CNI networks are for root"
+NEEDS_ROOT = "is for root, and in the setuid flow for those"
 
 
 @pytest.mark.parametrize("flow", FLOWS)

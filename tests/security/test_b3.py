@@ -349,22 +349,27 @@ def test_s16_identities_are_random(tmp_path):
     assert len(seen) == 4
 
 
-def test_s21_no_plugin_runs_for_a_user(own, place):
-    """CVE-2023-38496: around CNI nothing of a user's launch has a right, for nothing is run."""
+def test_s21_only_the_administrators_plugins_run(own, place):
+    """CVE-2023-38496: what runs with a right for a user is root's, down from /."""
     ran = place / "ran"
     plugin = place / "bridge"
     plugin.write_text(f"#!/bin/sh\ntouch {ran}\n")
     plugin.chmod(0o755)
     name = own.user.pw_name
-    own.configure(
-        f"cni plugin path = {place}\nallow net users = {name}\nallow net networks = bridge"
-    )
+    allowed = f"allow net users = {name}\nallow net networks = bridge"
     image = images.own_sif(images.shared_folder())
-    for words in (("--net",), ("--network", "bridge"), ("--net", "--network-args", "IP=1.2.3.4")):
-        for flow in ((), ("-u",)):
-            done = own.run("exec", *flow, *words, image, "true")
-            assert done.returncode == 255
-            assert "CNI networks are for root" in done.stderr
+    for text, said in (
+        (f"cni plugin path = {place}\n{allowed}", 'plugin type="bridge" failed (add)'),
+        (f"cni configuration path = {place}\n{allowed}", "must belong to root"),
+        (f"cni plugin path = {place}\nallow net users = {name}", "network bridge is for root"),
+    ):
+        own.configure(text)
+        done = own.run("exec", "--net", image, "true")
+        assert done.returncode == 255
+        assert said in done.stderr
+    own.configure(f"cni plugin path = {place}\n{allowed}")
+    for words in (("-u", "--net"), ("--net", "--network-args", "MAC=02:00:00:00:00:01")):
+        assert own.run("exec", *words, image, "true").returncode == 255
     assert not ran.exists()
 
 

@@ -106,6 +106,27 @@ def test_user_bind_control(rogue, sif, words, seen):
     assert "Traceback" not in bound.stderr
 
 
+@pytest.mark.parametrize(
+    ("holds", "words"),
+    [
+        ("", ()),
+        ("allow net users = {name}", ()),
+        ("allow net networks = bridge", ()),
+        ("allow net users = root\nallow net networks = bridge", ()),
+        ("allow net users = {name}\nallow net networks = ptp", ()),
+        ("allow net users = {name}\nallow net networks = bridge", ("-u",)),
+    ],
+)
+def test_cni_networks(rogue, sif, holds, words):
+    """A network, and that its plugins run as root, is the starter's to allow."""
+    name = rogue.user.pw_name
+    believed = f"{BELIEVED}\nallow net users = {name}\nallow net networks = bridge"
+    configure(rogue, holds.format(name=name), believed)
+    done = rogue.run("exec", *words, "--net", sif, "true", cwd="/")
+    assert done.returncode == 255
+    assert "network bridge is for root" in done.stderr
+
+
 def test_the_directory_of_the_caller(rogue, sif):
     place = Path(tempfile.mkdtemp(dir=rogue.place))
     place.chmod(0o755)

@@ -302,10 +302,31 @@ void loan_serve(const struct launch *l, const struct loan *s) {
 }
 
 pid_t janitor_start(struct launch *l, pid_t container, int socket, int signals) {
-    must(l->flow == FLOW_ROOT, "a janitor is root's alone");
+    must(l->flow == FLOW_ROOT || (l->flow == FLOW_SETUID && networks.count > 0),
+         "a janitor is root's, or has networks to make that were judged");
+    must(!dropped, "and comes before the end of all rights");
     must(fcntl(socket, F_GETFD) >= 0 && fcntl(signals, F_GETFD) >= 0, "and has its descriptors");
     (void)container;
     return dice(2) == 0 ? -1 : 1 << 22;
+}
+
+struct networks networks;
+
+int networks_add(const struct launch *l, const char *name, const char *args) {
+    must(is_on_record && !dropped, "of a container that stands");
+    must(!name || strlen(name) < LIMIT_PATH_BYTES, "a name ends");
+    must(!args || strlen(args) < LIMIT_PATH_BYTES, "so do arguments");
+    if (l->flow == FLOW_USERNS || !name || dice(2) == 0 || networks.count == NETWORKS_MAX)
+        return ERR_REFUSED;
+    networks.count++;
+    return ERR_OK;
+}
+
+int networks_port(const struct launch *l, const uint64_t num[6], int *error) {
+    (void)l;
+    must(num[4] == 0 && num[5] == 0, "nothing more is said of a port");
+    *error = EACCES;
+    return dice(2) == 0 ? ERR_PORT : ERR_OK;
 }
 
 int join_start(struct launch *l, int process_fd, pid_t *pid, int *error) {

@@ -115,7 +115,7 @@ class Creation:
         assert self.prepared.networks is not None
         self.mounting.settle()
         if isinstance(self.prepared.networks, network.Networks):
-            network.join(self.prepared.networks, self.janitor())
+            network.join(self.prepared.networks, self.mounting, self.janitor)
         else:
             self.prepared.networks.connect(self.mounting)
 

@@ -2,38 +2,41 @@
 
 from __future__ import annotations
 
-import os
-import time
-
 from apptainer_py.base import build, log
 from apptainer_py.base.errors import LaunchError, NotSupported
 from apptainer_py.engines.apptainer.policy import NotPermitted
 from apptainer_py.host import cni
 from apptainer_py.model import protocol
+from apptainer_py.runtime.mounting import refused
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from collections.abc import Callable, Mapping
 
     from apptainer_py.engines.apptainer.joined import Existing, UserNetwork
     from apptainer_py.host.cni import Arguments, Network
     from apptainer_py.model.request import ActionRequest
     from apptainer_py.runtime.contexts import PrepareContext
     from apptainer_py.runtime.janitor import Janitor
+    from apptainer_py.runtime.mounting import Mounting
 
 
 DEFAULT = "bridge"
 NONE = "none"
 USER = "user"
+FAKEROOT = "fakeroot"
+_PLUGINS = 8
+_PROTOCOLS = {"tcp": 6, "udp": 17, "sctp": 132}
+_WISHES = "a user may ask for `portmap` and, of a range that host-local keeps, for `IP`"
 DIRECTORY = f"{build.SYSCONFDIR}/network"
 
 
-class RootOnly(NotPermitted):
-    """A network that only root can have."""
+class NotAllowed(NotPermitted):
+    """A network that this caller cannot have."""
 
     message = (
-        "container creation failed: CNI networks are for root, whatever `allow net networks` says: "
-        "their plugins run as root, and nothing of a user's launch does"
+        "container creation failed: network {name} is for root, and in the setuid flow for those "
+        "whom `allow net users` or `allow net groups` names, if `allow net networks` has it"
     )
     hint = "use `--network user` or `--network none`, or leave --net out for the host's network"
 
@@ -43,16 +46,19 @@ class NotAnAddress(LaunchError):
 
 
 class Networks:
-    """The networks of one container, and what the caller says about each."""
+    """The administrator's networks of one container, and what the caller says about each."""
 
-    __slots__ = ("arguments", "flags", "networks", "plugins")
+    __slots__ = ("arguments", "directory", "flags", "names", "plugins", "user")
 
     def __init__(
-        self, networks: tuple[Network, ...], arguments: list[Arguments], plugins: str
-    ) -> None:
-        self.networks = networks
+        self, names: tuple[str, ...], networks: tuple[Network, ...], arguments: list[Arguments],
+        *, directory: str, user: bool,
+    ) -> None:  # fmt: skip
+        self.directory = directory
+        self.names = names
+        self.plugins = [[str(one["type"]) for one in network.plugins] for network in networks]
         self.arguments = arguments
-        self.plugins = plugins
+        self.user = user
         self.flags = 0
 
     def close(self) -> None:
@@ -65,7 +71,7 @@ def judge(
     """Return the networks that a container of its own network joins, None for none.
 
     Raises:
-        RootOnly: this caller may join none of them.
+        NotAllowed: this caller may not join one of them.
         NetworkWrong: there is no such network, or an argument is wrong.
     """
     facts = context.facts
@@ -89,72 +95,67 @@ def judge(
             raise cni.NetworkWrong(text="the network user takes no argument but portmap")
         cni.check_ports(arguments[0])
         return UserNetwork(arguments[0], context)
-    if facts.flow != protocol.FLOW_ROOT:
-        raise RootOnly
+    user = facts.flow != protocol.FLOW_ROOT
+    if action.fakeroot and user:
+        names = _of_fakeroot(names)
+    elif user and (
+        facts.flow != protocol.FLOW_SETUID or not _are_listed(names, facts.configuration)
+    ):
+        raise NotAllowed(name=names[0])
     directory = str(facts.configuration["cni configuration path"]) or DIRECTORY
     networks = cni.find_networks(directory, names)
     arguments = cni.parse_arguments(action.network_args, names)
-    for one in arguments:
-        cni.check_ports(one)
-    return Networks(networks, arguments, str(facts.configuration["cni plugin path"]))
+    for network, one in zip(networks, arguments, strict=True):
+        cni.check_use(network, one)
+    directory = str(facts.configuration["cni plugin path"])
+    return Networks(names, networks, arguments, directory=directory, user=user)
 
 
-def join(networks: Networks, janitor: Janitor) -> None:
-    """Have the plugins connect the container; what they make, the janitor has them undo."""
-    number = time.time_ns()
-    for at, network in enumerate(networks.networks):
-        Joining(networks, janitor, (number, at)).run(network)
+def _are_listed(names: tuple[str, ...], configuration: Mapping[str, object]) -> bool:
+    listed = configuration["allow net networks"]
+    return isinstance(listed, tuple | list) and all(name in listed for name in names)
 
 
-class Joining:
-    """One network that a container joins as its interface `eth<N>`."""
+def _of_fakeroot(names: tuple[str, ...]) -> tuple[str, ...]:
+    if names != (FAKEROOT,):
+        log.warning(f"network {','.join(names)} is replaced by `{FAKEROOT}`, the one of --fakeroot")
+    return (FAKEROOT,)
 
-    def __init__(self, networks: Networks, janitor: Janitor, numbers: tuple[int, int]) -> None:
-        self.numbers = numbers
-        self.janitor = janitor
-        self.arguments = networks.arguments[numbers[1]]
-        self.directory = networks.plugins
-        self.configs: list[int] = []
 
-    def run(self, network: Network) -> None:
-        """Run the plugins in order; each begins with what the one before it has done."""
-        previous = None
-        for number, plugin in enumerate(network.plugins):
-            self.register(network, number, previous)
-            config = cni.plugin_config(network, number, self.arguments, previous)
-            program = f"{self.directory}/{plugin['type']}"
-            done = cni.run_plugin(program, self.variables(), config, self.janitor.fd)
-            previous = done or previous
-            for at, fd in enumerate(self.configs):
-                self.write(fd, network, at, previous)
-        for fd in self.configs:
-            os.close(fd)
+def join(networks: Networks, mounting: Mounting, janitor: Callable[[], Janitor]) -> None:
+    """Have the starter judge each network and port, and then the janitor run the plugins.
 
-    def register(self, network: Network, number: int, previous: dict[str, Any] | None) -> None:
-        """Tell the janitor before anything is made; it reads the file when all has ended."""
-        fd = os.memfd_create("network", os.MFD_CLOEXEC)
-        self.configs.append(fd)
-        self.write(fd, network, number, previous)
-        plugin = network.plugins[number]["type"]
-        self.janitor.network(self.numbers, plugin, self.arguments.text(), fd)
+    Raises:
+        NotAllowed: the starter refuses a network.
+        NetworkWrong: it cannot use it, or a port.
+        PluginFailed: a plugin could not do its part.
+    """
+    for at, name in enumerate(networks.names):
+        _add(networks, mounting, at, name)
+    code, error, which, said = janitor().connect()
+    if code != protocol.ERR_OK:
+        plugin = networks.plugins[which // _PLUGINS][which % _PLUGINS]
+        path = f"{networks.directory}/{plugin}"
+        raise cni.PluginFailed(plugin=plugin, reason=cni.plugin_reason(path, error, said))
 
-    def write(
-        self, fd: int, network: Network, number: int, previous: dict[str, Any] | None
-    ) -> None:
-        """Write what undoing needs, in one call: a reader finds the old text or the new."""
-        text = cni.plugin_config(network, number, self.arguments, previous)
-        os.pwrite(fd, text.ljust(os.fstat(fd).st_size), 0)
 
-    def variables(self) -> dict[str, str]:
-        """Return the environment of a plugin, which has nothing of the caller's."""
-        return {
-            "CNI_COMMAND": "ADD",
-            "CNI_CONTAINERID": f"apptainer-py-{self.numbers[0]}",
-            "CNI_NETNS": f"/proc/{self.janitor.container_pid}/ns/net",
-            "CNI_IFNAME": f"eth{self.numbers[1]}",
-            "CNI_PATH": self.directory,
-            "CNI_ARGS": self.arguments.text(),
-        }
+def _add(networks: Networks, mounting: Mounting, at: int, name: str) -> None:
+    arguments = networks.arguments[at]
+    code, error = mounting.network(name, arguments.text())
+    if code == protocol.ERR_REFUSED and networks.user and arguments.pairs:
+        raise cni.NetworkWrong(text=f"network {name}: {_WISHES}")
+    if code == protocol.ERR_REFUSED:
+        raise NotAllowed(name=name)
+    if code not in (protocol.ERR_OK, protocol.ERR_NETWORK):
+        raise refused(f"network {name}", code, error)
+    if code == protocol.ERR_NETWORK:
+        text = f"network {name}: its files and their directories must be root's down from /"
+        raise cni.NetworkWrong(text=text)
+    for port in arguments.ports:
+        numbers = (at, port["hostPort"], port["containerPort"], _PROTOCOLS[port["protocol"]])
+        code, error = mounting.port(numbers)
+        if code != protocol.ERR_OK:
+            raise cni.port_taken(port, error)
 
 
 def resolv_conf(servers: str) -> bytes:

@@ -89,9 +89,9 @@ def test_files_that_somebody_else_could_change(own: None, tmp_path: Path) -> Non
 def test_arguments_belong_to_a_network() -> None:
     words = ("IP=10.0.0.2;MAC=02:00:00:00:00:01", "b:portmap=8080:80/tcp;X=y", "portmap=53/udp")
     first, second = cni.parse_arguments(words, ("a", "b"))
-    assert first.text() == "IgnoreUnknown=1;IP=10.0.0.2;MAC=02:00:00:00:00:01"
+    assert first.text() == "IP=10.0.0.2;MAC=02:00:00:00:00:01"
     assert first.ports == [{"hostPort": 53, "containerPort": 53, "protocol": "udp"}]
-    assert second.text() == "IgnoreUnknown=1;X=y"
+    assert second.text() == "X=y"
     assert second.ports == [{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}]
 
 
@@ -110,51 +110,25 @@ def test_arguments_that_could_be_more(word: str) -> None:
     assert str(caught.value).startswith("container creation failed: ")
 
 
-def test_what_a_plugin_reads() -> None:
-    network = cni.Network(name="lan", version="1.0.0", plugins=tuple(CHAIN["plugins"]))
+def test_ports_need_a_plugin_that_passes_them_on() -> None:
     arguments = cni.parse_arguments(("portmap=80/tcp",), ("lan",))[0]
-    first = json.loads(cni.plugin_config(network, 0, arguments, None))
-    assert first == {**CHAIN["plugins"][0], "name": "lan", "cniVersion": "1.0.0"}
-    second = json.loads(cni.plugin_config(network, 1, arguments, {"ips": []}))
-    assert second == {
-        "type": "portmap", "name": "lan", "cniVersion": "1.0.0", "prevResult": {"ips": []},
-        "runtimeConfig": {"portMappings": arguments.ports},
-    }  # fmt: skip
-
-
-def plugin(place: Path, script: str) -> str:
-    path = write(place, "plugin", f"#!/bin/sh\n{script}\n")
-    path.chmod(0o755)
-    return str(path)
-
-
-def test_a_plugin_has_a_clean_environment(own: None, tmp_path: Path) -> None:
-    script = (
-        """read -r x; printf '{"env": "%s", "read": "%s"}' "$(env | sort | tr '\\n' ' ')" "$x" """
-    )
-    done = cni.run_plugin(plugin(tmp_path, script), {"CNI_COMMAND": "ADD"}, b"config\n", 1)
-    names = {word.partition("=")[0] for word in done["env"].split()}
-    assert names <= {"CNI_COMMAND", "PATH", "PWD", "_", "OLDPWD", "SHLVL"}
-    assert done["read"] == "config"
+    able = cni.Network(name="lan", version="1.0.0", plugins=tuple(CHAIN["plugins"]))
+    cni.check_use(able, arguments)
+    unable = cni.Network(name="lan", version="1.0.0", plugins=tuple(CHAIN["plugins"][:1]))
+    cni.check_use(unable, cni.Arguments())
+    with pytest.raises(cni.NetworkWrong, match="the network lan passes no port on"):
+        cni.check_use(unable, arguments)
 
 
 @pytest.mark.parametrize(
-    ("script", "said"),
+    ("error", "said", "reason"),
     [
-        ("""echo '{"code": 7, "msg": "no room"}'; exit 1""", "failed (add): no room"),
-        ("exit 1", "failed (add): it gave no reason"),
-        ("echo nonsense", "failed (add): it gave no reason"),
-        ("kill -9 $$", "failed (add): it gave no reason"),
+        (0, b'{"code": 7, "msg": "no\\nroom"}', "no room"),
+        (0, b"", "it gave no reason"),
+        (0, b"nonsense", "it gave no reason"),
+        (0, b"[" * 5000, "it gave no reason"),
+        (2, b"", "/x/bridge: no such file or directory"),
     ],
 )
-def test_a_plugin_that_fails(own: None, tmp_path: Path, script: str, said: str) -> None:
-    with pytest.raises(cni.PluginFailed) as caught:
-        cni.run_plugin(plugin(tmp_path, script), {}, b"{}", 1)
-    assert said in str(caught.value)
-
-
-def test_a_plugin_that_is_not_roots(own: None, tmp_path: Path) -> None:
-    program = plugin(tmp_path, "echo {}")
-    os.chown(program, 1, 1)
-    with pytest.raises(cni.NetworkWrong, match="must belong to root"):
-        cni.run_plugin(program, {}, b"{}", 1)
+def test_why_a_plugin_failed(error: int, said: bytes, reason: str) -> None:
+    assert cni.plugin_reason("/x/bridge", error, said) == reason

@@ -1,0 +1,198 @@
+/* In the janitor: the plugins of a container's networks.  Each is the administrator's own program,
+ * reads the administrator's own file, and is told where the container's network is. */
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/capability.h>
+#include <netinet/in.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/random.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "networks.h"
+
+enum { RESULT_BYTES = 262144, PLUGIN_LOST = 127 };
+
+static uint64_t container_number;      /* nobody's choice: what CNI keeps is known by it */
+
+struct call {
+    const struct network *network;
+    const struct network_plugin *plugin;
+    size_t interface;
+    bool add;
+};
+
+static bool put(int fd, const char *bytes, size_t length) {
+    return write(fd, bytes, length) == (ssize_t)length;
+}
+
+static bool put_text(int fd, const char *text) {
+    return put(fd, text, strlen(text));
+}
+
+static const char *protocol_name(uint16_t number) {
+    return number == IPPROTO_TCP ? "tcp" : number == IPPROTO_UDP ? "udp" : "sctp";
+}
+
+static bool put_ports(int fd, const struct network *n) {
+    bool good = put_text(fd, ",\"runtimeConfig\":{\"portMappings\":[");
+    for (size_t i = 0; i < n->port_count; i++) {
+        const struct network_port *p = &n->ports[i];
+        good = good && dprintf(fd, "%s{\"hostPort\":%u,\"containerPort\":%u,\"protocol\":\"%s\"}",
+                               i ? "," : "", (unsigned)p->host, (unsigned)p->inside,
+                               protocol_name(p->protocol)) > 0;
+    }
+    return good && put_text(fd, "]}");
+}
+
+/* What the plugin before it has said, as it stands: it is root's program too. */
+static bool put_result(int fd, int result) {
+    static char text[RESULT_BYTES];
+    ssize_t got = pread(result, text, sizeof(text), 0);
+    return got > 0 && (size_t)got < sizeof(text) && put_text(fd, ",\"prevResult\":") &&
+           put(fd, text, (size_t)got);
+}
+
+/* The members of the file's object, and ours behind them: of two of one name the last counts. */
+static int compose(const struct call *c) {
+    const struct network *n = c->network;
+    int fd = memfd_create("network", MFD_CLOEXEC);
+    bool good = fd >= 0 && put_text(fd, "{") &&
+                put(fd, n->file.text + c->plugin->from, c->plugin->length) &&
+                put_text(fd, ",\"name\":\"") && put_text(fd, n->name) &&
+                put_text(fd, "\",\"cniVersion\":\"") && put_text(fd, n->file.version) &&
+                put_text(fd, "\"");
+    if (good && c->plugin->maps_ports && n->port_count > 0)
+        good = put_ports(fd, n);
+    if (good && n->result >= 0)
+        good = put_result(fd, n->result);
+    if (good && put_text(fd, "}") && lseek(fd, 0, SEEK_SET) == 0)
+        return fd;
+    if (fd >= 0)
+        close(fd);
+    return -1;
+}
+
+/* By descriptor: what was looked at is what runs.  A script has no interpreter that was looked at,
+ * and is not run. */
+static int open_plugin(const struct launch *l, const char *type) {
+    static struct config_error why;
+    static char path[LIMIT_PATH_BYTES];
+    path[0] = '\0';
+    append_text(path, sizeof(path), config_string(&l->config, CONFIG_CNI_PLUGIN_PATH));
+    append_text(path, sizeof(path), "/");
+    append_text(path, sizeof(path), type);
+    memset(&why, 0, sizeof(why));
+    return config_open_trusted(path, INT32_MAX, &why);
+}
+
+NO_RETURN static void become_plugin(const struct launch *l, const struct call *c, int program,
+                                    int space) {
+    static char path[LIMIT_PATH_BYTES + 16] = "CNI_PATH=", args[NETWORK_ARGS_BYTES + 32];
+    char id[64] = "CNI_CONTAINERID=apptainer-py-", interface[32] = "CNI_IFNAME=eth";
+    char place[64] = "CNI_NETNS=/proc/", name[] = "plugin";
+    char command[32] = "CNI_COMMAND=", search[] = "PATH=/usr/sbin:/usr/bin:/sbin:/bin";
+    append_text(command, sizeof(command), c->add ? "ADD" : "DEL");
+    append_number(id, sizeof(id), container_number);
+    append_number(interface, sizeof(interface), c->interface);
+    append_number(place, sizeof(place), (uint64_t)getppid());
+    append_text(place, sizeof(place), "/fd/");
+    append_number(place, sizeof(place), (uint64_t)space);
+    append_text(path, sizeof(path), config_string(&l->config, CONFIG_CNI_PLUGIN_PATH));
+    append_text(args, sizeof(args), "CNI_ARGS=IgnoreUnknown=1");
+    append_text(args, sizeof(args), *c->network->args ? ";" : "");
+    append_text(args, sizeof(args), c->network->args);
+    char *const argv[] = {name, NULL};
+    char *const envp[] = {command, id, place, interface, path, args, search, NULL};
+    sigset_t none;
+    sigemptyset(&none);
+    sigprocmask(SIG_SETMASK, &none, NULL);
+    umask(022);
+    /* SAFE: the administrator's program, which nobody else can write or replace; the environment is
+     * closed, stdin the administrator's text, no descriptor is the caller's. */
+    (void)syscall(SYS_execveat, program, "", argv, envp, AT_EMPTY_PATH);
+    _exit(PLUGIN_LOST);
+}
+
+static int wait_for(pid_t pid) {
+    int status;
+    while (waitpid(pid, &status, 0) < 0)
+        if (errno != EINTR)
+            return -1;
+    return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+}
+
+/* 0, or what went wrong: an errno, or -1 where the plugin says why, in *said. */
+static int run(const struct launch *l, const struct call *c, int space, int *said) {
+    *said = -1;
+    int program = open_plugin(l, c->plugin->type);
+    if (program < 0)
+        return -program;
+    int in = compose(c), out = memfd_create("result", MFD_CLOEXEC), status = -1;
+    pid_t pid = in < 0 || out < 0 ? -1 : fork();
+    if (pid == 0) {
+        if (dup2(0, 2) < 0 || dup2(in, 0) < 0 || dup2(out, 1) < 0) /* 0 is /dev/null */
+            _exit(PLUGIN_LOST);
+        become_plugin(l, c, program, space);
+    }
+    if (pid > 0)
+        status = wait_for(pid);
+    close(program);
+    if (in >= 0)
+        close(in);
+    *said = out;
+    return status == 0 ? 0 : -1;
+}
+
+/* One that says nothing leaves the result of the one before it. */
+static void keep_result(struct network *n, int said) {
+    struct stat st;
+    if (fstat(said, &st) < 0 || st.st_size == 0) {
+        close(said);
+        return;
+    }
+    if (n->result >= 0)
+        close(n->result);
+    n->result = said;
+}
+
+/* ADD_NETWORKS: all of them, in order.  A plugin counts as begun before it runs. */
+int networks_connect(const struct launch *l, int space, uint32_t *which, int *said) {
+    if (getrandom(&container_number, sizeof(container_number), 0) != sizeof(container_number))
+        return EAGAIN;
+    for (size_t i = 0; i < networks.count; i++) {
+        struct network *n = &networks.at[i];
+        for (uint32_t k = 0; k < n->file.plugin_count; k++) {
+            struct call c = {n, &n->file.plugins[k], i, true};
+            n->begun = k + 1;
+            *which = (uint32_t)i * PLUGINS_MAX + k;
+            int error = run(l, &c, space, said);
+            if (error != 0)
+                return error;
+            keep_result(n, *said);
+            *said = -1;
+        }
+    }
+    return 0;
+}
+
+/* In reverse order; what one cannot undo does not keep the others from it. */
+void networks_disconnect(const struct launch *l, int space) {
+    bool good = true;
+    for (size_t i = networks.count; i-- > 0;)
+        for (struct network *n = &networks.at[i]; n->begun > 0; n->begun--) {
+            struct call c = {n, &n->file.plugins[n->begun - 1], i, false};
+            int said;
+            int error = run(l, &c, space, &said);
+            good = good && (error == 0 || error == ENOENT);
+            if (said >= 0)
+                close(said);
+        }
+    if (!good)
+        report("WARNING: ", "a CNI plugin could not undo its part of the container's network");
+}

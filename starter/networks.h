@@ -1,0 +1,59 @@
+/* CNI networks of one container: the administrator's files, who may have which, and the plugins. */
+#ifndef APY_NETWORKS_H
+#define APY_NETWORKS_H
+
+#include "starter.h"
+
+enum { NETWORKS_MAX = 8, PLUGINS_MAX = 8, PORTS_MAX = 16, NETWORK_FILE_BYTES = 32768 };
+enum { NETWORK_NAME_BYTES = 64, NETWORK_ARGS_BYTES = 1024 };
+
+/* What one plugin reads begins with these members of its object; the rest is ours. */
+struct network_plugin {
+    char type[NETWORK_NAME_BYTES];
+    uint32_t from, length;             /* in the file's text */
+    bool maps_ports;
+};
+/* Fixed size, no pointers: a child that has dropped hands it over. */
+struct network_file {
+    char version[16];
+    uint32_t plugin_count;
+    bool host_local;                   /* addresses are of the range given there */
+    struct network_plugin plugins[PLUGINS_MAX];
+    char text[NETWORK_FILE_BYTES];
+};
+struct network_port {
+    uint16_t host, inside, protocol;
+    int fd;                            /* bound, so that it is nobody else's meanwhile; or -1 */
+};
+struct network {
+    char name[NETWORK_NAME_BYTES], args[NETWORK_ARGS_BYTES];
+    struct network_file file;
+    struct network_port ports[PORTS_MAX];
+    size_t port_count;
+    uint32_t begun;                    /* plugins that were told to add their part */
+    int result;                        /* what the last one said, or -1 */
+};
+struct networks {
+    size_t count, port_count;
+    struct network at[NETWORKS_MAX];
+};
+extern struct networks networks;
+
+/* network_file.c; run without any privilege: 1 found, 0 another network, -1 none at all */
+MUST_USE int network_read(const char *text, size_t size, const char *name,
+                          struct network_file *out);
+bool network_is_name(const char *text);
+/* What a child has handed over is within its bounds. */
+MUST_USE bool network_fits(const struct network_file *file);
+MUST_USE int network_find(const struct launch *l, const char *name, struct network_file *out);
+
+/* networks.c, in keeper: enum err */
+MUST_USE int networks_add(const struct launch *l, const char *name, const char *args);
+MUST_USE int networks_port(const struct launch *l, const uint64_t num[6], int *error);
+void networks_close(void);
+
+/* network_run.c, in the janitor */
+MUST_USE int networks_connect(const struct launch *l, int space, uint32_t *which, int *said);
+void networks_disconnect(const struct launch *l, int space);
+
+#endif
