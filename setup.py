@@ -52,6 +52,7 @@ GENERATED_BY_TOOL = (
     ("gen_protocol.py", "starter/protocol.def", "apptainer_py/model/protocol.py"),
     ("gen_directives.py", None, "apptainer_py/model/directive_table.py"),
     ("gen_options.py", None, "starter/generated/options.h"),
+    ("gen_api.py", None, "apptainer_py/api/keywords.pyi"),
 )
 GENERATED = (
     "apptainer_py/base/build.py",

@@ -100,6 +100,27 @@ class Installation:
             self.place(source, f"{target}.new", 0o644)
             print(f"install: {target} is kept; the new default is {target}.new")
 
+    def place_link(self, target: str, link: str) -> None:
+        """Let a name lead to what is installed, unless somebody else's file has that name."""
+        if os.path.lexists(link) and not os.path.islink(link):
+            print(f"install: warning: {link} is not ours; it stays as it is")
+            return
+        above = os.path.dirname(link)
+        missing = []
+        while not os.path.isdir(above):
+            missing.append(above)
+            above = os.path.dirname(above)
+        for path in reversed(missing):
+            os.mkdir(path, 0o755)
+        self.now.directories.update(missing)
+        # A directory that an earlier installation has made is still ours.
+        parents = {os.path.dirname(link), os.path.dirname(os.path.dirname(link))}
+        self.now.directories |= self.before.directories & parents
+        fresh = f"{link}.{os.urandom(6).hex()}"
+        os.symlink(os.path.relpath(target, os.path.dirname(link)), fresh)
+        os.rename(fresh, link)
+        self.now.files[link] = "-"
+
     def finish(self) -> None:
         """Write the list, then remove what an earlier installation had and this one has not."""
         with tempfile.NamedTemporaryFile("w", encoding="utf-8") as stream:
@@ -248,7 +269,7 @@ def place_all(installation: Installation, built: Path, *, setuid: bool) -> None:
     """Put every file in its place, what older launches may still be reading first by rename."""
     package = built / "package"
     for source in sorted((package / "apptainer_py").rglob("*")):
-        if source.suffix in (".py", ".pyc", ".so"):
+        if source.suffix in (".py", ".pyc", ".pyi", ".so") or source.name == "py.typed":
             name = source.relative_to(package)
             installation.place(source, f"{installation.library}/{name}", 0o644)
     for source in sorted((CHECKOUT / "etc").rglob("*")):
@@ -276,6 +297,9 @@ def place_all(installation: Installation, built: Path, *, setuid: bool) -> None:
         installation.place(built / name, f"{installation.prefix}/bin/{name}", 0o755)
     if setuid:
         installation.place(built / "starter", f"{libexec}/starter-suid", 0o711)
+    # Where Debian's Python looks, if the prefix is /usr/local: programs of users import it.
+    packages = f"{installation.prefix}/lib/python{sysconfig.get_python_version()}/dist-packages"
+    installation.place_link(f"{installation.library}/apptainer_py", f"{packages}/apptainer_py")
     installation.finish()
     if setuid:
         # Last of all: until here nothing new holds privilege, nor does a file of another name.

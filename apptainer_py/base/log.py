@@ -24,6 +24,8 @@ colour: bool | None = None
 stage = "cli"
 # Takes level and text of every message instead, where a command line has a form of its own.
 writer: Callable[[int, str], None] | None = None
+# The same for one thread, by its number: who calls us as a library decides where messages go.
+_listeners: dict[int, Callable[[int, str], None]] = {}
 
 
 def set_level(number: int) -> None:
@@ -32,14 +34,54 @@ def set_level(number: int) -> None:
     level = number
 
 
+class TellingThisThread:
+    """While it is entered, messages of this thread go to a function, and none to stderr."""
+
+    def __init__(self, listener: Callable[[int, str], None]) -> None:
+        self._listener = listener
+        self._before: Callable[[int, str], None] | None = None
+
+    def __enter__(self) -> None:
+        self._before = listener()
+        _listeners[_thread_number()] = self._listener
+
+    def __exit__(self, *_error: object) -> None:
+        if self._before is None:
+            del _listeners[_thread_number()]
+        else:
+            _listeners[_thread_number()] = self._before
+
+
+def listener() -> Callable[[int, str], None] | None:
+    """Return what this thread's messages go to, or None."""
+    return _listeners.get(_thread_number()) if _listeners else None
+
+
+def forget_listeners() -> None:
+    """Have messages go to stderr again, in a process that was forked off a caller's."""
+    _listeners.clear()
+
+
+def name(kind: int) -> str:
+    """Return what a level is called: WARNING, INFO, ..."""
+    return _NAMES.get(kind, "INFO")
+
+
+def _thread_number() -> int:
+    from _thread import get_ident
+
+    return get_ident()
+
+
 def _printable(text: str) -> str:
     # A name that an image or a user chose must not move the cursor or start a second line.
     return "".join(c if c.isprintable() or c == "\t" else ascii(c)[1:-1] for c in text)
 
 
 def _emit(kind: int, text: str) -> None:
-    if writer is not None:
-        writer(kind, text)
+    tell = listener() or writer
+    if tell is not None:
+        tell(kind, text)
         return
     if level < kind:
         return

@@ -7,6 +7,7 @@ registry can register itself. `base` is what the rest of a build has to know of 
 from __future__ import annotations
 
 import os
+import threading
 
 from apptainer_py.base import log
 from apptainer_py.base.errors import ApptainerError, ImageError, NotSupported
@@ -72,6 +73,10 @@ class EndOfLife(ApptainerError):
     hint = "the image may be at docker:// or library:// under another name"
 
 
+# Those of one thread: how they fetch is a matter of the caller for whom it builds.
+_OWN = threading.local()
+
+
 def find(agent: str) -> Agent:
     """Return the function for the value of `Bootstrap`.
 
@@ -80,6 +85,10 @@ def find(agent: str) -> Agent:
         NotSupported: Apptainer has it.
         EndOfLife: nobody has it any more.
     """
+    own = getattr(_OWN, "agents", {}).get(agent)
+    if own is not None:
+        found: Agent = own
+        return found
     if agent in AGENTS:
         return AGENTS[agent]
     if agent == "shub":
@@ -90,8 +99,10 @@ def find(agent: str) -> Agent:
 
 
 def register(name: str, agent: Agent) -> None:
-    """Add an agent, or put one in place of another."""
-    AGENTS[name] = agent
+    """Add an agent, or put one in place of another, for the builds of this thread."""
+    if not hasattr(_OWN, "agents"):
+        _OWN.agents = {}
+    _OWN.agents[name] = agent
 
 
 def _scratch(order: Order) -> Base:

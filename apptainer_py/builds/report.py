@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 
 def _moving() -> bool:
+    if log.listener() is not None:
+        return False
     if not os.isatty(2) or not log.INFO <= log.level < log.DEBUG:
         return False
     packages.allow()

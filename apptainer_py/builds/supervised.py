@@ -73,9 +73,16 @@ class Launches:
 
 
 def run(
-    work: Callable[[Launches], None], identity: Identity, folders: Sequence[str], *, keep: bool
+    work: Callable[[Launches], None],
+    identity: Identity,
+    folders: Sequence[str],
+    *,
+    keep: bool,
+    output: int = -1,
 ) -> None:
     """Do work as somebody else, and remove folders when it is done, or undone.
+
+    What it and the programs that it starts print goes to the descriptor `output`, if there is one.
 
     Raises:
         ApptainerError: what the work raised, or that it was interrupted.
@@ -86,6 +93,8 @@ def run(
     if sweeper == 0:
         os.close(alive_write)
         os.close(said_read)
+        if output >= 0:
+            _print_to(output)
         _Sweeper(work, identity, alive_read, said_write).run(() if keep else folders)
     os.close(alive_read)
     os.close(said_write)
@@ -101,6 +110,17 @@ def run(
         _raise(said)
     if status:
         raise Interrupted
+
+
+def _print_to(output: int) -> None:
+    import sys
+
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    # The caller's may be anything by now; the programs that are started have the descriptors.
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 they are for the rest of the process
+    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+    log.forget_listeners()
 
 
 def _read_all(fd: int) -> bytes:

@@ -103,12 +103,9 @@ def _buildcfg(parsed: Parsed) -> int:
 
 
 def _inspect(parsed: Parsed) -> int:
-    from apptainer_py.verbs import inspect
+    from apptainer_py.api import inspecting
 
-    options: dict[str, Any] = {
-        name.replace("-", "_"): value for name, value in parsed.options.items()
-    }
-    found = inspect.inspect(parsed.arguments[0], inspect.Wanted(**options))
+    found = inspecting.inspect(parsed.arguments[0], parsed.options)
     sys.stdout.write(found.text)
     for warning in found.warnings:
         log.warning(warning)
@@ -116,20 +113,16 @@ def _inspect(parsed: Parsed) -> int:
 
 
 def _instance_list(parsed: Parsed) -> int:
-    import os
-
+    from apptainer_py.api import instances
     from apptainer_py.verbs import instance_list
 
     options = parsed.options
-    text = instance_list.instance_list(
-        pattern="".join(parsed.arguments),
-        user=str(options["user"]),
-        uid=os.getuid(),
-        as_json=bool(options["json"]),
-        with_logs=bool(options["logs"]),
-        with_shared=bool(options["all"]),
+    form = {"as_json": bool(options["json"]), "with_logs": bool(options["logs"])}
+    instance_list.check_form(**form)
+    found = instances.found(
+        "".join(parsed.arguments), user=str(options["user"]), all=bool(options["all"])
     )
-    sys.stdout.write(text)
+    sys.stdout.write(instance_list.shown(found, **form))
     return 0
 
 
@@ -154,21 +147,10 @@ def _instance_stats(parsed: Parsed) -> int:
 
 
 def _instance_stop(parsed: Parsed) -> int:
-    import os
+    from apptainer_py.api import instances
 
-    from apptainer_py.verbs import instance_stop
-
-    options = parsed.options
-    timeout = options["timeout"]
-    instance_stop.instance_stop(
-        pattern="".join(parsed.arguments),
-        everything=bool(options["all"]),
-        user=str(options["user"]),
-        uid=os.getuid(),
-        number=str(options["signal"]),
-        force=bool(options["force"]),
-        timeout_s=timeout if isinstance(timeout, int) else 0,
-    )
+    options: dict[str, Any] = dict(parsed.options)
+    instances.stop("".join(parsed.arguments), **options)
     return 0
 
 
@@ -210,12 +192,6 @@ def _sif_dump(parsed: Parsed) -> int:
     number, path = parsed.arguments
     sif.sif_dump(path, number, sys.stdout.buffer.write)
     return 0
-
-
-def _build(parsed: Parsed) -> int:
-    from apptainer_py.cli import build
-
-    return build.run(parsed)
 
 
 def _capability_change(parsed: Parsed) -> int:
@@ -328,7 +304,7 @@ def _overlay_create(parsed: Parsed) -> int:
 
 
 _COMMANDS: dict[str, Callable[[Parsed], int]] = {
-    "build": _build,
+    "build": _images,
     "buildcfg": _buildcfg,
     "cache clean": _images,
     "cache list": _images,

@@ -14,15 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-    from apptainer_py.builds.fetching import Fetching
-    from apptainer_py.builds.uris import Convert
-    from apptainer_py.cache.store import Cache
+    from apptainer_py.api.building import Surroundings
     from apptainer_py.model.request import Parsed
 
-_FETCHING = (
-    "arch", "arch_variant", "authfile", "disable_cache", "docker_password", "docker_username",
-    "library", "no_https", "tmpdir",
-)  # fmt: skip
 _PASSWORD_BYTES = 1 << 16
 _SIGNALLED = 128
 
@@ -31,42 +25,35 @@ def _environment() -> dict[str, str]:
     return dict(os.environ)  # noqa: TID251 cli is where it is read
 
 
-def fetching(parsed: Parsed) -> Fetching:
-    """Return how the command line wants images to be fetched."""
-    from apptainer_py.builds.fetching import Fetching
+def _around(parsed: Parsed) -> Surroundings:
+    from apptainer_py.api.building import Surroundings
 
-    options: dict[str, Any] = {
-        name.replace("-", "_"): value for name, value in parsed.options.items()
-    }
-    return Fetching(**{name: options[name] for name in _FETCHING if name in options})
+    return Surroundings(environ=_environment(), config_file=parsed.config_file)
 
 
-def _converter(how: Fetching, config_file: str) -> Convert:
-    """Return what makes a SIF file of an image of layers."""
+def build(parsed: Parsed) -> int:
+    """Build an image."""
+    from apptainer_py.api import building
 
-    def convert(path: str, uri: str, cache: Cache) -> None:
-        from apptainer_py.base import build as facts
-        from apptainer_py.builds import layered
-        from apptainer_py.cli.build import environment
-        from apptainer_py.verbs import build, inspect
+    target, spec = parsed.arguments
+    around = _around(parsed).replace(ask=_new_passphrase)
+    building.build_image(target, spec, parsed.options, around)
+    return 0
 
-        layered.register(how, cache)
-        request = build.Request(
-            target=path,
-            spec=uri,
-            environ=environment(),
-            config_file=config_file or facts.CONFIG_FILE,
-            force=True,
-            tmpdir=how.tmpdir,
-            announced=False,
-        )
 
-        def describe(root: str) -> str:
-            return inspect.inspect(root, inspect.Wanted(all=True)).text
+def _new_passphrase() -> str:
+    """Return a passphrase that is typed, at a terminal twice.
 
-        build.build(request, describe)
+    Raises:
+        CannotEncrypt: it was not typed the same way again.
+    """
+    from apptainer_py.cli import ask
+    from apptainer_py.crypto.sealing import CannotEncrypt
 
-    return convert
+    typed = ask.ask_hidden("Enter encryption passphrase: ")
+    if sys.stdin.isatty() and typed != ask.ask_hidden("Retype encryption passphrase: "):
+        raise CannotEncrypt(reason="Invalid encryption passphrase: passphrases do not match")
+    return typed
 
 
 def start(parsed: Parsed, typed: Sequence[str]) -> int:
@@ -75,14 +62,16 @@ def start(parsed: Parsed, typed: Sequence[str]) -> int:
     Raises:
         ApptainerError: it cannot be had.
     """
+    from apptainer_py.api import building
     from apptainer_py.base import build as facts
     from apptainer_py.builds import uris
 
-    how, environ = fetching(parsed), _environment()
+    how, around = building.fetching(parsed.options), _around(parsed)
+    environ = dict(around.environ)
     # Nothing behind the image is an option of ours.
     place = len(typed) - len(parsed.arguments)
     uri = typed[place]
-    convert = _converter(how, parsed.config_file)
+    convert = building.converter(how, around)
     with uris.cache_for(how, environ) as cache:
         found = uris.fetch(uri, how, environ, cache, convert)
         before = _without_password(typed[:place], how.docker_password)
@@ -118,67 +107,22 @@ def _wait_for(words: list[str], environ: dict[str, str]) -> int:
 
 def pull(parsed: Parsed) -> int:
     """Fetch an image."""
-    from apptainer_py.verbs import pull as verb
+    from apptainer_py.api import building
 
     *name, uri = parsed.arguments
-    how = fetching(parsed)
     if name and parsed.options["name"]:
         raise UsageError(text="the name of the file is given twice")
-    request = verb.Request(
-        uri=uri,
-        how=how,
-        environ=_environment(),
-        name="".join(name) or str(parsed.options["name"]),
-        folder=str(parsed.options["dir"]),
-        force=bool(parsed.options["force"]),
-    )
-    made = verb.pull(request, _converter(how, parsed.config_file))
-    if uri.startswith("library:"):
-        from apptainer_py.base.errors import ApptainerError
-        from apptainer_py.cli import signing
-
-        try:
-            signing.check_signed(parsed, made)
-        except ApptainerError as error:
-            log.warning(str(error))
-            log.warning("Skipping container verification")
+    file = "".join(name) or str(parsed.options["name"])
+    building.pull_image(uri, file, parsed.options, _around(parsed))
     return 0
 
 
 def push(parsed: Parsed) -> int:
     """Upload an image."""
-    from apptainer_py.verbs import push as verb
+    from apptainer_py.api import building
 
     path, uri = parsed.arguments
-    notes: Any = parsed.options["annotation"]
-    if uri.startswith("library:"):
-        return _push_to_library(parsed, path, uri)
-    if parsed.options["description"]:
-        raise UsageError(text="--description is for library:// only")
-    digest = verb.push(path, uri, fetching(parsed), _environment(), notes)
-    log.verbose(f"{uri} is {digest}")
-    log.info("Upload complete")
-    return 0
-
-
-def _push_to_library(parsed: Parsed, path: str, uri: str) -> int:
-    from apptainer_py.cli import signing
-    from apptainer_py.verbs import push as verb
-
-    if parsed.options["annotation"]:
-        raise UsageError(text="--annotation is for oras:// only")
-    check = None if parsed.options["allow-unsigned"] else signing.check_signed
-    if check is None:
-        log.warning("Skipping container verification")
-    sent = verb.push_to_library(
-        path,
-        uri,
-        fetching(parsed),
-        _environment(),
-        description=str(parsed.options["description"]),
-        check=lambda: None if check is None else check(parsed, path),
-    )
-    log.info("Upload complete" if sent else "The library has this image already")
+    building.push_image(path, uri, parsed.options, _environment())
     return 0
 
 

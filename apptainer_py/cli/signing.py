@@ -6,7 +6,6 @@ import os
 import sys
 
 from apptainer_py.base import build, log
-from apptainer_py.base.errors import ApptainerError, UsageError
 from apptainer_py.cli import ask
 
 TYPE_CHECKING = False
@@ -14,31 +13,23 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any
 
+    from apptainer_py.api.signatures import Asking
     from apptainer_py.crypto.packets import Key
     from apptainer_py.model.request import Parsed
     from apptainer_py.registry.keyserver import Place
     from apptainer_py.verbs.key import Rings
     from apptainer_py.verbs.verify import Verdict
 
-_NUMBER_MAX = 0xFFFFFFF
-_VERIFYING = ("verify", "push", "pull")
 # No argument of a command can hold it.
 _NOT_GIVEN = "\0"
 _TABLE = "ID  |GROUP   |LINK    |TYPE\n" + "-" * 48 + "\n"
 
 
 def _keys_folder(parsed: Parsed) -> str:
+    from apptainer_py.api import signatures
+
     environ = os.environ  # noqa: TID251 as in main: read here, once
-    given = str(parsed.options.get("keysdir") or "")
-    for name in ("APPTAINER_KEYSDIR", "SINGULARITY_SYPGPDIR"):
-        given = given or environ.get(name, "")
-    if given:
-        return os.path.abspath(given)
-    base = environ.get("APPTAINER_CONFIGDIR", "")
-    if not base:
-        home = environ.get("HOME", "") or os.path.expanduser("~").removeprefix("~") or "/"
-        base = os.path.join(home, ".apptainer")
-    return os.path.join(base, "keys")
+    return signatures.keys_folder(environ, str(parsed.options.get("keysdir") or ""))
 
 
 def _rings(parsed: Parsed) -> Rings:
@@ -58,65 +49,53 @@ def _servers(parsed: Parsed) -> list[Place]:
 
     given = str(parsed.options.get("url") or "")
     environ = dict(os.environ)  # noqa: TID251 as in main: read here, once
-    return active.keyservers(environ, given=given, every=parsed.command in _VERIFYING)
+    return active.keyservers(environ, given=given, every=False)
 
 
 def _server(parsed: Parsed) -> Place:
     return _servers(parsed)[0]
 
 
-def _number(parsed: Parsed, name: str) -> int:
-    value = parsed.options[name]
-    assert isinstance(value, int)
-    if not 0 <= value <= _NUMBER_MAX:
-        raise UsageError(text=f"--{name}: {value} is not between 0 and {_NUMBER_MAX}")
-    return value
-
-
-def _sign(parsed: Parsed) -> int:
-    from apptainer_py.verbs import key, sign
-
-    options, path = parsed.options, parsed.arguments[0]
-    group, ident = _number(parsed, "group-id"), _number(parsed, "sif-id")
+def _asking() -> Asking:
+    from apptainer_py.api import signatures
 
     def choose(keys: Sequence[Key]) -> int:
+        from apptainer_py.verbs import key, sign
+
         sys.stdout.write(key.choices(keys))
         try:
             return ask.number("Enter # of private key to use : ")
         except ValueError as error:
             raise sign.SignFailed(reason=str(error)) from None
 
-    if options["key"]:
-        file = str(options["key"])
-        log.info(f"Signing image with key material from '{file}'")
-        signer = sign.with_key(file, ask_hidden=ask.ask_hidden)
-    else:
-        log.info("Signing image with PGP key material")
-        secret = key.of_user(_keys_folder(parsed)).secret
-        index = options["keyidx"]
-        assert isinstance(index, int)
-        signer = sign.with_pgp(secret, index, choose=choose, ask_hidden=ask.ask_hidden)
-    sign.sign(path, signer, group=group, ident=ident)
+    environ = dict(os.environ)  # noqa: TID251 as in main: read here, once
+    return signatures.Asking(environ=environ, ask_hidden=ask.ask_hidden, choose=choose)
+
+
+def _sign(parsed: Parsed) -> int:
+    from apptainer_py.api import signatures
+
+    path = parsed.arguments[0]
+    signatures.sign(path, parsed.options, _asking())
     log.info(f"Signature created and applied to image '{path}'")
     return 0
 
 
 def _verify(parsed: Parsed) -> int:
-    from apptainer_py.verbs import verify
+    from apptainer_py.api import signatures
 
-    options, path = parsed.options, parsed.arguments[0]
-    wanted = verify.Wanted(
-        group=_number(parsed, "group-id"),
-        ident=_number(parsed, "sif-id"),
-        legacy=bool(options["legacy-insecure"]),
-        everything=bool(options["all"]),
-    )
+    path = parsed.arguments[0]
     verdicts: list[Verdict] = []
-    as_json = bool(options["json"])
-    prove = _prover(parsed)
+    as_json = bool(parsed.options["json"])
+
+    def show(verdict: Verdict) -> None:
+        verdicts.append(verdict)
+        if not as_json:
+            _show_verdict(verdict)
+
+    prove = signatures.prover(parsed.options, _asking())
     try:
-        show = verdicts.append if as_json else _show_verdict
-        verify.verify(path, wanted, prove, show)
+        signatures.verify_by(path, parsed.options, prove, show)
     finally:
         if as_json:
             sys.stdout.write(_verdicts_json(verdicts))
@@ -124,90 +103,6 @@ def _verify(parsed: Parsed) -> int:
     if not as_json:
         log.info(f"Verified signature(s) from image '{path}'")
     return 0
-
-
-def check_signed(parsed: Parsed, path: str) -> None:
-    """Verify the OpenPGP signatures of an image that goes to a library, or comes from one.
-
-    Raises:
-        ApptainerError: it has none, or not good ones.
-    """
-    from apptainer_py.verbs import verify
-
-    wanted = verify.Wanted(group=0, ident=0, legacy=False, everything=False)
-    verify.verify(path, wanted, _pgp_prover(parsed), lambda verdict: None)
-
-
-def _prover(parsed: Parsed) -> Callable[..., Any]:
-    from apptainer_py.verbs import verify
-
-    options = parsed.options
-    if options["certificate"]:
-        return verify.by_key(_certified_key(parsed))
-    if options["key"]:
-        from apptainer_py.crypto import dsse
-        from apptainer_py.verbs import sign
-
-        file = str(options["key"])
-        log.info(f"Verifying image with key material from '{file}'")
-        try:
-            return verify.by_key(dsse.public_key(file))
-        except dsse.KeyWrong as error:
-            raise sign.NoKeyMaterial(reason=error) from None
-    log.info("Verifying image with PGP key material")
-    return _pgp_prover(parsed)
-
-
-def _pgp_prover(parsed: Parsed) -> Callable[..., Any]:
-    from apptainer_py.crypto import keyring
-    from apptainer_py.verbs import key, verify
-
-    def fetch(fingerprint: str) -> bytes:
-        try:
-            places = _servers(parsed)
-        except ApptainerError as error:
-            log.warning(str(error))
-            return b""
-        for place in places:
-            try:
-                return b"".join(found.raw for found in key.fetch(place, fingerprint))
-            except ApptainerError as error:
-                log.warning(str(error))
-        return b""
-
-    try:
-        rings = [
-            (keyring.load_bytes(key.of_user(_keys_folder(parsed)).public), True),
-            (keyring.load_bytes(key.of_machine(build.SYSCONFDIR).public), True),
-        ]
-    except ApptainerError as error:
-        raise verify.VerifyFailed(reason=error) from None
-    return verify.by_keyrings(rings, None if parsed.options.get("local") else fetch)
-
-
-def _certified_key(parsed: Parsed) -> Any:
-    from apptainer_py.crypto import dsse
-    from apptainer_py.verbs import verify
-
-    options = parsed.options
-    file = str(options["certificate"])
-    log.info(f"Verifying image with key material from certificate '{file}'")
-    what = "certificate"
-    try:
-        leaf = dsse.certificates(file)[0]
-        what = "intermediate certificates"
-        between = str(options["certificate-intermediates"])
-        intermediates = dsse.certificates(between) if between else []
-        what = "root certificates"
-        file = str(options["certificate-roots"])
-        roots = dsse.certificates(file) if file else None
-    except dsse.KeyWrong as error:
-        raise verify.CertificateWrong(what=what, reason=error) from None
-    try:
-        key = dsse.check_chain(leaf, intermediates, roots)
-    except (dsse.Untrusted, dsse.KeyWrong) as error:
-        raise verify.VerifyFailed(reason=error) from None
-    return key
 
 
 def _show_verdict(verdict: Verdict) -> None:

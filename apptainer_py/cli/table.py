@@ -443,7 +443,7 @@ OPTIONS: Final[tuple[Option, ...]] = (
     ("oci", "", BOOL, False, ("OCI",), ACTIONS, SUPPORTED,
      "behave as OCI runtimes do, by the image's OCI configuration: its user, entry point and "
      "directory, nothing of the host but what is asked for, all that is written lost in the end"),
-    ("ocsp-verify", "", BOOL, False, ("VERIFY_OCSP",), ("verify",), REFUSED,
+    ("ocsp-verify", "", BOOL, False, ("VERIFY_OCSP",), ("verify",), SUPPORTED,
      "ask the issuers whether certificates are revoked"),
     ("oom-kill-disable", "", BOOL, False, ("OOM_KILL_DISABLE",), _ALL, SUPPORTED,
      "do not let the kernel kill processes when memory is short"),

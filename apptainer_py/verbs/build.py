@@ -68,6 +68,8 @@ class Request(Record):
     announced: bool = True
     lock: Lock | None = None
     config_file: str = build_facts.CONFIG_FILE
+    # Where what the build prints goes, if not to where the caller's does.
+    output: int = -1
 
 
 def build(request: Request, describe: Callable[[str], str]) -> None:
@@ -118,6 +120,7 @@ def build(request: Request, describe: Callable[[str], str]) -> None:
         identity,
         (job.folder, job.near),
         keep=request.no_cleanup,
+        output=request.output,
     )
     if request.no_cleanup:
         log.info(f"The build's directories are kept: {job.folder}, {job.near}")

@@ -14,7 +14,7 @@ from apptainer_py.image import detect, sandbox, sif, squashfs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from typing import Any, Protocol
 
     class _Files(Protocol):
@@ -84,10 +84,16 @@ class Wanted(Record):
 
 
 class Inspection(Record):
-    """What to print on stdout, and warnings for stderr."""
+    """What to print on stdout, and warnings for stderr; and the same as data.
+
+    `attributes` are texts by the names of Wanted's fields, and `labels` and `environment`, which
+    are mappings; `apps` has such attributes for each SCIF application.
+    """
 
     text: str
     warnings: tuple[str, ...]
+    attributes: Mapping[str, Any]
+    apps: Mapping[str, Mapping[str, Any]]
 
 
 class _Found:
@@ -126,7 +132,12 @@ def inspect(path: str, wanted: Wanted) -> Inspection:
     if not (wanted.list_apps or wanted.all):
         found.apps = {name: facts for name, facts in found.apps.items() if name == wanted.app}
     text = _as_json(found) if wanted.json else _as_text(found, wanted)
-    return Inspection(text=text, warnings=tuple(found.warnings))
+    return Inspection(
+        text=text,
+        warnings=tuple(found.warnings),
+        attributes=found.attributes,
+        apps=found.apps,
+    )
 
 
 def help_text(path: str, app: str) -> str:

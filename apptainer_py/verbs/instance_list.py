@@ -20,28 +20,37 @@ class ListForRoot(ApptainerError):
     message = "Only root user can list user's instances"
 
 
-def instance_list(
-    *, pattern: str, user: str, uid: int, as_json: bool, with_logs: bool, with_shared: bool
-) -> str:
+def matching(pattern: str, *, user: str, uid: int, with_shared: bool) -> list[instances.Instance]:
     """Return the instances whose names match, of the caller or of another user.
 
     Raises:
-        TwoForms: JSON and logs are asked for together.
-        ListForRoot: somebody else's instances are.
+        ListForRoot: somebody else's instances are asked for.
         NoAccount: there is no such user.
     """
     import fnmatch
 
     if user and uid != 0:
         raise ListForRoot
-    if as_json and with_logs:
-        raise TwoForms
-    found = [
+    return [
         instance
         for instance in instances.every(instances.owner(user or uid))
         if fnmatch.fnmatchcase(instance.name, pattern or "*")
         and (with_shared or not instance.sharens)
     ]
+
+
+def check_form(*, as_json: bool, with_logs: bool) -> None:
+    """Look whether a list can be shown as it is asked for.
+
+    Raises:
+        TwoForms: JSON and logs are asked for together.
+    """
+    if as_json and with_logs:
+        raise TwoForms
+
+
+def shown(found: list[instances.Instance], *, as_json: bool, with_logs: bool) -> str:
+    """Return a list of instances as a table or as JSON."""
     if as_json:
         return _json(found)
     if with_logs:

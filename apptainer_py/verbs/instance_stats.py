@@ -55,6 +55,27 @@ def instance_stats(
         StatsForRoot: somebody else's instance is asked for.
         UsageError: there is no such instance.
     """
+    found, folder = _running(name, user, uid)
+    if as_json and not once:
+        log.warning("JSON output is only available for a single timepoint (--no-stream)")
+    log.info(f"Stats for {found.name} instance of {found.image} (PID={found.pid})")
+    return _pages(found, folder, as_json=as_json, once=once or as_json, clear=clear)
+
+
+def usage_now(name: str, *, user: str, uid: int) -> Usage:
+    """Return what an instance uses at this moment.
+
+    Raises:
+        StatsForRoot, UsageError: as `instance_stats`.
+        NoLibrary: the library that looks into processes is missing.
+    """
+    found, folder = _running(name, user, uid)
+    os.close(folder)
+    return measure(found)
+
+
+def _running(name: str, user: str, uid: int) -> tuple[instances.Instance, int]:
+    """Return the record of an instance that runs, and its directory of /proc."""
     if user and uid != 0:
         raise StatsForRoot
     owner = instances.owner(user or uid)
@@ -62,10 +83,7 @@ def instance_stats(
     folder = -1 if found is None else instances.open_running(found, owner)
     if found is None or folder < 0:
         raise UsageError(text="no instance found")
-    if as_json and not once:
-        log.warning("JSON output is only available for a single timepoint (--no-stream)")
-    log.info(f"Stats for {found.name} instance of {found.image} (PID={found.pid})")
-    return _pages(found, folder, as_json=as_json, once=once or as_json, clear=clear)
+    return found, folder
 
 
 def _pages(

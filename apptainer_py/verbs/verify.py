@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 
+from apptainer_py.base import packages
 from apptainer_py.base.errors import ApptainerError, ImageError
 from apptainer_py.base.record import Record
-from apptainer_py.crypto import dsse, openpgp
+from apptainer_py.crypto import dsse, ocsp, openpgp
 from apptainer_py.image import integrity, sif
 
 TYPE_CHECKING = False
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from apptainer_py.image.sif import Descriptor
 
 _CLEAR_SIGNED = b"-----BEGIN PGP SIGNED MESSAGE-----"
+_OK = 200
+_ANSWER_BYTES = 1 << 16
+_ANSWER_S = 30
 _NO_KEY = "key material not provided for {form} signature"
 
 
@@ -126,6 +130,47 @@ def by_key(key: Any) -> Callable[[bytes], tuple[Verdict, bytes]]:
         return Verdict(), dsse.verify(message, key)
 
     return prove
+
+
+def check_revocation(leaf: Any, intermediates: Sequence[Any], roots: Sequence[Any] | None) -> None:
+    """Ask the issuers of a certificate and of those above it whether they have been revoked.
+
+    Raises:
+        VerifyFailed: one has, or nobody says that it has not.
+    """
+    try:
+        above = dsse.certificates(ocsp.SYSTEM_ROOTS) if roots is None else roots
+        ocsp.check(ocsp.chain_of(leaf, intermediates, above), _ask)
+    except (ocsp.NotGood, dsse.KeyWrong) as error:
+        raise VerifyFailed(reason=error) from None
+
+
+def _ask(address: str, body: bytes) -> bytes:
+    """Post a request to a responder; its answer has a size and a time, and is no other address."""
+    import time
+
+    packages.allow()
+    import requests
+
+    headers = {"Content-Type": "application/ocsp-request", "Accept-Encoding": "identity"}
+    deadline = time.monotonic() + _ANSWER_S
+    content = b""
+    try:
+        with requests.post(
+            address, body, headers=headers, timeout=_ANSWER_S, stream=True, allow_redirects=False,
+            auth=lambda request: request,
+        ) as answer:  # fmt: skip
+            for part in answer.iter_content(1 << 12):
+                content += part
+                if len(content) > _ANSWER_BYTES or time.monotonic() > deadline:
+                    raise VerifyFailed(reason=f"OCSP: {address} says too much, or too slowly")
+            status = answer.status_code
+    except requests.RequestException as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise VerifyFailed(reason=f"OCSP: {address} does not answer: {reason}") from None
+    if status != _OK:
+        raise VerifyFailed(reason=f"OCSP: {address} answers with status {status}")
+    return content
 
 
 def _pgp_verdict(signed: openpgp.Signed, *, is_local: bool) -> tuple[Verdict, bytes]:

@@ -348,3 +348,79 @@ def test_sif_commands_leave_what_the_real_ones_leave(bench):
     assert len(ours) == len(real)
     assert ours[32176:] == real[32176:]
     assert ours[80:4096] == real[80:4096]
+
+
+@pytest.fixture(scope="module")
+def authority(bench):
+    """Certificates with a responder that says what is written to a file; images signed by two."""
+    folder = bench.place / "authority"
+    folder.mkdir()
+    program = Path(__file__).resolve().parent.parent / "ocsp_responder.py"
+    words = ["/usr/bin/python3", "-I", "-B", str(program), str(folder)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout.readline().strip().isdigit()
+        for path in folder.iterdir():
+            path.chmod(0o644)
+        for name in ("leaf", "deaf"):
+            image = bench.copy("plain.sif", f"{name}.sif")
+            done = bench.ours("sign", "--key", folder / f"{name}.key", image)
+            assert done.returncode == 0, done.stderr
+        yield folder
+        child.kill()
+
+
+def asked(program, authority, answer: str, name: str = "leaf", *more: str):
+    (authority / "answer").write_text(answer)
+    certificates = ("--certificate", authority / f"{name}.pem")
+    certificates += ("--certificate-intermediates", authority / "between.pem")
+    certificates += ("--certificate-roots", authority / "root.pem")
+    return program("verify", *certificates, "--ocsp-verify", *more, f"{name}.sif")
+
+
+ANSWERS = {
+    "good": "",
+    "delegated": "",
+    "revoked": "Leaf: certificate revoked at 20",
+    "revoked between": "Between: certificate revoked at 20",
+    "unknown": "Leaf: status unknown, the certificate cannot be trusted",
+    "unknown between": "Between: status unknown",
+    "refused": "refuses to answer: unauthorized",
+    "forged": "Leaf: the answer is signed by somebody else",
+    "stranger": "Leaf: the answer is signed by somebody else",
+    "stale": "Leaf: the answer is out of date",
+    "other": "Leaf: the answer is about another certificate",
+    "silent": "answers with status 503",
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_a_revoked_certificate_proves_nothing(bench, authority, answer):
+    done = asked(bench.ours, authority, answer)
+    if not ANSWERS[answer]:
+        assert done.returncode == 0, done.stderr
+        assert "INFO:    Validate: cert:Leaf  issuer:Between\n" in done.stderr
+        assert "INFO:    Validate: cert:Between  issuer:Root\n" in done.stderr
+        assert "Verified signature(s)" in done.stderr
+        return
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 255
+    assert last.startswith("FATAL:   Failed to verify container: OCSP")
+    assert ANSWERS[answer] in last
+    assert "Objects verified" not in done.stdout
+
+
+@with_real
+@pytest.mark.parametrize("answer", [name for name in ANSWERS if name != "delegated"])
+def test_ocsp_is_judged_as_by_the_real_one(bench, authority, answer):
+    real, ours = (asked(program, authority, answer) for program in (bench.real, bench.ours))
+    assert (ours.returncode, ours.stdout) == (real.returncode, real.stdout)
+
+
+def test_a_certificate_without_a_responder_is_not_good(bench, authority):
+    done = asked(bench.ours, authority, "good", "deaf")
+    assert done.returncode == 255
+    assert done.stderr.endswith("Deaf: certificate does not support OCSP\n")
+    (authority / "answer").write_text("revoked")
+    certificates = ("--certificate", authority / "leaf.pem", "--certificate-roots")
+    trusted = bench.ours("verify", *certificates, authority / "leaf.pem", "leaf.sif")
+    assert trusted.returncode == 0, trusted.stderr

@@ -13,6 +13,7 @@ REGISTRIES = re.compile(r"deb\." r"debian\.org|pypi\." r"org|registry\." r"npmjs
 PROMISES = re.compile(r"\b(TO" r"DO|FIX" r"ME|XX" r"X)\b(?!XX)")
 VAGUE_NAMES = re.compile(r"(^|_)(util|utils|helper|helpers|common|manager|misc|legacy|temporary)$")
 GENERATED = {
+    "apptainer_py/api/keywords.pyi",
     "apptainer_py/base/build.py",
     "apptainer_py/model/protocol.py",
     "apptainer_py/model/directive_table.py",

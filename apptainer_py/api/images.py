@@ -1,0 +1,272 @@
+"""Images: made, fetched, asked, started, signed and sent.
+
+image = apptainer_py.build("tool.sif", "tool.def", force=True)
+print(image.labels["org.label-schema.build-arch"])
+image.exec(["tool", "--version"], check=True)
+"""
+
+from __future__ import annotations
+
+import os
+
+from apptainer_py.api import building, inspecting, launching
+from apptainer_py.api.messages import quiet
+from apptainer_py.api.options import values
+from apptainer_py.base.errors import ApptainerError
+from apptainer_py.base.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Any, Unpack
+
+    from apptainer_py.api import keywords
+    from apptainer_py.api.instances import Instance
+    from apptainer_py.api.launching import Completed, Path, Running, Stream
+    from apptainer_py.api.messages import OnMessage
+    from apptainer_py.verbs.verify import Verdict
+
+_KEPT_BYTES = 1 << 16
+
+
+class Metadata(Record):
+    """What an image, or one application in it, says about itself; "" is for what it lacks."""
+
+    labels: Mapping[str, str]
+    environment: Mapping[str, str]
+    runscript: str = ""
+    startscript: str = ""
+    test: str = ""
+    helpfile: str = ""
+    deffile: str = ""
+    apps: Mapping[str, Metadata]
+    warnings: tuple[str, ...] = ()
+
+
+class Image:
+    """An image by its path, or by a URI for what only starts it; it is read when it is asked.
+
+    It stands for its path wherever a path is expected.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = os.fspath(path)
+
+    def inspect(self) -> Metadata:
+        """Return all that it says about itself.
+
+        Raises:
+            ImageError: there is no such image, or it cannot be read.
+        """
+        found = inspecting.inspect(self.path, {"all": True})
+        apps = {name: _metadata(facts, {}) for name, facts in found.apps.items()}
+        return _metadata(found.attributes, apps, found.warnings)
+
+    @property
+    def labels(self) -> Mapping[str, str]:
+        """Return its labels.
+
+        Raises:
+            ImageError: as `inspect`.
+        """
+        return self.inspect().labels
+
+    def exec(self, command: Sequence[Path], **options: Any) -> Completed:
+        """Run a program in it, as `apptainer_py.exec` does.
+
+        Raises:
+            ApptainerError, TypeError: as `apptainer_py.exec`.
+        """
+        return launching.exec(self.path, command, **options)
+
+    def run(self, arguments: Sequence[Path] = (), **options: Any) -> Completed:
+        """Run its runscript, as `apptainer_py.run` does.
+
+        Raises:
+            ApptainerError, TypeError: as `apptainer_py.exec`.
+        """
+        return launching.run(self.path, arguments, **options)
+
+    def test(self, arguments: Sequence[Path] = (), **options: Any) -> Completed:
+        """Run its test, as `apptainer_py.test` does.
+
+        Raises:
+            ApptainerError, TypeError: as `apptainer_py.exec`.
+        """
+        return launching.test(self.path, arguments, **options)
+
+    def stream(self, command: Sequence[Path], **options: Any) -> Running:
+        """Start a program in it, as `apptainer_py.stream` does.
+
+        Raises:
+            ApptainerError, TypeError: as `apptainer_py.exec`.
+        """
+        return launching.stream(self.path, command, **options)
+
+    def start(self, name: str, arguments: Sequence[Path] = (), **options: Any) -> Instance:
+        """Start an instance of it, as `Instance.start` does.
+
+        Raises:
+            ApptainerError, TypeError: as `Instance.start`.
+        """
+        from apptainer_py.api.instances import Instance
+
+        return Instance.start(self.path, name, arguments, **options)
+
+    def sign(self, *, key: Path = "", passphrase: str = "", **options: Any) -> None:
+        """Sign it, with a private key of a PEM file, or else of the user's OpenPGP keyring.
+
+        Raises:
+            ApptainerError: there is no such key, or the file cannot be written.
+        """
+        from apptainer_py.api import signatures
+
+        with quiet(None):
+            wanted = values("sign", {**options, "key": key})
+            around = signatures.Asking(environ=_environment(None), passphrase=passphrase)
+            signatures.sign(self.path, wanted, around)
+
+    def verify(self, **options: Any) -> tuple[Verdict, ...]:
+        """Verify its signatures, by the options of `verify`; return what each is worth.
+
+        Raises:
+            ApptainerError: one is missing or wrong, or was made by somebody unknown.
+        """
+        from apptainer_py.api import signatures
+
+        verdicts: list[Verdict] = []
+        with quiet(None):
+            wanted = values("verify", options)
+            around = signatures.Asking(environ=_environment(None))
+            signatures.verify(self.path, wanted, around, verdicts.append)
+        return tuple(verdicts)
+
+    def push(self, uri: str, **options: Any) -> str:
+        """Upload it, as `apptainer_py.push` does.
+
+        Raises:
+            ApptainerError, TypeError: as `apptainer_py.push`.
+        """
+        return push(self.path, uri, **options)
+
+    def __fspath__(self) -> str:
+        return self.path
+
+    def __repr__(self) -> str:
+        return f"Image({self.path!r})"
+
+
+def build(
+    target: Path,
+    spec: Path,
+    *,
+    output: Stream | None = None,
+    environ: Mapping[str, str] | None = None,
+    on_message: OnMessage | None = None,
+    **options: Unpack[keywords.Build],
+) -> Image:
+    """Build an image from a definition file, a directory, another image or a URI.
+
+    What the build and its scripts print goes to `output`, a descriptor or a file; the end of it is
+    a note of the error otherwise.
+
+    Raises:
+        ApptainerError: it cannot be done; nothing is left of it.
+        TypeError: an option has no such name or type.
+    """
+    wanted, config = _with_config("build", options)
+    path = os.fspath(target)
+    with quiet(on_message), _Output(output) as kept:
+        around = building.Surroundings(
+            environ=_environment(environ), config_file=config, output=kept.fd
+        )
+        building.build_image(path, os.fspath(spec), wanted, around)
+    return Image(path)
+
+
+def pull(
+    uri: str,
+    target: Path = "",
+    *,
+    output: Stream | None = None,
+    environ: Mapping[str, str] | None = None,
+    on_message: OnMessage | None = None,
+    **options: Unpack[keywords.Pull],
+) -> Image:
+    """Fetch an image to a file, whose name is made of the URI's if no other is given.
+
+    Raises:
+        ApptainerError: it cannot be had, or the file is there, and `force` is not asked for.
+        TypeError: an option has no such name or type.
+    """
+    wanted, config = _with_config("pull", options)
+    with quiet(on_message), _Output(output) as kept:
+        around = building.Surroundings(
+            environ=_environment(environ), config_file=config, output=kept.fd
+        )
+        return Image(building.pull_image(uri, os.fspath(target), wanted, around))
+
+
+def push(
+    image: Path,
+    uri: str,
+    *,
+    environ: Mapping[str, str] | None = None,
+    on_message: OnMessage | None = None,
+    **options: Unpack[keywords.Push],
+) -> str:
+    """Upload a SIF file; return the digest of what the registry now has.
+
+    Raises:
+        ApptainerError: the registry does not take it, or it is no SIF file.
+        TypeError: an option has no such name or type.
+    """
+    wanted, _ = _with_config("push", options)
+    with quiet(on_message):
+        return building.push_image(os.fspath(image), uri, wanted, _environment(environ))
+
+
+class _Output:
+    """Where a build prints to: what the caller gives, or memory, for a note of what went wrong."""
+
+    def __init__(self, given: Stream | None) -> None:
+        self._given = given
+        self.fd = -1
+
+    def __enter__(self) -> _Output:
+        if self._given is None:
+            self.fd = os.memfd_create("output", os.MFD_CLOEXEC)
+        else:
+            self.fd = self._given if isinstance(self._given, int) else self._given.fileno()
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if self._given is not None:
+            return
+        size = os.fstat(self.fd).st_size
+        said = os.pread(self.fd, _KEPT_BYTES, max(0, size - _KEPT_BYTES))
+        os.close(self.fd)
+        if said and isinstance(error, ApptainerError):
+            error.add_note(said.decode("utf-8", "replace"))
+
+
+def _with_config(command: str, options: Mapping[str, Any]) -> tuple[dict[str, object], str]:
+    config = options.get("config") or ""
+    return values(command, {k: v for k, v in options.items() if k != "config"}), os.fspath(config)
+
+
+def _environment(environ: Mapping[str, str] | None) -> dict[str, str]:
+    return dict(os.environ if environ is None else environ)  # noqa: TID251 a caller's own
+
+
+def _metadata(
+    facts: Mapping[str, Any], apps: Mapping[str, Metadata], warnings: tuple[str, ...] = ()
+) -> Metadata:
+    names = ("runscript", "startscript", "test", "helpfile", "deffile")
+    return Metadata(
+        labels=dict(facts.get("labels") or {}),
+        environment=dict(facts.get("environment") or {}),
+        apps=apps,
+        warnings=warnings,
+        **{name: str(facts.get(name) or "") for name in names},
+    )

@@ -1,0 +1,22 @@
+"""Where messages go while a function works for a Python program: never to its stderr."""
+
+from __future__ import annotations
+
+from apptainer_py.base import log
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    # Takes the level of a message, such as "WARNING", and its text.
+    OnMessage = Callable[[str, str], None]
+
+
+def quiet(told: OnMessage | None) -> log.TellingThisThread:
+    """Return what has a function told of messages of this thread, or nobody."""
+
+    def tell(kind: int, text: str) -> None:
+        if told is not None and kind <= log.INFO:
+            told(log.name(kind), text)
+
+    return log.TellingThisThread(tell)
