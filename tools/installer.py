@@ -111,7 +111,8 @@ class Installation:
             missing.append(above)
             above = os.path.dirname(above)
         for path in reversed(missing):
-            os.mkdir(path, 0o755)
+            os.mkdir(path)
+            os.chmod(path, 0o755)
         self.now.directories.update(missing)
         # A directory that an earlier installation has made is still ours.
         parents = {os.path.dirname(link), os.path.dirname(os.path.dirname(link))}
