@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from apptainer_py.crypto import packets
 from tests.fake_registry import send
 
 TOKEN = "library-token-7f3a-" + "x" * 240
@@ -117,7 +118,8 @@ class Library:
     def _keys(self, handler: Any, path: str, query: Any, body: bytes) -> None:
         if path == "/pks/add":
             text = parse_qs(body.decode())["keytext"][0]
-            self.keys[str(len(self.keys))] = text
+            fingerprint = packets.read(packets.dearmored(text.encode()))[0].fingerprint
+            self.keys[fingerprint] = text
             send(handler, 200, b"")
             return
         wanted = query["search"][0].lower().removeprefix("0x")
@@ -229,8 +231,7 @@ class Library:
                 self.parts[name][int(number)] = body
             else:
                 self.files[name] = body
-            tag = f'"{hashlib.md5(body).hexdigest()}"'
-            send(handler, 200, b"", {"ETag": tag})
+            send(handler, 200, b"", {"ETag": _tag_of(body)})
             return
         data = self.files[ident]
         wanted = handler.headers.get("Range", "")
@@ -256,6 +257,9 @@ class Library:
             if step == "_multipart_complete":
                 rows = given["completedParts"]
                 parts = self.parts[ident]
+                assert [row["token"] for row in rows] == [
+                    _tag_of(parts[row["partNumber"]]) for row in rows
+                ]
                 self.files[ident] = b"".join(parts[row["partNumber"]] for row in rows)
             self._done(ident)
             quota = {"quotaTotal": 0, "quotaUsage": len(self.files[ident])}
@@ -268,6 +272,10 @@ class Library:
             if row["id"] == ident:
                 row["uploaded"] = True
                 row["size"] = len(self.files[ident])
+
+
+def _tag_of(data: bytes) -> str:
+    return f'"{hashlib.md5(data).hexdigest()}"'
 
 
 @contextmanager
