@@ -1,4 +1,4 @@
-"""Completion scripts for bash, zsh and fish, made from the table."""
+"""Completion scripts for bash, zsh, fish and PowerShell, made from the table."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ _PROGRAMS = (PROGRAM, "apptainer", "singularity")
 
 
 def script(shell: str, *, descriptions: bool = True) -> str:
-    """Return the script for `shell`: "bash", "zsh" or "fish"."""
+    """Return the script for `shell`: "bash", "zsh", "fish" or "powershell"."""
     if shell == "fish":
         return _fish(descriptions=descriptions)
+    if shell == "powershell":
+        return _powershell(descriptions=descriptions)
     if shell == "zsh":
         # zsh understands bash's way since 4.2; its own would need the table a third time.
         return f"#compdef {PROGRAM}\nautoload -U +X bashcompinit && bashcompinit\n{_bash()}"
@@ -163,3 +165,77 @@ def _fish_lines(program: str, *, descriptions: bool) -> Iterator[str]:
                 f"complete -c {program} -n '{where}'{letter} -l {option[0]}{value}"
                 f"{about(option[7])}"
             )
+
+
+_POWERSHELL = """\
+# completion for {program}
+Register-ArgumentCompleter -Native -CommandName {programs} -ScriptBlock {{
+    param($wordToComplete, $commandAst, $cursorPosition)
+    # A word, and behind a space what it is.
+    $options = @{{
+{options}
+    }}
+    $values = @{{
+{values}
+    }}
+    $commands = @{{
+{commands}
+    }}
+    $command = ''
+    $isValue = $false
+    foreach ($element in ($commandAst.CommandElements | Select-Object -Skip 1)) {{
+        if ($element.Extent.EndOffset -ge $cursorPosition) {{ break }}
+        $word = $element.ToString()
+        if ($isValue) {{
+            $isValue = $false
+        }} elseif ($word.StartsWith('-')) {{
+            $isValue = $values[$command] -ccontains $word
+        }} elseif ($command -and -not $commands.ContainsKey($command)) {{
+            return
+        }} else {{
+            $command = "$command $word".Trim()
+        }}
+    }}
+    if ($isValue) {{ return }}
+    $found = $commands[$command]
+    if ("$wordToComplete".StartsWith('-')) {{ $found = $options[$command] }}
+    $found | Where-Object {{ $_ -and $_.StartsWith("$wordToComplete") }} | ForEach-Object {{
+        $name, $about = $_ -split ' ', 2
+        if (-not $about) {{ $about = $name }}
+        [System.Management.Automation.CompletionResult]::new($name, $name, 'ParameterValue', $about)
+    }}
+}}
+"""
+
+
+def _powershell(*, descriptions: bool) -> str:
+    paths = ["", *(row[0] for row in _commands())]
+    about = {row[0]: row[5] for row in _commands()}
+
+    def quoted(word: str, text: str = "") -> str:
+        both = f"{word} {text}" if text and descriptions else word
+        return "'" + both.replace("'", "''") + "'"
+
+    def options(path: str) -> list[str]:
+        found = []
+        for row in _shown(path):
+            found += [quoted(f"-{row[1]}", row[7])] if row[1] else []
+            found.append(quoted(f"--{row[0]}", row[7]))
+        return [*found, quoted("--help", "help for this command")]
+
+    def below(path: str) -> list[str]:
+        start = f"{path} " if path and path != "help" else ""
+        return [quoted(name, about[f"{start}{name}"]) for name in _below(path)]
+
+    def table(rows: Iterator[tuple[str, list[str]]]) -> str:
+        return "\n".join(f"        '{path}' = @({', '.join(row)})" for path, row in rows if row)
+
+    return _POWERSHELL.format(
+        program=PROGRAM,
+        programs=", ".join(quoted(name) for name in _PROGRAMS),
+        options=table((path, options(path)) for path in paths),
+        values=table(
+            (path, [quoted(word) for word in _words(path, values=True).split()]) for path in paths
+        ),
+        commands=table((path, below(path)) for path in paths),
+    )

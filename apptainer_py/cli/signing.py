@@ -188,10 +188,9 @@ def _key_newpair(parsed: Parsed) -> int:
     return 0
 
 
-def _new_passphrase() -> str:
+def _new_passphrase(doing: str = "key newpair command") -> str:
     from apptainer_py.verbs import key
 
-    doing = "key newpair command"
     for _ in range(3):
         first = ask.ask_hidden("Enter a passphrase : ")
         if first == ask.ask_hidden("Retype your passphrase : "):
@@ -212,9 +211,21 @@ def _new_passphrase() -> str:
 def _key_import(parsed: Parsed) -> int:
     from apptainer_py.verbs import key
 
-    for line in key.import_file(_rings(parsed), parsed.arguments[0]):
+    rings, path = _rings(parsed), parsed.arguments[0]
+    if parsed.options["new-password"]:
+        said = key.import_file(rings, path, _with_new_passphrase)
+    else:
+        said = key.import_file(rings, path)
+    for line in said:
         sys.stdout.write(line)
     return 0
+
+
+def _with_new_passphrase(found: Key) -> Key:
+    from apptainer_py.crypto import gnupg
+
+    old = ask.ask_hidden("Enter your old password : ")
+    return gnupg.reprotected(found, old, _new_passphrase("key import command"))
 
 
 def _key_export(parsed: Parsed) -> int:

@@ -29,6 +29,7 @@ _OPTIONS = (
     "--no-random-seed-file",
 )  # fmt: skip
 _BITS = range(1024, 4097)
+_PARTS_MOST = 16
 
 
 class GpgError(ApptainerError):
@@ -76,6 +77,22 @@ def generate(user_id: str, bits: int, passphrase: str) -> Key:
         found = packets.read(home.run(["--export-secret-keys"], passphrase))
     if len(found) != 1 or not found[0].is_secret:
         raise GpgError(text="gpg has made no key")
+    return found[0]
+
+
+def reprotected(key: Key, old: str, new: str) -> Key:
+    """Return a private key under another passphrase.
+
+    Raises:
+        WrongPassphrase: the old one does not open it.
+        GpgError: gpg is not installed, or refuses the key.
+    """
+    with _Home() as home:
+        home.run(["--import"], given=key.raw)
+        home.change_passphrase(key.fingerprint, old, new)
+        found = packets.read(home.run(["--export-secret-keys"], new))
+    if len(found) != 1 or not found[0].is_secret or found[0].fingerprint != key.fingerprint:
+        raise GpgError(text="gpg has lost the key")
     return found[0]
 
 
@@ -147,16 +164,32 @@ class _Home:
             WrongPassphrase: it could not open a key.
             GpgError: it has failed otherwise.
         """
+        return self._run("--passphrase-fd", argv, [passphrase], given)
+
+    def change_passphrase(self, fingerprint: str, old: str, new: str) -> None:
+        """Put a key, and what belongs to it, under another passphrase.
+
+        Raises:
+            WrongPassphrase: the old one does not open it.
+            GpgError: it has failed otherwise.
+        """
+        # It asks for the old one if there is one, then for the new one, once for each part.
+        answers = [*([old] if old else []), *[new] * _PARTS_MOST]
+        argv = ["--no-batch", "--change-passphrase", fingerprint]
+        self._run("--command-fd", argv, answers, b"")
+
+    def _run(self, way: str, argv: Sequence[str], answers: Sequence[str], given: bytes) -> bytes:
         import subprocess
 
+        told = "".join(f"{answer}\n" for answer in answers)
         reading, writing = os.pipe()
         # Files, not pipes: the agent outlives gpg by a moment, and nobody is to wait for it.
         output, errors = (os.memfd_create(name, os.MFD_CLOEXEC) for name in ("output", "errors"))
         try:
-            os.write(writing, passphrase.encode("utf-8", "surrogateescape") + b"\n")
+            os.write(writing, told.encode("utf-8", "surrogateescape"))
             os.close(writing)
             ended = subprocess.run(
-                [GPG, "--homedir", self.path, *_OPTIONS, "--passphrase-fd", str(reading), *argv],
+                [GPG, "--homedir", self.path, *_OPTIONS, way, str(reading), *argv],
                 input=given,
                 stdout=output,
                 stderr=errors,
@@ -172,9 +205,10 @@ class _Home:
         finally:
             for fd in (reading, output, errors):
                 os.close(fd)
-        if ended == 0:
-            return text
         lines = said.decode("utf-8", "replace").strip().splitlines()
+        # Of a key whose parts have different passphrases it gives some, and says nothing else.
         if any("Bad passphrase" in line or "No passphrase" in line for line in lines):
             raise WrongPassphrase
+        if ended == 0:
+            return text
         raise GpgError(text=lines[-1] if lines else "gpg has failed")

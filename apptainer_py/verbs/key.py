@@ -13,7 +13,7 @@ from apptainer_py.crypto import gnupg, keyring, packets
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from apptainer_py.crypto.packets import Key
     from apptainer_py.registry.keyserver import Place
@@ -137,8 +137,10 @@ def user_id(name: str, comment: str, email: str) -> str:
     return f"{name}{middle} <{email}>"
 
 
-def import_file(rings: Rings, path: str) -> list[str]:
-    """Add the keys of a file to the rings; return what to say.
+def import_file(
+    rings: Rings, path: str, changed: Callable[[Key], Key] = lambda key: key
+) -> list[str]:
+    """Add the keys of a file to the rings, private ones as `changed` has them; return what to say.
 
     Raises:
         KeyFailed: it holds none, or a key is there already.
@@ -152,7 +154,7 @@ def import_file(rings: Rings, path: str) -> list[str]:
                 raise KeyFailed(doing=doing, reason="the global keyring holds public keys only")
         for key in found:
             if key.is_secret:
-                keyring.add(rings.secret, key, mode=rings.mode)
+                keyring.add(rings.secret, changed(key), mode=rings.mode)
                 said.append(_added(key, "private"))
             keyring.add(rings.public, packets.public_of(key), mode=rings.mode)
             said.append(_added(key, "public"))
