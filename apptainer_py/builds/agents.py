@@ -77,6 +77,15 @@ class EndOfLife(ApptainerError):
 _OWN = threading.local()
 
 
+# Fields of an OCI image's configuration, and the labels that show them; the signal's is OCI's own.
+_TOLD = (
+    ("StopSignal", "org.opencontainers.image.stopSignal"),
+    ("User", "org.apptainer-py.oci.user"),
+    ("WorkingDir", "org.apptainer-py.oci.working-dir"),
+)
+_TOLD_CHARACTERS = 4096
+
+
 def find(agent: str) -> Agent:
     """Return the function for the value of `Bootstrap`.
 
@@ -326,8 +335,21 @@ def from_oci_config(document: bytes) -> Base:
     labels = labels if isinstance(labels, dict) else {}
     return Base(
         oci_config=json.dumps(config, separators=(",", ":"), ensure_ascii=False).encode(),
-        labels={key: value for key, value in labels.items() if isinstance(value, str)},
+        labels={
+            **_told_of(config),
+            **{key: value for key, value in labels.items() if isinstance(value, str)},
+        },
     )
+
+
+def _told_of(config: Mapping[str, object]) -> dict[str, str]:
+    """Return as labels what a launch does not follow by itself, and `instance stop` follows."""
+    found = {label: config.get(key) for key, label in _TOLD}
+    return {
+        label: value
+        for label, value in found.items()
+        if isinstance(value, str) and value.isprintable() and 0 < len(value) <= _TOLD_CHARACTERS
+    }
 
 
 # -- distributions

@@ -301,6 +301,9 @@ def layout(place: SimpleNamespace, demo_sif: Path, build: Callable[..., str]) ->
         "Entrypoint": ["/bin/busybox", "echo"],
         "Cmd": ["it's", "$ODD"],
         "Labels": {"of": "oci"},
+        "StopSignal": "SIGUSR2",
+        "User": "nobody:users",
+        "WorkingDir": "/srv/work",
     }
     document = {"architecture": arch.host_arch(), "os": "linux", "config": config, "rootfs": {}}
     manifest = {
@@ -330,7 +333,13 @@ def test_an_oci_image(
     assert done.stdout == 'x "y"\n'
     assert as_user([product.program, "exec", image, "busybox", "ls", "/gone"]).returncode != 0
     labels = as_user([product.program, "inspect", image]).stdout
-    assert "of: oci" in labels
+    for line in (
+        "of: oci",
+        "org.apptainer-py.oci.user: nobody:users",
+        "org.apptainer-py.oci.working-dir: /srv/work",
+        "org.opencontainers.image.stopSignal: SIGUSR2",
+    ):
+        assert f"{line}\n" in labels
     with image.open("rb") as file:
         names = [entry.name for entry in sif.read_descriptors(file.fileno())]
     assert names[1:3] == [b"inspect-metadata.json", b"oci-config.json"]

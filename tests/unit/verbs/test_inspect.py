@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -227,6 +229,42 @@ def test_an_encrypted_image_without_metadata(tmp_path):
     path.write_bytes(sif_bytes.sif([partition(fs=5)]))
     with pytest.raises(NotSupported):
         inspect(str(path), Wanted())
+
+
+def ext3_of(tree: Path, target: Path) -> Path:
+    program = "/usr/sbin/mkfs.ext3"
+    if not os.path.exists(program):
+        pytest.skip(f"did not run: no {program}")
+    with target.open("wb") as file:
+        file.truncate(64 << 20)
+    subprocess.run([program, "-q", "-d", tree, target], check=True, stdout=subprocess.DEVNULL)
+    return target
+
+
+@pytest.mark.parametrize("line", ["", "--all", "-r -H -e", "--list-apps", "--app foo -j"])
+def test_an_ext3_image_says_what_its_directory_says(line, tmp_path):
+    tree = images.described_tree(images.shared_folder())
+    image = ext3_of(tree, tmp_path / "x.ext3")
+    assert inspect(str(image), wanted(line)) == inspect(str(tree), wanted(line))
+
+
+def test_hostile_ext3_images(tmp_path):
+    tree = tmp_path / "tree"
+    (tree / 'scif/apps/a"b\n; quit/scif').mkdir(parents=True)
+    (tree / ".singularity.d").mkdir()
+    with (tree / ".singularity.d/runscript").open("wb") as file:
+        file.truncate(1 << 40)
+    os.mkfifo(tree / ".singularity.d/test")
+    (tree / ".singularity.d/startscript").symlink_to("/etc/hostname")
+    image = ext3_of(tree, tmp_path / "x.ext3")
+    assert inspect(str(image), wanted("--list-apps")).text == ""
+    assert inspect(str(image), wanted("-s -t")).text == ""
+    with pytest.raises(ReadingFailed, match="larger than"):
+        inspect(str(image), wanted("-r"))
+    with image.open("r+b") as file:
+        file.truncate(2048)
+    with pytest.raises(ReadingFailed, match="damaged"):
+        inspect(str(image), wanted("-r"))
 
 
 def test_no_descriptor_is_left_open(tmp_path):
