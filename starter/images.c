@@ -207,6 +207,25 @@ int op_root_squashfs(struct rpc *r, const struct op_request *q, struct op_reply 
     return keep_mount(mount_fd, &r->root_fd, fd_out) < 0 ? answer(a, ERR_MOUNT, errno) : ERR_OK;
 }
 
+/* With DEVICES: the host's own tree, as it is, for a program that is root of a user namespace but
+ * in no container.  It shows nothing that the caller could not bind. */
+static int judge_host_tree(const struct launch *l) {
+    if (!fakeroot_wanted(l))
+        return ERR_REFUSED;
+    if (l->flow != FLOW_SETUID)
+        return ERR_OK;
+    return policy_image_bind(l) && !policy_limits_images(l) ? ERR_OK : ERR_REFUSED;
+}
+
+static int judge_directory(const struct launch *l, int image, bool host_tree) {
+    if (host_tree)
+        return judge_host_tree(l);
+    /* Inside, the owner of a file is whoever the caller's ranges make of it. */
+    if (l->flow != FLOW_SETUID)
+        return ERR_OK;
+    return fakeroot_wanted(l) && policy_limits_images(l) ? ERR_OWNER : policy_image(l, image);
+}
+
 /* (path; device, inode): a directory that the user may open, as a detached mount; -1 and code. */
 static int directory_image(const struct launch *l, const struct op_request *q, bool recursive,
                            struct op_reply *a, int *code) {
@@ -214,13 +233,13 @@ static int directory_image(const struct launch *l, const struct op_request *q, b
     int image = open_judged(q, O_RDONLY | O_DIRECTORY, a, code);
     if (image < 0)
         return -1;
-    /* Inside, the owner of a file is whoever the caller's ranges make of it. */
-    if (l->flow == FLOW_SETUID)
-        *code = fakeroot_wanted(l) && policy_limits_images(l) ? ERR_OWNER : policy_image(l, image);
+    bool host_tree = (q->flags & BIND_DEVICES) != 0;
+    *code = judge_directory(l, image, host_tree);
     if (*code == ERR_OK && (fstat(image, &st) < 0 || stat("/", &host) < 0 ||
-                            (st.st_dev == host.st_dev && st.st_ino == host.st_ino)))
+                            (st.st_dev == host.st_dev && st.st_ino == host.st_ino) != host_tree))
         *code = answer(a, ERR_KIND, 0); /* the host's root is no image */
-    /* SAFE: a directory that the user could open, made nosuid and nodev before it is attached. */
+    /* SAFE: a directory that the user could open, made nosuid and nodev before it is attached; of
+     * the host's tree each mount has nodev as it has on the host, and those below stay locked. */
     int tree = *code == ERR_OK ? clone_tree(image, bind_attributes(l, q->flags), 0, recursive) : -1;
     if (*code == ERR_OK && tree < 0)
         *code = answer(a, ERR_MOUNT, errno);
@@ -228,10 +247,10 @@ static int directory_image(const struct launch *l, const struct op_request *q, b
     return tree;
 }
 
-/* ROOT_DIRECTORY(path; device, inode): a sandbox. */
+/* ROOT_DIRECTORY(path; device, inode): a sandbox; DEVICES: the host's own tree. */
 int op_root_directory(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out) {
     int code = ERR_OK;
-    if (no_fields_but(q, BIND_READ_ONLY, 2, true, false) < 0)
+    if (no_fields_but(q, BIND_READ_ONLY | BIND_DEVICES, 2, true, false) < 0)
         return ERR_MALFORMED;
     int tree = directory_image(r->launch, q, true, a, &code);
     if (tree < 0)

@@ -9,6 +9,7 @@
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -28,6 +29,7 @@ struct keeper {
     bool early_server;                 /* servers[0] runs, but stage 1 has not asked for it yet */
     bool lent_ended;                   /* the server of a mount that was taken */
     struct loan loan;                /* the image's mount, from another launch or for the next */
+    int host_device;                   /* FUSE, mounted in the host's namespace already, or -1 */
     bool in_userns;
     bool recorded;                     /* the plan as it stands is in the audit log */
     bool closed;                       /* so is that nothing came of it */
@@ -64,8 +66,9 @@ static void open_channels(struct launch *l) {
         wire_pair(l->start_socket) < 0 || pipe2(l->seal_pipe, O_CLOEXEC) < 0 ||
         pipe2(l->ready_pipe, O_CLOEXEC) < 0 ||
         socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, l->go_socket) < 0 ||
-        (!builtin && (wire_pair(l->methods_socket) < 0 || wire_pair(l->helper_sockets[0]) < 0 ||
-                      wire_pair(l->helper_sockets[1]) < 0)))
+        (!builtin && wire_pair(l->methods_socket) < 0) ||
+        ((!builtin || l->flow == FLOW_USERNS) && (wire_pair(l->helper_sockets[0]) < 0 ||
+                                                  wire_pair(l->helper_sockets[1]) < 0)))
         fail("cannot make the channels between the processes", errno);
 }
 
@@ -260,6 +263,11 @@ static int start_container(struct keeper *k, int *error) {
         return code;
     }
     close_overlay_ends(l);
+    if (k->host_device >= 0) {
+        close_fd(&l->fuse_fds[0]);
+        l->fuse_fds[0] = k->host_device; /* the container is there, and has none of it */
+        k->host_device = -1;
+    }
     *error = 0;
     k->container_alive = true;
     return ERR_OK;
@@ -400,7 +408,8 @@ static int op_host_helpers(struct keeper *k, const union keeper_request *request
     (void)passed;
     if (no_fields(request, size) < 0)
         return ERR_MALFORMED;
-    if (l->helper_sockets[0][0] < 0)
+    /* In a namespace of the caller's they would not be on the host any more. */
+    if (l->helper_sockets[0][0] < 0 || k->in_userns)
         return ERR_REFUSED;
     for (int i = 0; i < 2; i++) {
         k->helpers[i] = start_helper(k, i);
@@ -410,6 +419,25 @@ static int op_host_helpers(struct keeper *k, const union keeper_request *request
     }
     close_fd(&l->helper_sockets[0][0]);
     close_fd(&l->helper_sockets[1][0]);
+    a->error = 0;
+    return ERR_OK;
+}
+
+/* FUSE_DEVICE and a descriptor: the caller has mounted an image in the host's namespace, as the
+ * caller may, and this is what is read to serve it.  It becomes device 0. */
+static int op_fuse_device(struct keeper *k, const union keeper_request *request, size_t size,
+                          int passed, struct op_reply *a) {
+    struct stat st;
+    if (no_fields(request, size) < 0 || passed < 0)
+        return ERR_MALFORMED;
+    if (k->launch->flow != FLOW_USERNS)
+        return ERR_REFUSED;
+    if (fstat(passed, &st) < 0 || !S_ISCHR(st.st_mode) || st.st_rdev != makedev(10, 229))
+        return ERR_KIND;
+    k->host_device = fcntl(passed, F_DUPFD_CLOEXEC, 3);
+    a->error = errno;
+    if (k->host_device < 0)
+        return ERR_SETUP;
     a->error = 0;
     return ERR_OK;
 }
@@ -960,6 +988,7 @@ NO_RETURN void keeper_main(struct launch *l) {
     static struct keeper keeper;
     struct keeper *k = &keeper;
     k->launch = l;
+    k->host_device = -1;
     loan_init(l, &k->loan);
     open_channels(l);
     k->signals = block_signals();

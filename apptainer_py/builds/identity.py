@@ -14,13 +14,13 @@ from apptainer_py.base.record import Record
 from apptainer_py.host import subid, subid_file
 from apptainer_py.kernel import _container
 from apptainer_py.model.oci_plan import IdMap
+from apptainer_py.runtime import fakeroot
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Final
 
 _NEWNS: Final = 0x00020000
-_NEWUSER: Final = 0x10000000
 _MS_REC, _MS_SLAVE = 0x4000, 0x80000
 
 
@@ -80,52 +80,32 @@ def choose(*, fakeroot: bool, ignore_subuid: bool, ignore_userns: bool) -> Ident
 
 def _ranges(name: str, uid: int) -> tuple[IdMap, IdMap] | None:
     found = []
+    rights = uid == 0 or fakeroot.needs_setuid()
     for path, tool in ((subid_file.SUBUID, "newuidmap"), (subid_file.SUBGID, "newgidmap")):
         listed = subid_file.usable(subid_file.read(path), name, uid)
         enough = [one for one in listed if one.count >= subid_file.WANTED]
-        if not enough or (uid != 0 and subid.find_program(tool) is None):
+        if not enough or (not rights and subid.find_program(tool) is None):
             return None
         found.append(IdMap(inside=1, outside=enough[0].first, count=subid_file.WANTED))
     return found[0], found[1]
 
 
-def enter(identity: Identity, ready: int, go: int) -> None:
-    """Become it, in a child whose parent writes the maps between `ready` and `go`.
+def namespaces(identity: Identity) -> fakeroot.Namespaces:
+    """Return new namespaces in which the build is root.
 
     Raises:
-        NoNamespace: the kernel refuses.
+        NoNamespace: they are not to be had.
     """
-    if identity.is_root:
-        try:
-            _container.unshare(_NEWNS)
-            _keep_mounts()
-        except OSError:
-            log.debug("no mount namespace of its own; trees are copied")
-        os.write(ready, b"1")
-        os.read(go, 1)
-        return
     try:
-        _container.unshare(_NEWUSER | _NEWNS)
-    except OSError as error:
-        reason = os.strerror(error.errno or 0).lower()
-        raise NoNamespace(user=_name(os.geteuid()), reason=reason) from None
-    os.write(ready, b"1")
-    if os.read(go, 1) != b"1":
-        raise NoNamespace(user="this user", reason="its ids could not be mapped")
-    _keep_mounts()
+        return fakeroot.Namespaces(ranges=identity.owns_all)
+    except fakeroot.NoNamespace as error:
+        raise NoNamespace(user=_name(os.geteuid()), reason=error.facts["reason"]) from None
 
 
-def _keep_mounts() -> None:
-    # What is mounted here is seen by nobody else, and goes with the last process here.
-    _container.mount(b"none", b"/", b"", _MS_REC | _MS_SLAVE)
-
-
-def write_maps(identity: Identity, pid: int) -> None:
-    """Write the maps of a child that has made its namespace.
-
-    Raises:
-        ApptainerError: the kernel, newuidmap or newgidmap refuses.
-    """
-    if not identity.is_root:
-        rootless = os.geteuid() != 0
-        subid.write_maps(pid, identity.uid_maps, identity.gid_maps, rootless=rootless)
+def hide_mounts() -> None:
+    """Have root's own build mount what nobody else sees, and what goes with its last process."""
+    try:
+        _container.unshare(_NEWNS)
+        _container.mount(b"none", b"/", b"", _MS_REC | _MS_SLAVE)
+    except OSError:
+        log.debug("no mount namespace of its own; trees are copied")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from typing import Any, Final, NoReturn
 
     from apptainer_py.builds.identity import Identity
+    from apptainer_py.runtime.fakeroot import Namespaces
 
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_CHILD_SUBREAPER: Final = 36
@@ -177,7 +178,7 @@ class _Sweeper:
         self._identity = identity
         self._alive = alive
         self._said = said
-        self._userns = -1
+        self._namespaces: Namespaces | None = None
 
     def run(self, folders: Sequence[str]) -> NoReturn:
         """Be that process, to its end."""
@@ -201,26 +202,15 @@ class _Sweeper:
     def _guard(self) -> int:
         import socket
 
-        ready_read, ready_write = os.pipe()
-        go_read, go_write = os.pipe()
+        if not self._identity.is_root:
+            self._namespaces = identities.namespaces(self._identity)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         worker = os.fork()
         if worker == 0:
-            for fd in (ready_read, go_write, self._alive):
-                os.close(fd)
+            os.close(self._alive)
             ours.close()
-            _be_worker(
-                self._work, self._identity, (ready_write, go_read), Launches(theirs), self._said
-            )
+            _be_worker(self._work, self._namespaces, Launches(theirs), self._said)
         theirs.close()
-        os.close(ready_write)
-        os.close(go_read)
-        if os.read(ready_read, 1):
-            identities.write_maps(self._identity, worker)
-            if not self._identity.is_root:
-                self._userns = os.open(f"/proc/{worker}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
-            os.write(go_write, b"1")
-        os.close(go_write)
         return self._watch(worker, ours)
 
     def _watch(self, worker: int, end: socket.socket) -> int:
@@ -254,13 +244,13 @@ class _Sweeper:
 
     def _clean(self, folders: Sequence[str]) -> None:
         """Remove the folders as whoever owns what is in them."""
-        if self._userns < 0:
+        if self._namespaces is None:
             _remove(folders)
             return
         child = os.fork()
         if child == 0:
             try:
-                _container.enter_userns(self._userns)
+                _container.enter_userns(self._namespaces.user_fd)
                 _remove(folders)
             finally:
                 os._exit(0)
@@ -302,8 +292,7 @@ def _launch(end: socket.socket) -> int:
 
 def _be_worker(
     work: Callable[[Launches], None],
-    identity: Identity,
-    pipes: tuple[int, int],
+    namespaces: Namespaces | None,
     launches: Launches,
     said: int,
 ) -> NoReturn:
@@ -313,7 +302,10 @@ def _be_worker(
     try:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
             signal.signal(number, signal.SIG_DFL)
-        identities.enter(identity, *pipes)
+        if namespaces is None:
+            identities.hide_mounts()
+        else:
+            namespaces.enter()
         # Set last: a change of credentials would clear it.
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         work(launches)

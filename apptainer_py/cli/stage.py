@@ -22,13 +22,20 @@ class Shown(UsageError):
 
 
 def _load_builtin(name: str) -> None:
+    # Each registers itself; where a bundle has brought it, it is there already.
     if name == "apptainer":
-        pass
+        import apptainer_py.engines.apptainer
     elif name == "oci":
-        pass  # registers itself
+        import apptainer_py.engines.oci
+    elif name == "fakeroot":
+        import apptainer_py.engines.fakeroot  # noqa: F401
 
 
-def _parse(arguments: list[str], environment: Mapping[str, str]) -> ActionRequest | None:
+def _parse(
+    arguments: list[str], environment: Mapping[str, str], engine: str
+) -> ActionRequest | None:
+    if engine == "fakeroot":
+        return None  # it has words of its own
     from apptainer_py.cli import report
     from apptainer_py.cli.parse import parse
     from apptainer_py.model.request import ActionRequest

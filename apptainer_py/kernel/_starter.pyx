@@ -103,7 +103,16 @@ cdef extern from *:
 cdef extern from "request.h":
     enum:
         REQUEST_SEALS
+        REQUEST_VERSION
+    const char *REQUEST_MAGIC
     struct request_header:
+        char magic[8]
+        uint32_t version
+        uint32_t header_size
+        char build_id[64]
+        uint32_t flow
+        uint32_t reason
+        int32_t trace_fd
         uint32_t argc
         uint32_t envc
         uint32_t argv_off
@@ -270,6 +279,33 @@ def read_request(bytes data):
         _check_request_part(data, head.engine_off, head.engine_file_off, 1)[0],
         _check_request_part(data, head.engine_file_off, head.total, 1)[0],
     )
+
+
+def pack_request(list arguments, list environment, bytes cwd, bytes engine, bytes build_id,
+                 unsigned int flow, unsigned int reason):
+    """Return the request for an engine of the package's own, and the seals that its file needs."""
+    cdef request_header head
+    if len(build_id) >= <Py_ssize_t>sizeof(head.build_id):
+        raise ValueError("the build id is too long")
+    memset(&head, 0, sizeof(head))
+    memcpy(head.magic, REQUEST_MAGIC, sizeof(head.magic))
+    memcpy(head.build_id, PyBytes_AS_STRING(build_id), len(build_id))
+    head.version = REQUEST_VERSION
+    head.header_size = sizeof(head)
+    head.flow = flow
+    head.reason = reason
+    head.trace_fd = -1
+    head.argc = len(arguments)
+    head.envc = len(environment)
+    parts = [b"".join([text + b"\0" for text in texts])
+             for texts in (arguments, environment, [cwd], [engine], [b""])]
+    head.argv_off = sizeof(head)
+    head.env_off = head.argv_off + len(parts[0])
+    head.cwd_off = head.env_off + len(parts[1])
+    head.engine_off = head.cwd_off + len(parts[2])
+    head.engine_file_off = head.engine_off + len(parts[3])
+    head.total = head.engine_file_off + len(parts[4])
+    return PyBytes_FromStringAndSize(<char *>&head, sizeof(head)) + b"".join(parts), REQUEST_SEALS
 
 
 cdef Py_ssize_t _fill(op_request *q, unsigned int op, unsigned int flags, tuple numbers,

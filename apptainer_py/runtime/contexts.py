@@ -86,6 +86,7 @@ class PrepareContext:
         "environment",
         "facts",
         "helpers_wanted",
+        "host_message",
         "message",
         "process_fd",
         "ready_fd",
@@ -111,6 +112,7 @@ class PrepareContext:
         self.action = action
         self.call = call
         self.helpers_wanted = False
+        self.host_message = b""
         self.message = b""
         # The process of /proc whose instance is joined, the mounts that are shared, or -1.
         self.process_fd = -1
@@ -138,6 +140,11 @@ class PrepareContext:
     def want_host_helpers(self) -> None:
         """Ask for the host pair, `post_start_host` and `cleanup_host`."""
         self.helpers_wanted = True
+
+    def tell_host(self, message: bytes) -> None:
+        """Ask for the host pair with a message for it, and for `prepare_host` before all else."""
+        self.helpers_wanted = True
+        self.host_message = message
 
     def join_network(self, fd: int) -> int:
         """Have the container join an open network namespace; returns an ERR_* of the protocol."""
@@ -331,23 +338,55 @@ class CleanupContext:
 
 
 @final
-class PostStartHostContext:
-    """As the caller in the host's namespaces, once the payload runs."""
+class PrepareHostContext:
+    """As the caller in the host's namespaces, before the container: may mount, as a user may."""
 
-    __slots__ = ("cwd", "environment")
+    __slots__ = ("cwd", "device", "environment", "message")
 
-    def __init__(self, environment: Mapping[str, str], cwd: str) -> None:
+    def __init__(self, environment: Mapping[str, str], cwd: str, message: bytes) -> None:
         self.environment = environment
         self.cwd = cwd
+        self.message = message
+        self.device = -1
+
+    def hand_over(self, fd: int) -> None:
+        """Give the starter the FUSE device of what was mounted: its device 0, to be served."""
+        self.device = fd
+
+
+@final
+class PostStartHostContext:
+    """As the caller in the host's namespaces, once the payload runs.
+
+    Where the host pair has a message, this is also told of a launch that ends before (`started`).
+    """
+
+    __slots__ = ("cwd", "environment", "message", "started")
+
+    def __init__(
+        self,
+        environment: Mapping[str, str],
+        cwd: str,
+        message: bytes = b"",
+        *,
+        started: bool = True,
+    ) -> None:
+        self.environment = environment
+        self.cwd = cwd
+        self.message = message
+        self.started = started
 
 
 @final
 class CleanupHostContext:
     """As the caller in the host's namespaces, when everything else has ended."""
 
-    __slots__ = ("cwd", "environment", "orderly")
+    __slots__ = ("cwd", "environment", "message", "orderly")
 
-    def __init__(self, environment: Mapping[str, str], cwd: str, *, orderly: bool) -> None:
+    def __init__(
+        self, environment: Mapping[str, str], cwd: str, message: bytes = b"", *, orderly: bool
+    ) -> None:
         self.environment = environment
         self.cwd = cwd
+        self.message = message
         self.orderly = orderly

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         PostStartContext,
         PostStartHostContext,
         PrepareContext,
+        PrepareHostContext,
         StartContext,
     )
 
@@ -87,6 +88,12 @@ class Operations:
 
     def cleanup_container(self, context: CleanupContext) -> None:
         """Undo what outlives the container; also runs when the container was never made."""
+
+    def prepare_host(self, context: PrepareHostContext) -> None:
+        """Make in the host's namespaces what the container needs; where `tell_host` asked for it.
+
+        It runs in the process of `cleanup_host`, which so knows what there is to undo.
+        """
 
     def post_start_host(self, context: PostStartHostContext) -> None:
         """Run in the host's namespaces once the payload has started."""

@@ -25,6 +25,7 @@ from apptainer_py.runtime.contexts import (
     PostStartContext,
     PostStartHostContext,
     PrepareContext,
+    PrepareHostContext,
     StartContext,
 )
 
@@ -37,12 +38,15 @@ if TYPE_CHECKING:
     from apptainer_py.model.request import ActionRequest
     from apptainer_py.runtime.joining import Joining
 
-    Parse = Callable[[list[str], Mapping[str, str]], ActionRequest | None]
+    Parse = Callable[[list[str], Mapping[str, str], str], ActionRequest | None]
     LoadBuiltin = Callable[[str], None]
     ParseCall = Callable[[list[str], Mapping[str, str]], OciCall]
     Report = Callable[[ApptainerError], int]
 
 _SERVER_ENDS_MS = 2000
+# What begins a message for the host pair: of an instance, which lets go of its caller's streams.
+_FOR_HOST, _FOR_HOST_OF_INSTANCE = b"m", b"i"
+_HOST_MESSAGE_BYTES = 8192
 _STAGE_NAMES = {
     protocol.STAGE_MASTER: "master",
     protocol.STAGE_START: "stage2",
@@ -143,7 +147,9 @@ class Master:
             action = (
                 None
                 if self.request.engine_file
-                else parse(self.request.arguments[1:], self.request.environment)
+                else parse(
+                    self.request.arguments[1:], self.request.environment, self.request.engine
+                )
             )
             self.operations = _load_engine(self.request, load_builtin)
             _init(self.operations, self.facts, protocol.STAGE_MASTER)
@@ -166,16 +172,36 @@ class Master:
             action,
         )
         _starter.run_hook(protocol.HOOK_PREPARE_CONFIG, self.operations.prepare_config, context)
-        if context.helpers_wanted:
+        # Who only joins has all that there is on the host.
+        if context.helpers_wanted and context.process_fd < 0:
             self._ask_keeper("cannot start the host helpers", protocol.OP_HOST_HELPERS)
             self.has_helpers = True
+            if context.host_message:
+                self._prepare_host(context)
         return context
 
-    def _ask_keeper(self, what: str, op: int) -> None:
+    def _prepare_host(self, context: PrepareContext) -> None:
+        """Have `prepare_host` run; the device that it hands over is the starter's."""
+        prefix = _FOR_HOST_OF_INSTANCE if context.streams else _FOR_HOST
+        for fd in self.info["helper_fds"]:
+            _tell(fd, prefix + context.host_message)
+        try:
+            answer, device = _starter.receive_bytes(self.info["helper_fds"][1], 16)
+        except OSError:
+            answer, device = b"", -1
+        if answer == b"f":
+            raise StageFailed
+        if answer != b"c":
+            raise LaunchError(text="the process that prepares the host has ended")
+        if device >= 0:
+            self._ask_keeper("cannot serve the image", protocol.OP_FUSE_DEVICE, device)
+            os.close(device)
+
+    def _ask_keeper(self, what: str, op: int, passed: int = -1) -> None:
         from apptainer_py.runtime.mounting import refused
 
         try:
-            _starter.send_operation(self.keeper_fd, op, 0, (), None, None)
+            _starter.send_operation(self.keeper_fd, op, 0, (), None, None, passed)
         except OSError:
             raise KeeperGone(what=what) from None
         self._reply(what, refused)
@@ -354,10 +380,10 @@ def _tell(fd: int, data: bytes, passed: int = -1) -> None:
         return
 
 
-def _heard(fd: int) -> bytes:
+def _heard(fd: int, size: int = 16) -> bytes:
     """Return what another stage says; nothing if it has ended, with or without our words unread."""
     try:
-        return _starter.receive_bytes(fd, 16)[0]
+        return _starter.receive_bytes(fd, size)[0]
     except OSError:
         return b""
 
@@ -533,15 +559,25 @@ def _run_start(info: StageInfo, facts: Facts, load_builtin: LoadBuiltin) -> int:
 
 def _run_host_helper(info: StageInfo, operations: engines.Operations, request: Request) -> int:
     fd = info["trigger_fd"]
-    orderly = bool(_heard(fd))
+    cleans_up = info["stage"] == protocol.STAGE_CLEANUP_HOST
     environment, cwd = request.environment, request.cwd
+    word = _heard(fd, _HOST_MESSAGE_BYTES)
+    message = b""
+    if word[:1] in (_FOR_HOST, _FOR_HOST_OF_INSTANCE):
+        message = word[1:]
+        if cleans_up:
+            _make_host_ready(fd, operations, PrepareHostContext(environment, cwd, message))
+        if word[:1] == _FOR_HOST_OF_INSTANCE:
+            _let_streams_go()
+        word = _heard(fd)
+    orderly = bool(word)
     answer = b"c"
     try:
-        if info["stage"] == protocol.STAGE_CLEANUP_HOST:
-            last = CleanupHostContext(environment, cwd, orderly=orderly)
+        if cleans_up:
+            last = CleanupHostContext(environment, cwd, message, orderly=orderly)
             _starter.run_hook(protocol.HOOK_CLEANUP_HOST, operations.cleanup_host, last)
-        elif orderly:
-            first = PostStartHostContext(environment, cwd)
+        elif orderly or message:
+            first = PostStartHostContext(environment, cwd, message, started=orderly)
             _starter.run_hook(protocol.HOOK_POST_START_HOST, operations.post_start_host, first)
     except ApptainerError as error:
         report(error)
@@ -549,3 +585,23 @@ def _run_host_helper(info: StageInfo, operations: engines.Operations, request: R
     if orderly:
         _tell(fd, answer)
     return 0
+
+
+def _make_host_ready(fd: int, operations: engines.Operations, context: PrepareHostContext) -> None:
+    answer = b"c"
+    try:
+        _starter.run_hook(protocol.HOOK_PREPARE_HOST, operations.prepare_host, context)
+    except ApptainerError as error:
+        report(error)
+        answer = b"f"
+    _tell(fd, answer, context.device)
+    if context.device >= 0:
+        os.close(context.device)
+
+
+def _let_streams_go() -> None:
+    """An instance goes on when its command has ended, and who reads what that says must see so."""
+    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    for number in range(3):
+        os.dup2(null, number)
+    os.close(null)

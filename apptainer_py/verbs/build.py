@@ -11,6 +11,7 @@ from apptainer_py.base.record import Record
 from apptainer_py.builds import agents, arguments, definition, pipeline, supervised
 from apptainer_py.builds import identity as identities
 from apptainer_py.host import config_file
+from apptainer_py.runtime import fakeroot
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def _as_root(request: Request, identity: identities.Identity) -> list[str]:
     """Return the options that make containers of a build root of the same ids as the build."""
     if identity.is_root:
         return []
-    options = ["--fakeroot", "--userns"]
+    options = ["--fakeroot"] if fakeroot.needs_setuid() else ["--fakeroot", "--userns"]
     options += [] if identity.owns_all else ["--ignore-subuid"]
     return options + (["--ignore-fakeroot-command"] if request.ignore_fakeroot_command else [])
 

@@ -10,11 +10,14 @@ if TYPE_CHECKING:
     from apptainer_py.engines.apptainer.prepare import Prepared
     from apptainer_py.runtime.contexts import (
         CleanupContext,
+        CleanupHostContext,
         CreateContext,
         InitContext,
         MonitorContext,
         PostStartContext,
+        PostStartHostContext,
         PrepareContext,
+        PrepareHostContext,
         StartContext,
     )
 
@@ -90,6 +93,24 @@ class Apptainer(Operations):
             janitor.end(wait=context.status is not None)
         if self.prepared is not None and self.prepared.service is not None:
             self.prepared.service.ended()
+
+    def prepare_host(self, context: PrepareHostContext) -> None:
+        """Mount the image as a user may, where the container cannot."""
+        from apptainer_py.engines.apptainer import host_image
+
+        host_image.mount(context)
+
+    def post_start_host(self, context: PostStartHostContext) -> None:
+        """Detach that mount: the container holds it, or there will be none."""
+        from apptainer_py.engines.apptainer import host_image
+
+        host_image.detach(context.message)
+
+    def cleanup_host(self, context: CleanupHostContext) -> None:
+        """Make sure of it at the end, whoever was killed."""
+        from apptainer_py.engines.apptainer import host_image
+
+        host_image.detach(context.message)
 
 
 register_operations("apptainer", Apptainer)

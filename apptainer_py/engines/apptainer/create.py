@@ -146,6 +146,10 @@ class Creation:
             from apptainer_py.engines.apptainer import layering
 
             self.root = layering.root_extfs(self)
+        elif prepared.host_root:
+            from apptainer_py.engines.apptainer import host_image
+
+            self.root = host_image.take(self.mounting, prepared)
         elif prepared.fuse:
             self.root = self.mounting.root_fuse(0, prepared.what)
             self.mounting.serve_image(0, prepared.root_fd, prepared.offset, prepared.what)

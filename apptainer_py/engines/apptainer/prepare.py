@@ -66,6 +66,13 @@ class UsernsForbidden(LaunchError):
     message = "User namespace required but not allowed by configuration."
 
 
+class NoFuseInside(LaunchError):
+    """Only a squashfs root is mounted outside."""
+
+    message = "this launch needs a FUSE mount in its user namespace, which is not allowed here"
+    hint = "the administrator has set `allow userns-mount fuse = no`; sandboxes need no such mount"
+
+
 class ServerMissing(LaunchError):
     """The program that serves squashfs images is not installed."""
 
@@ -83,6 +90,7 @@ class Prepared:
         "fuse",
         "fuse_count",
         "fuses",
+        "host_root",
         "hostname",
         "image",
         "janitor",
@@ -121,6 +129,8 @@ class Prepared:
         self.filter: list[bytes] = []
         self.fuse_count = 0
         self.fuses: Fuses | None = None
+        # Where the image is mounted on the host, by fusermount3.
+        self.host_root = ""
         self.overlays = 0
         self.root_fs = "squashfs"
         self.root_fd = image.fd
@@ -256,8 +266,9 @@ def judge(
         from apptainer_py.engines.apptainer.security import apply
 
         plan = apply(security, plan, prepared, action, facts)
+    fake_devices(prepared, action)
     binds = mounts.plan(prepared, action, context)
-    plan = plan.replace(flags=plan.flags | number_devices(prepared))
+    plan = plan.replace(flags=plan.flags | number_devices(prepared, facts))
     environment = environ.collect(action, context.environment)
     add_variables(prepared, environment)
     if prepared.fakeroot and prepared.fakeroot.command:
@@ -374,15 +385,27 @@ def choose_fuses(
     return action.replace(pid=True) if prepared.fuses.inside else action
 
 
-def number_devices(prepared: Prepared) -> int:
+def number_devices(prepared: Prepared, facts: Facts) -> int:
     """Give the file systems beside the root their devices; return what the plan says of them."""
+    flags = 0
     if prepared.fuses:
         prepared.fuses.plan(prepared)
-    if not prepared.shown:
-        return 0
-    from apptainer_py.engines.apptainer import layers
+    if prepared.shown:
+        from apptainer_py.engines.apptainer import layers
 
-    return layers.plan_flags(prepared)
+        flags = layers.plan_flags(prepared)
+    if prepared.fuse_count and is_mounted_outside(facts):
+        raise NoFuseInside
+    return flags
+
+
+def fake_devices(prepared: Prepared, action: ActionRequest) -> None:
+    """Let a build's scripts believe that they made devices, which no user namespace makes."""
+    if not (prepared.inner and action.build_config) or prepared.filter:
+        return
+    from apptainer_py.host import fake_devices
+
+    prepared.filter = [fake_devices.program().hex().encode(), b"0"]
 
 
 def add_variables(prepared: Prepared, environment: Environment) -> None:
@@ -438,7 +461,19 @@ def choose_root(prepared: Prepared, action: ActionRequest, context: PrepareConte
     prepared.fuse = prepared.inner or decrypted or not policy.kernel_may_mount(facts)
     if prepared.fuse and not os.path.exists(IMAGE_SERVER):
         raise ServerMissing(path=IMAGE_SERVER)
+    if prepared.fuse and is_mounted_outside(facts):
+        from apptainer_py.engines.apptainer import host_image
+
+        host_image.plan(prepared, context)
+        return
     prepared.fuse_count = 1 if prepared.fuse else 0
+
+
+def is_mounted_outside(facts: Facts) -> bool:
+    """Return whether the administrator has FUSE mounts made outside of the user namespace."""
+    if facts.configuration["allow userns-mount fuse"]:
+        return False
+    return facts.flow == protocol.FLOW_USERNS
 
 
 def choose_extfs(prepared: Prepared, action: ActionRequest, facts: Facts) -> None:
@@ -533,7 +568,7 @@ def choose_spaces(prepared: Prepared, action: ActionRequest, facts: Facts) -> tu
     flags = first_process(action, spaces)
     if prepared.layer == protocol.LAYERKIND_OVERLAY_TMPFS:
         flags |= protocol.PLANFLAG_WRITABLE_LAYER
-    if prepared.image.kind != "sandbox" and not prepared.fuse:
+    if prepared.image.kind != "sandbox" and not prepared.fuse and not prepared.host_root:
         extfs = prepared.root_fs == "ext3"
         flags |= protocol.PLANFLAG_KERNEL_EXTFS if extfs else protocol.PLANFLAG_KERNEL_IMAGE
     if facts.configuration["mount slave"]:
