@@ -28,7 +28,7 @@ bool early_plan(const struct launch *l, struct container_plan *plan) {
     /* Another rank's container may be there already, and who owns a namespace enters no other. */
     if (h->forecast & FORECAST_RANK && l->flow == FLOW_USERNS)
         return false;
-    /* The image is mounted outside, by helpers that keeper can have as long as it is there itself. */
+    /* The image is mounted outside, by helpers that keeper starts while it is there itself. */
     if (h->forecast & FORECAST_FUSE && l->flow == FLOW_USERNS &&
         !config_bool(&l->config, CONFIG_ALLOW_USERNS_MOUNT_FUSE))
         return false;

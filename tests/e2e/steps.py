@@ -29,7 +29,7 @@ LATER_STEPS = (
     "FORK_LAYER", "OWN_NAMESPACE", "MAP_IDS", "FORK_ID_MAPPER", "BECOME_ROOT", "FORK_JANITOR",
     "DROP_JANITOR", "TAKE_MOUNT",
 )  # fmt: skip
-LATER_OPERATIONS = ("NETNS", "JANITOR", "SPACE")
+LATER_OPERATIONS = ("NETNS", "JANITOR", "SPACE", "FUSE_DEVICE")
 STEPS = {
     name[5:]: value
     for name, value in vars(protocol).items()
@@ -145,6 +145,11 @@ FLOWS = {
         "HOST_HELPERS", "FORK_HELPER", "DROP_HELPER", "LOAD_HELPER", "FORK_METHODS",
         "DROP_METHODS", "LOAD_METHODS", "SPACE",
     ]),
+    # A mount on the host that the container takes.
+    "host image": (words("-p"), "allow userns-mount fuse = no", "sif", [
+        "HOST_HELPERS", "FUSE_DEVICE", "FORK_HELPER", "DROP_HELPER", "LOAD_HELPER", "SERVE_IMAGE",
+        "ROOT_DIRECTORY", "GO",
+    ]),
     "engine gives up": (("apptainer-py", "plain"), "", "sandbox", ["OP_PLAIN_STARTER"]),
     "overlays": (words("-p", "--overlay", "{overlay}", "--overlay", "{squashfs}"), "", "sif", [
         "IMAGE_FUSE", "IMAGE_DIRECTORY", "IMAGE_LAYER", "FORK_LAYER", "LAYER",
@@ -212,7 +217,7 @@ def flow_of(flow: str) -> int:
     """Return the flow that the launcher would choose for one of the table."""
     if flow in ROOT_FLOWS:
         return protocol.FLOW_ROOT
-    plain = flow in ("userns", "engine", "engine gives up", "userns fakeroot")
+    plain = flow in ("userns", "host image", "engine", "engine gives up", "userns fakeroot")
     return protocol.FLOW_USERNS if plain else protocol.FLOW_SETUID
 
 

@@ -22,6 +22,7 @@ MASTER, START = protocol.STAGE_MASTER, protocol.STAGE_START
 BEFORE, AFTER = protocol.STAGE_POST_START_HOST, protocol.STAGE_CLEANUP_HOST
 STAGE_OF = {
     "prepare_config": MASTER,
+    "prepare_host": AFTER,
     "create_container": MASTER,
     "start_process": START,
     "post_start_host": BEFORE,
@@ -174,9 +175,13 @@ def test_the_host_pair_runs_as_the_caller_in_the_host_namespaces(product, flow, 
     pair = [event for event in events if event["process"] == "HOST_HELPER"]
     hooks = [event["name"] for event in pair if event["event"] == "hook"]
     assert hooks.count("INIT_CONFIG") == 2
-    assert [name for name in hooks if name != "INIT_CONFIG"] == ["POST_START_HOST", "CLEANUP_HOST"]
+    assert [name for name in hooks if name != "INIT_CONFIG"] == [
+        "PREPARE_HOST",
+        "POST_START_HOST",
+        "CLEANUP_HOST",
+    ]
     identities = [traced(event) for event in pair if event["event"] in ("process", "hook")]
-    assert identities == [expected(table(flow)["HOST_HELPER"], who, set())] * 6
+    assert identities == [expected(table(flow)["HOST_HELPER"], who, set())] * 7
 
 
 def test_cleanup_host_runs_when_everything_else_was_killed(product, flow, who, root, folder):
@@ -209,6 +214,7 @@ def test_cleanup_host_runs_when_everything_else_was_killed(product, flow, who, r
 
 def test_an_engine_without_the_host_pair(product, flow, who, root, folder):
     source = GOOD.read_text().replace("        context.want_host_helpers()\n", "")
+    source = source.replace('        context.tell_host(b"for the host pair")\n', "")
     process = launch(product, flow, who, folder, root, ["/bin/sh", "-c", "exit 4"], source)
     assert forge.finish(process).status == 4
     log = Log.of(folder)

@@ -39,6 +39,7 @@ SAMPLE = [
     ("early", "SEALED", 1),
     ("userns", "ROOT_FUSE", 1),
     ("engine", "FORK_METHODS", 1),
+    ("host image", "FUSE_DEVICE", 1),
 ]
 # Root's janitor undoes what the others made, whoever is killed: it alone must live.
 ALL = [

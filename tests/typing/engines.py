@@ -13,6 +13,7 @@ REACHES = {
     "post_start_process": "context.mounting.pivot()",
     "monitor_container": 'context.execve(b"/bin/true", [], [])',
     "cleanup_container": "context.wait()",
+    "prepare_host": "context.wait()",
     "post_start_host": "context.wait()",
     "cleanup_host": "context.want_host_helpers()",
 }

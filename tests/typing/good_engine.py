@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         PostStartContext,
         PostStartHostContext,
         PrepareContext,
+        PrepareHostContext,
         StartContext,
     )
 
@@ -55,6 +56,7 @@ class Probe(Operations):
         context.plan(ContainerPlan(image=self.root, uid=facts.uid, gid=facts.gid, flags=flags))
         context.tell_start("\0".join(context.arguments[2:]).encode())
         context.want_host_helpers()
+        context.tell_host(b"for the host pair")
 
     def create_container(self, context: CreateContext) -> None:
         note("create_container")
@@ -80,6 +82,9 @@ class Probe(Operations):
 
     def cleanup_container(self, context: CleanupContext) -> None:
         note("cleanup_container", context.status)
+
+    def prepare_host(self, context: PrepareHostContext) -> None:
+        note("prepare_host", context.message == b"for the host pair")
 
     def post_start_host(self, context: PostStartHostContext) -> None:
         note("post_start_host", context.cwd, os.stat("/proc/self/ns/mnt").st_ino, os.getuid())
