@@ -222,7 +222,10 @@ def _from_sandbox(image: OpenImage, order: Order) -> None:
         )
     if done.returncode:
         lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
-        raise ConveyorFailed(reason=lines[0] if lines else f"cp: status {done.returncode}")
+        reason = lines[0] if lines else f"cp: status {done.returncode}"
+        raise ConveyorFailed(
+            reason=reason.replace(f"/proc/self/fd/{image.fd}/.", image.path).removeprefix("/bin/")
+        )
 
 
 def _is_own(image: OpenImage) -> bool:

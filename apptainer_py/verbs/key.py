@@ -28,14 +28,13 @@ _DIGITS_MAX = 18
 
 
 class KeyFailed(ApptainerError):
-    """What the real one ends with status 2 for."""
+    """What a command could not do; the real one has a status of its own for each command."""
 
     message = "{doing} failed: {reason}"
-    exit_code = 2
 
 
 class ExportFailed(KeyFailed):
-    exit_code = 10
+    """Nothing to export."""
 
 
 class RemoveFailed(ApptainerError):

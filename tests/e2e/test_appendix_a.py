@@ -1,6 +1,6 @@
 """Defects of the real Apptainer 1.4: it fails here, and we do not (facts, appendix A).
 
-Not here: what is not built yet (build, keys), and the metrics gateway.
+Not here: the metrics gateway itself, which there is none of here.
 """
 
 from __future__ import annotations
@@ -135,6 +135,16 @@ def test_5_cpu_shares_are_not_taken_for_cpus(installed, sif):
     assert "invalid cpus value" in named.stderr
 
 
+def test_6_the_key_of_the_metrics_gateway(installed):
+    """There the key that the file itself has is not one that can be asked for."""
+    words = ["config", "global", "--get", "apptheus socket path"]
+    assert "\napptheus socket path = " in Path("/etc/apptainer/apptainer.conf").read_text()
+    real, ours = (run(program, "root", words) for program in (REAL, installed.program))
+    assert real.returncode == 255
+    assert "not a valid configuration directive" in real.stderr
+    assert (ours.returncode, ours.stdout) == (0, "/run/apptheus/gateway.sock\n"), ours.stderr
+
+
 def test_7_an_instance_of_a_bare_sandbox(installed):
     tree, name = images.small_tree(images.shared_folder()), "apy-bare"
     real, ours = both(installed, "setuid", "instance", "start", tree, name)
@@ -145,6 +155,56 @@ def test_7_an_instance_of_a_bare_sandbox(installed):
     assert real.returncode == 255
     assert "actions/start" in real.stderr
     assert (ours.returncode, inside.stdout) == (0, "in\n"), ours.stderr
+
+
+@pytest.fixture(scope="module")
+def closed_sandbox(installed) -> Iterator[Path]:
+    """A sandbox of the user's, with a file that is root's alone."""
+    with tempfile.TemporaryDirectory(prefix="apptainer-py-closed-", dir="/var/tmp") as folder:
+        tree = Path(folder, "tree")
+        subprocess.run(["cp", "-a", images.small_tree(images.shared_folder()), tree], check=True)
+        ids = f"{installed.user.pw_uid}:{installed.user.pw_gid}"
+        subprocess.run(["chown", "-R", "-h", ids, folder], check=True)
+        (tree / "etc/secret").write_text("root's own\n")
+        (tree / "etc/secret").chmod(0o600)
+        os.chmod(folder, 0o755)
+        yield tree
+
+
+def test_8_what_a_user_cannot_read(installed, closed_sandbox):
+    """There the copy goes on without its stream, and complains of each file that follows."""
+    target = closed_sandbox.parent / "target"
+    words = ["build", "--sandbox", target, closed_sandbox]
+    real, ours = both(installed, "setuid", *words)
+    assert (real.returncode, ours.returncode) == (255, 255)
+    assert len(real.stderr.splitlines()) > 5
+    fatal = [line for line in ours.stderr.splitlines() if not line.startswith("INFO:")]
+    assert len(fatal) == 1
+    assert f"{closed_sandbox}/etc/secret" in fatal[0]
+    assert "permission denied" in fatal[0].lower()
+    assert not target.exists()
+
+
+def test_9_encryption_without_a_key(installed, closed_sandbox):
+    """There the image is built all the same, in the clear, and the status is 0."""
+    tree, place = images.small_tree(images.shared_folder()), closed_sandbox.parent
+    real, ours = (
+        run(program, "setuid", ["build", "--encrypt", place / f"{number}.sif", tree])
+        for number, program in enumerate((REAL, installed.program))
+    )
+    assert (real.returncode, ours.returncode) == (0, 255)
+    assert [(place / f"{number}.sif").exists() for number in (0, 1)] == [True, False]
+    assert "Missing encryption info" in ours.stderr
+
+
+@pytest.mark.parametrize("words", [("import", "/nonexistent"), ("export", "nowhere")])
+def test_12_one_status_for_what_failed(installed, closed_sandbox, words):
+    """There each command of `key` has another one."""
+    env = {"APPTAINER_KEYSDIR": str(closed_sandbox.parent / "keys")}
+    real, ours = both(installed, "setuid", "key", *words, env=env)
+    assert real.returncode == {"import": 2, "export": 10}[words[0]]
+    assert ours.returncode == 255
+    assert real.stderr.partition(":")[2] == ours.stderr.partition(":")[2]
 
 
 @pytest.mark.parametrize("flow", USERS)
