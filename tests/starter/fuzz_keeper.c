@@ -176,6 +176,8 @@ pid_t container_start(struct launch *l, int *err) {
     must(is_on_record && memcmp(&on_record, &l->plan, sizeof(on_record)) == 0,
          "what is made is on record");
     must(policy_plan(l, &l->plan) == ERR_OK, "and allowed");
+    must(!(l->plan.flags & PLAN_INSTANCE) || l->plan.flags & PLAN_SHIM || l->uid == 0,
+         "an instance begins with our own program, or is root's");
     bool inner = (l->plan.flags & PLAN_FAKEROOT) != 0;
     must(!inner || (l->plan.uid == 0 && l->plan.gid == 0 && l->plan.group_count == 0),
          "root of a namespace is root");
