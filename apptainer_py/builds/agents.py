@@ -18,6 +18,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from apptainer_py.builds.streaming import Opened, Plan, Streamed
     from apptainer_py.image.detect import OpenImage
     from apptainer_py.image.oci_layout import Layout
 
@@ -33,7 +34,8 @@ class Order(Record):
     """What an agent is to do: `root` is an empty directory, `folder` one for temporary files.
 
     `owns_all` tells that files can be given to any id; `may_share` that the base is only read, so
-    that a tree can be laid under `root` in place of a copy; `environ` is the caller's.
+    that a tree can be laid under `root` in place of a copy; `environ` is the caller's. With `plan`
+    layers may go into the packer at once.
     """
 
     header: Mapping[str, str]
@@ -42,6 +44,7 @@ class Order(Record):
     owns_all: bool
     may_share: bool
     environ: Mapping[str, str]
+    plan: Plan | None = None
 
     @property
     def source(self) -> str:
@@ -50,10 +53,14 @@ class Order(Record):
 
 
 class Base(Record):
-    """What came with a root directory: an OCI image's configuration, labels."""
+    """What came with a root directory: an OCI image's configuration, labels.
+
+    Where layers went into the packer, `streamed` is what takes the rest.
+    """
 
     oci_config: bytes = b""
     labels: Mapping[str, str] = {}
+    streamed: Streamed | None = None
 
 
 if TYPE_CHECKING:
@@ -297,6 +304,10 @@ def unpack_layout(layout: Layout, order: Order) -> Base:
     try:
         image = layout.image()
         log.info("Extracting OCI image...")
+        with report.working("Packing layers"):
+            base = stream_layout(layout, order, layout.open)
+        if base is not None:
+            return base
         unpacker = Unpacker(order.root, owns_all=order.owns_all)
         total = sum(layer.size_bytes for layer in image.layers)
         with report.counting("Unpacking layers", total) as told:
@@ -307,6 +318,24 @@ def unpack_layout(layout: Layout, order: Order) -> Base:
     finally:
         layout.close()
     return from_oci_config(image.config)
+
+
+def stream_layout(layout: Layout, order: Order, opened: Opened) -> Base | None:
+    """Pass the layers of an image to the packer as they are read; nothing where that cannot be.
+
+    Raises:
+        ImageError: it cannot be used.
+        ApptainerError: the packer failed, or a layer cannot be had.
+    """
+    if order.plan is None:
+        return None
+    from apptainer_py.builds import streaming
+
+    image = layout.image()
+    found = streaming.stream(order.plan, image.layers, opened, order.root)
+    if found is None:
+        return None
+    return from_oci_config(image.config).replace(streamed=found)
 
 
 class _Told:

@@ -10,6 +10,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from apptainer_py.builds.agents import Agent, Base, Order
     from apptainer_py.builds.fetching import Fetching
+    from apptainer_py.builds.remote import Arriving, Named
     from apptainer_py.cache.store import Cache
 
 
@@ -70,10 +71,26 @@ def _docker(how: Fetching, cache: Cache | None) -> Agent:
                 found = remote.look_up(registry, named, how)
                 total = sum(layer.size_bytes for layer in found.layers)
                 with report.counting("Fetching layers", total) as told:
-                    remote.Arriving(registry, found, cache, told).fetch()
+                    with remote.Arriving(registry, found, cache, told) as arriving:
+                        base = stream(order, found, cache, arriving)
+                        arriving.wait()
         except ApptainerError as error:
             raise agents.ConveyorFailed(reason=str(error)) from None
+        if base is not None:
+            return base
         layout = remote.layout_of(found, cache, any_machine=bool(how.arch))
-        return agents.unpack_layout(layout, order)
+        return agents.unpack_layout(layout, order.replace(plan=None))
+
+    def stream(order: Order, found: Named, cache: Cache, arriving: Arriving) -> Base | None:
+        from apptainer_py.builds import remote
+
+        if order.plan is None:
+            return None
+        arriving.wait_for(found.config)
+        layout = remote.layout_of(found, cache, any_machine=bool(how.arch))
+        try:
+            return agents.stream_layout(layout, order, arriving.open)
+        finally:
+            layout.close()
 
     return fill

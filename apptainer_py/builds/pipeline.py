@@ -7,7 +7,7 @@ import stat
 
 from apptainer_py.base import log
 from apptainer_py.base.record import Record
-from apptainer_py.builds import agents, copying, metadata, report, scif, skeleton
+from apptainer_py.builds import agents, copying, metadata, report, scif, skeleton, streaming
 from apptainer_py.builds.oci_scripts import write_scripts
 from apptainer_py.builds.scripts import Container, Script, host_environment, on_host
 from apptainer_py.image import arch, sif, sif_write, squashfs
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from apptainer_py.builds.scripts import Launch
     from apptainer_py.crypto.sealing import Lock
 
+_PACKED = "squashfs"
 SECTIONS = ("setup", "post", "files", "environment", "test", "labels")
 
 
@@ -150,8 +151,18 @@ class _Stage:
             owns_all=job.identity.owns_all,
             may_share=not job.sandbox and last and not self._needs_container(),
             environ=job.environ,
+            plan=self._plan() if last else None,
         )
         return agents.find(stage.header["bootstrap"].lower())(order)
+
+    def _plan(self) -> streaming.Plan | None:
+        """Return how layers are packed as they come, where nothing of the build is in between."""
+        job = self._job
+        if job.sandbox or job.update or job.fix_perms or job.mksquashfs:
+            return None
+        if not streaming.can([section.name for section in self._stage.sections]):
+            return None
+        return streaming.Plan(target=f"{job.near}/{_PACKED}", how=_packing(job), now_s=_now_s(job))
 
     def _needs_container(self) -> bool:
         names = ("post", "test", "appinstall")
@@ -269,16 +280,12 @@ def _place_sandbox(job: Job, root: str) -> None:
 
 def _place_sif(job: Job, root: str, base: Base) -> None:
     log.info("Creating SIF file...")
-    packed, made = f"{job.near}/squashfs", f"{job.near}/sif"
-    how = squashfs.Packing(
-        all_root=not job.identity.is_root,
-        epoch=job.epoch,
-        processors=job.processors or None,
-        memory=job.memory or None,
-        more_options=job.mksquashfs,
-    )
+    packed, made = f"{job.near}/{_PACKED}", f"{job.near}/sif"
     with report.working("Packing"):
-        squashfs.pack(root, packed, how)
+        if base.streamed is not None:
+            base.streamed.finish(root)
+        else:
+            squashfs.pack(root, packed, _packing(job))
     fs, message = sif.SQUASHFS, b""
     if job.lock is not None:
         packed, fs, message = _sealed(job, job.lock, packed), sif.GOCRYPTFS, job.lock.message
@@ -295,6 +302,16 @@ def _place_sif(job: Job, root: str, base: Base) -> None:
         quick_start=True,
     )
     os.rename(made, job.target)
+
+
+def _packing(job: Job) -> squashfs.Packing:
+    return squashfs.Packing(
+        all_root=not job.identity.is_root,
+        epoch=job.epoch,
+        processors=job.processors or None,
+        memory=job.memory or None,
+        more_options=job.mksquashfs,
+    )
 
 
 def _sealed(job: Job, lock: Lock, plain: str) -> str:

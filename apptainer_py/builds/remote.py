@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import time
 
 from apptainer_py.base import log
 from apptainer_py.base.record import Record
 from apptainer_py.cache.store import BLOB, Cache
 from apptainer_py.image import arch
+from apptainer_py.image.blobs import Blob, Digest
 from apptainer_py.image.oci_layout import Fetched, Object
 from apptainer_py.registry import accounts
 from apptainer_py.registry.client import (
@@ -25,6 +27,7 @@ from apptainer_py.registry.client import (
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from types import TracebackType
     from typing import Any
 
     from apptainer_py.builds.fetching import Fetching
@@ -37,6 +40,8 @@ _LAYERS_MOST = 512
 _NESTED_MOST = 4
 _CHUNK = 1 << 20
 _LOOK_S = 0.1
+# Who reads along waits for so many bytes: the first of them say how a layer is compressed.
+_ENOUGH = 4096
 _ENV_PREFIXES = ("APPTAINER_DOCKER_", "SINGULARITY_DOCKER_", "DOCKER_")
 
 
@@ -148,7 +153,6 @@ def _named(reference: Reference, manifest: Manifest, document: dict[str, Any]) -
 
 def _object(value: object, reference: Reference) -> Object:
     from apptainer_py.base.errors import ImageError
-    from apptainer_py.image.blobs import Digest
 
     if isinstance(value, dict):
         digest, size = value.get("digest"), value.get("size")
@@ -169,16 +173,27 @@ def _wrong(reference: Reference, reason: str) -> RegistryError:
 # -- its content
 
 
+class _Arrival:
+    """How far a blob is: where it is written, and how much of it; `done` is the end."""
+
+    def __init__(self) -> None:
+        self.path = ""
+        self.size_bytes = 0
+        self.done = False
+
+
 class Arriving:
-    """The blobs of an image on their way into the cache; `layout` waits for what it unpacks."""
+    """The blobs of an image on their way into the cache, the newest layer first."""
 
     def __init__(self, registry: Registry, named: Named, cache: Cache, told: Told) -> None:
         self._registry = registry
         self._named = named
         self._cache = cache
         self._told = told
-        self._lock = threading.Lock()
-        self._left = iter(_each_once((named.config, *named.layers)))
+        self._changed = threading.Condition()
+        blobs = _each_once((named.config, *reversed(named.layers)))
+        self._arrivals = {blob.digest: _Arrival() for blob in blobs}
+        self._left = iter(blobs)
         self._error: BaseException | None = None
         self._stopped = False
         self._threads = [
@@ -186,24 +201,75 @@ class Arriving:
             for _ in range(min(_AT_ONCE, len(named.layers) + 1))
         ]
 
+    def __enter__(self) -> Arriving:
+        self._keep_manifest()
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stopped = True
+
     def fetch(self) -> None:
         """Fetch all that is not there.
 
         Raises:
             ApptainerError: a blob cannot be had, or is not what its digest says.
         """
-        self._keep_manifest()
-        for thread in self._threads:
-            thread.start()
-        try:
-            for thread in self._threads:
-                # The first failure counts: another blob may take for ever.
-                while thread.is_alive() and self._error is None:
-                    thread.join(_LOOK_S)
-        finally:
-            self._stopped = True
-        if self._error is not None:
-            raise self._error
+        with self:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for all of them.
+
+        Raises:
+            ApptainerError: a blob cannot be had, or is not what its digest says.
+        """
+        # The first failure counts: another blob may take for ever.
+        self._until(lambda: all(one.done for one in self._arrivals.values()))
+
+    def wait_for(self, blob: Object) -> None:
+        """Wait for one of them.
+
+        Raises:
+            ApptainerError: as `wait`.
+        """
+        self._until(lambda: self._arrivals[blob.digest].done)
+
+    def open(self, blob: Object) -> Blob:
+        """Return a blob that is read as it arrives; its reader waits for what is not there.
+
+        Raises:
+            ApptainerError: as `wait`.
+        """
+        arrival = self._arrivals[blob.digest]
+        while True:
+            self._until(lambda: arrival.done or bool(arrival.path))
+            path = self._cache.path(BLOB, _key(blob.digest)) if arrival.done else arrival.path
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            except FileNotFoundError:
+                if not arrival.done:
+                    time.sleep(_LOOK_S)  # on its way to the place that it has in the end
+                    continue
+                raise
+            return _Growing(fd, blob, lambda place: self._there(arrival, place))
+
+    def _there(self, arrival: _Arrival, place: int) -> int:
+        self._until(lambda: arrival.done or arrival.size_bytes >= place + _ENOUGH)
+        return _CHUNK if arrival.done else arrival.size_bytes - place
+
+    def _until(self, ready: Callable[[], bool]) -> None:
+        with self._changed:
+            while not ready():
+                if self._error is not None:
+                    raise self._error
+                self._changed.wait(_LOOK_S)
 
     def _keep_manifest(self) -> None:
         manifest = self._named.manifest
@@ -216,31 +282,53 @@ class Arriving:
 
     def _work(self) -> None:
         while not self._stopped:
-            with self._lock:
+            with self._changed:
                 blob = next(self._left, None)
             if blob is None:
                 return
             try:
-                self._one(blob)
+                self._one(blob, self._arrivals[blob.digest])
             except BaseException as error:  # noqa: BLE001 told by the thread that waits
-                self._error = self._error or error
-                self._stopped = True
+                with self._changed:
+                    self._error = self._error or error
+                    self._stopped = True
+                    self._changed.notify_all()
 
-    def _one(self, blob: Object) -> None:
+    def _one(self, blob: Object, arrival: _Arrival) -> None:
         path = self._cache.path(BLOB, _key(blob.digest))
         if os.path.isfile(path):
             self._told(blob.size_bytes)
-            return
+        else:
+            self._fetch(blob, arrival)
+        with self._changed:
+            arrival.done = True
+            self._changed.notify_all()
 
+    def _fetch(self, blob: Object, arrival: _Arrival) -> None:
         def told(size: int) -> None:
             if self._stopped:
                 raise _Stopped
+            with self._changed:
+                arrival.size_bytes += size
+                self._changed.notify_all()
             self._told(size)
 
         def make(path: str) -> None:
+            arrival.size_bytes, arrival.path = 0, path
             download(self._registry, self._named.reference, blob, path, told)
 
         self._cache.get(BLOB, _key(blob.digest), str(self._named.reference), make)
+
+
+class _Growing(Blob):
+    """A blob that is still written to by somebody else."""
+
+    def __init__(self, fd: int, blob: Object, there: Callable[[int], int]) -> None:
+        super().__init__(fd, 0, blob.size_bytes, Digest(blob.digest))
+        self._there = there
+
+    def _ready(self, place: int) -> int:
+        return self._there(place)
 
 
 def _each_once(blobs: tuple[Object, ...]) -> list[Object]:

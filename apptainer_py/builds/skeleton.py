@@ -32,7 +32,7 @@ LINKS: Mapping[str, str] = {
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH = 0x04, 0x08
 _TEXT_BYTES = 16 << 20
-_EMPTY_FILES = ("etc/hosts", "etc/resolv.conf")
+EMPTY_FILES = ("etc/hosts", "etc/resolv.conf")
 
 _SOURCE = """\
 #!/bin/sh
@@ -242,7 +242,7 @@ def make(root: str) -> None:
     """
     for folder in FOLDERS:
         _folder(root, folder)
-    for name in _EMPTY_FILES:
+    for name in EMPTY_FILES:
         if not os.path.islink(f"{root}/etc") and not os.path.lexists(f"{root}/{name}"):
             write(root, name, "", 0o644)
     for name, text in OURS.items():

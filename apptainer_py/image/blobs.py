@@ -45,13 +45,22 @@ class Blob:
         self._digest = digest
         self._hash = hashlib.new(digest.algorithm)
 
+    def _ready(self, place: int) -> int:
+        """Wait for what stands at a place; return how much is there."""
+        return self._left
+
     def read(self, size: int) -> bytes:
         """Return the next bytes; nothing at the end."""
-        data = os.pread(self._fd, min(size, self._left, _CHUNK), self._place)
+        size = min(size, self._left, _CHUNK)
+        data = os.pread(self._fd, min(size, self._ready(self._place)) if size else 0, self._place)
         self._place += len(data)
         self._left -= len(data)
         self._hash.update(data)
         return data
+
+    def close(self) -> None:
+        """Give the file up."""
+        os.close(self._fd)
 
     def check(self) -> None:
         """Read the rest, and compare the whole with its digest.

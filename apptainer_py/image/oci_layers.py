@@ -26,7 +26,7 @@ _RESOLVE_IN_ROOT = 0x10
 _NAME_BYTES = 255
 # Directories in a name: each costs the stack two frames.
 _LEVELS = 400
-_WHITEOUT, _OPAQUE, _SPECIAL = b".wh.", b".wh..wh..opq", b".wh..wh."
+WHITEOUT, OPAQUE, SPECIAL = b".wh.", b".wh..wh..opq", b".wh..wh."
 _XATTR_BYTES = 65536
 _DEEPEST = _LEVELS
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -147,7 +147,7 @@ class Unpacker:
     # -- entries
 
     def _put(self, entry: Entry, stream: TarStream) -> None:
-        parts = _parts(entry.name)
+        parts = parts_of(entry.name)
         if not parts:
             if entry.kind != tar_stream.DIRECTORY:
                 raise LayerWrong(reason="a layer puts something in place of the image's root")
@@ -156,7 +156,7 @@ class Unpacker:
             return
         above, name = b"/".join(parts[:-1]), parts[-1]
         try:
-            if name.startswith(_WHITEOUT):
+            if name.startswith(WHITEOUT):
                 self._whiteout(above, name)
                 return
             parent, place = self._directory(above, make=True)
@@ -238,7 +238,7 @@ class Unpacker:
         self._modes[path] = (entry.mode, entry.modified_ns)
 
     def _hard_link(self, entry: Entry, parent: int, name: bytes) -> None:
-        parts = _parts(entry.link)
+        parts = parts_of(entry.link)
         if not parts:
             raise LayerWrong(reason=f"the hard link {_shown(entry.name)} leads nowhere")
         above = self._open(b"/".join(parts[:-1]), os.O_RDONLY | os.O_DIRECTORY)
@@ -257,12 +257,12 @@ class Unpacker:
             parent, place = self._directory(above, make=False)
         except (FileNotFoundError, NotADirectoryError):
             return
-        if name == _OPAQUE:
+        if name == OPAQUE:
             self._empty(parent, place, 0)
             return
-        if name.startswith(_SPECIAL):
+        if name.startswith(SPECIAL):
             return  # aufs kept books in such files
-        hidden = name[len(_WHITEOUT) :]
+        hidden = name[len(WHITEOUT) :]
         if hidden in (b"", b".", b".."):
             raise LayerWrong(reason=f"the whiteout {_shown(name)} names nothing")
         path = place + b"/" + hidden if place else hidden
@@ -398,7 +398,12 @@ def _remove_files(fd: int) -> list[bytes]:
     return full
 
 
-def _parts(name: bytes) -> list[bytes]:
+def parts_of(name: bytes) -> list[bytes]:
+    """Return the components of a member's name.
+
+    Raises:
+        LayerWrong: it leads out of the image, or is too long.
+    """
     parts = [part for part in name.split(b"/") if part not in (b"", b".")]
     if b".." in parts:
         raise LayerWrong(reason=f"the entry {_shown(name)} leads out of the image")
@@ -420,15 +425,25 @@ def _set_time(fd: int, modified_ns: int) -> None:
         pass  # a time that this file system cannot keep
 
 
+def kept_xattrs(entry: Entry) -> list[tuple[bytes, bytes]]:
+    """Return what belongs to users and programs; overlay's own would be orders to the kernel.
+
+    Raises:
+        LayerWrong: one is too large.
+    """
+    kept = [
+        (name, value)
+        for name, value in entry.xattrs
+        if name == b"security.capability"
+        or (name.startswith(b"user.") and not name.startswith(b"user.overlay."))
+    ]
+    if any(len(name) > _NAME_BYTES or len(value) > _XATTR_BYTES for name, value in kept):
+        raise LayerWrong(reason="a layer has an extended attribute that is too large")
+    return kept
+
+
 def _set_xattrs(fd: int, entry: Entry) -> None:
-    """Set what belongs to users and programs; overlay's own would be orders to the kernel."""
-    for name, value in entry.xattrs:
-        if name != b"security.capability" and (
-            not name.startswith(b"user.") or name.startswith(b"user.overlay.")
-        ):
-            continue
-        if len(name) > _NAME_BYTES or len(value) > _XATTR_BYTES:
-            raise LayerWrong(reason="a layer has an extended attribute that is too large")
+    for name, value in kept_xattrs(entry):
         try:
             os.setxattr(fd, name, value)
         except OSError as error:

@@ -165,6 +165,14 @@ class Layout:
             raise self._wrong(reason)
         return Blob(fd, offset, size, digest), fd
 
+    def open(self, wanted: Object) -> Blob:
+        """Return an object of the layout, which the caller closes.
+
+        Raises:
+            LayoutWrong: it has none of that size.
+        """
+        return self._blob(wanted)[0]
+
     def _document(self, wanted: Object) -> bytes:
         if wanted.size_bytes > _JSON_BYTES:
             raise self._wrong(f"{wanted.digest} is larger than {_JSON_BYTES} bytes")

@@ -19,6 +19,7 @@ COMPRESSIONS = {1: "gzip", 2: "lzma", 3: "lzo", 4: "xz", 5: "lz4", 6: "zstd"}
 
 _SUPERBLOCK = struct.Struct("<4sIIIIHHHHHHQQ")
 _TOOL_FOLDERS = ("/usr/local/bin", "/usr/local/sbin", "/usr/bin", "/usr/sbin", "/bin", "/sbin")
+_PIPE_BYTES = 1 << 20
 _LIST_LIMIT_BYTES = 4 << 20
 _LEVELS = {"gzip": range(1, 10), "zstd": range(1, 23)}
 
@@ -142,10 +143,8 @@ def pack(tree: str, target: str, how: Packing | None = None) -> Superblock:
     import subprocess
 
     how = how or Packing()
-    argv = [how.program or find_tool("mksquashfs"), tree, target, *_options(how)]
-    environment = {"PATH": ":".join(_TOOL_FOLDERS), "LC_ALL": "C"}
-    if how.epoch is not None:
-        environment["SOURCE_DATE_EPOCH"] = str(how.epoch)
+    argv = [how.program or find_tool("mksquashfs"), tree, target, *_options(how), *_actions(how)]
+    environment = _environment(how)
     result = subprocess.run(
         argv,
         env=environment,
@@ -170,8 +169,6 @@ def _options(how: Packing) -> list[str]:
         options += ["-Xcompression-level", str(how.level)]
     if how.quick_start:
         options.append("-noI")
-        for what in ("uncompressed", "no-fragments"):
-            options += ["-action", f"{what}@{_AS_IT_IS}"]
     if how.all_root:
         options.append("-all-root")
     if how.processors:
@@ -179,6 +176,93 @@ def _options(how: Packing) -> list[str]:
     if how.memory:
         options += ["-mem", how.memory]
     return [*options, *how.more_options]
+
+
+def _actions(how: Packing) -> list[str]:
+    words = ("uncompressed", "no-fragments") if how.quick_start else ()
+    return [part for what in words for part in ("-action", f"{what}@{_AS_IT_IS}")]
+
+
+def _environment(how: Packing) -> dict[str, str]:
+    environment = {"PATH": ":".join(_TOOL_FOLDERS), "LC_ALL": "C"}
+    if how.epoch is not None:
+        environment["SOURCE_DATE_EPOCH"] = str(how.epoch)
+    return environment
+
+
+class StreamPacker:
+    """mksquashfs on a tar stream; its root directory is root's, with the mode 0755."""
+
+    def __init__(self, target: str, how: Packing) -> None:
+        import subprocess
+        import tempfile
+
+        self._target = target
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 closed in the end
+        argv = [how.program or find_tool("mksquashfs"), "-", target, *_options(how)]
+        argv += ["-tar", "-exports", "-root-mode", "755", "-root-uid", "0", "-root-gid", "0"]
+        self._child = subprocess.Popen(
+            argv,
+            env=_environment(how),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=self._errors,
+            bufsize=0,
+        )
+        assert self._child.stdin is not None
+        self._end = self._child.stdin.fileno()
+        _widen(self._end)
+
+    def write(self, data: bytes) -> None:
+        """Give it the next part of the stream.
+
+        Raises:
+            PackFailed: it has ended.
+        """
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[os.write(self._end, rest) :]
+        except BrokenPipeError:
+            raise self._failed() from None
+
+    def finish(self) -> None:
+        """Wait until the file is there.
+
+        Raises:
+            PackFailed: mksquashfs said no, or died.
+        """
+        assert self._child.stdin is not None
+        self._child.stdin.close()
+        if self._child.wait() != 0:
+            raise self._failed()
+        self._errors.close()
+
+    def abandon(self) -> None:
+        """End it, and take away what it has made."""
+        assert self._child.stdin is not None
+        self._child.kill()
+        self._child.wait()
+        self._child.stdin.close()
+        self._errors.close()
+        try:
+            os.unlink(self._target)
+        except FileNotFoundError:
+            pass
+
+    def _failed(self) -> PackFailed:
+        status = self._child.wait()
+        self._errors.seek(0)
+        return PackFailed(tree="the layers", reason=_last_line(self._errors.read(65536), status))
+
+
+def _widen(pipe: int) -> None:
+    import fcntl
+
+    try:
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+    except OSError:
+        pass  # a user may have so much in pipes, and no more
 
 
 def _last_line(text: bytes, status: int) -> str:

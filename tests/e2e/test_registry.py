@@ -321,6 +321,34 @@ def test_what_layers_take_away(do: Do, host: str, place: Path, home: Path) -> No
     assert (root / "other/old").read_bytes() == b"4"
 
 
+UNTOLD = "the layers are unpacked first"
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["streamed", "by a tree"])
+def test_the_same_bytes_again(do: Do, host: str, place: Path, home: Path, plain: bool) -> None:
+    """Also where a layer brings metadata of its own, for which a tree is made."""
+    tree = place / f"again-{plain}"
+    name = f"lib/again-{plain}:1".lower()
+    layout(tree, images.small_tree(images.shared_folder()), VARIABLES)
+    _add_layer(tree, {"kept": b"1", "gone": b"2"})
+    more = {} if plain else {".singularity.d/labels.json": b"{}"}
+    _add_layer(tree, {".wh.gone": b"", "new": b"5", **more})
+    docker_registry.push(tree, host, name)
+    found = []
+    for number in range(2):
+        target = f"{number}.sif"
+        words = ("-v", "build", "--no-https", target, f"docker://{host}/{name}")
+        done = do(*words, SOURCE_DATE_EPOCH="1700000000")
+        good(done)
+        assert (UNTOLD in done.stderr) is not plain, done.stderr
+        found.append((home / target).read_bytes())
+    assert found[0] == found[1]
+    paths = ("/kept", "/gone", "/new", "/bin/sh", "/.singularity.d/runscript")
+    script = "for one; do [ ! -e $one ] || echo $one; done"
+    there = good(do("exec", "0.sif", "/bin/sh", "-c", script, "sh", *paths)).split()
+    assert there == ["/kept", "/new", "/bin/sh", "/.singularity.d/runscript"]
+
+
 def _add_layer(folder: Path, files: dict[str, bytes]) -> None:
     import hashlib
 
