@@ -162,7 +162,9 @@ class _Stage:
             return None
         if not streaming.can([section.name for section in self._stage.sections]):
             return None
-        return streaming.Plan(target=f"{job.near}/{_PACKED}", how=_packing(job), now_s=_now_s(job))
+        # In the order of layers files of a kind are further apart, and pack less well.
+        how = _packing(job).replace(level=9)
+        return streaming.Plan(target=f"{job.near}/{_PACKED}", how=how, now_s=_now_s(job))
 
     def _needs_container(self) -> bool:
         names = ("post", "test", "appinstall")
