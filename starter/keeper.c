@@ -104,6 +104,8 @@ static void close_inner_ends(struct launch *l) {
     close_fd(&l->ready_pipe[1]);
     close_fd(&l->loan_socket[0]);
     close_fd(&l->loan_socket[1]);
+    close_fd(&l->loan_kept[0]);
+    close_fd(&l->loan_kept[1]);
     close_fd(&l->go_socket[0]);
     close_fd(&l->go_socket[1]);
     close_fd(&l->life_pipe[0]);
@@ -863,7 +865,8 @@ static void turn(struct keeper *k) {
                            {.fd = k->phase == SETUP ? l->ready_pipe[0] : -1, .events = POLLIN},
                            {.fd = l->waiter_fd, .events = 0},
                            {.fd = k->loan.listener, .events = POLLIN},
-                           {.fd = watches_lent(k) ? k->loan.server_fd : -1, .events = POLLIN}};
+                           {.fd = watches_lent(k) ? k->loan.server_fd : -1, .events = POLLIN},
+                           {.fd = k->loan.holder, .events = POLLIN}};
     if (poll(fds, ARRAY_SIZE(fds), -1) < 0 && errno != EINTR)
         fail("poll", errno);
     if (fds[0].revents) {
@@ -876,6 +879,8 @@ static void turn(struct keeper *k) {
         loan_serve(l, &k->loan);
     if (fds[5].revents && watches_lent(k))
         lent_server_ended(k);
+    if (fds[6].revents)
+        loan_listen(l, &k->loan);
     if (fds[3].revents && l->waiter_fd >= 0) {
         close_fd(&l->waiter_fd); /* nobody waits for this instance any more */
         give_up(k, SIGTERM);

@@ -55,15 +55,23 @@ static void close_fd(int *fd) {
 
 void loan_init(struct launch *l, struct loan *s) {
     l->loan_mount = l->loan_socket[0] = l->loan_socket[1] = -1;
-    s->token_fd = s->server_fd = s->listener = -1;
+    l->loan_kept[0] = l->loan_kept[1] = -1;
+    s->token_fd = s->server_fd = s->listener = s->holder = -1;
     s->taken = false;
 }
 
-void loan_close(struct launch *l, struct loan *s) {
+static void offer_no_more(struct launch *l, struct loan *s) {
     close_fd(&l->loan_mount);
     close_fd(&s->token_fd);
-    close_fd(&s->server_fd);
     close_fd(&s->listener);
+    close_fd(&s->holder);
+}
+
+void loan_close(struct launch *l, struct loan *s) {
+    offer_no_more(l, s);
+    close_fd(&l->loan_kept[0]);
+    close_fd(&l->loan_kept[1]);
+    close_fd(&s->server_fd);
     s->taken = false;
 }
 
@@ -241,13 +249,14 @@ bool loan_take(struct launch *l, struct loan *s) {
     s->taken = fd >= 0 && connect(fd, (struct sockaddr *)&address, size) == 0 &&
                is_peer(l, fd, l->uid) && receive(fd, parts) && judge(l, &key, parts, &s->token);
     close_fd(&fd);
-    close_fd(&parts[1]);
     if (s->taken) {
         l->loan_mount = parts[0];
+        l->loan_kept[0] = fcntl(parts[0], F_DUPFD_CLOEXEC, 3);
+        l->loan_kept[1] = parts[1];
         s->server_fd = parts[2];
     } else {
-        close_fd(&parts[0]);
-        close_fd(&parts[2]);
+        for (int i = 0; i < PARTS; i++)
+            close_fd(&parts[i]);
     }
     return s->taken;
 }
@@ -315,17 +324,43 @@ void loan_seal(struct launch *l, struct loan *s, pid_t server, const struct stat
         loan_close(l, s);
 }
 
-/* Nothing privileged is left by now, but the mount. */
+/* Who listens there, by the process; -1 if that has ended, whose name is still taken. */
+static int find_holder(const struct sockaddr_un *address, socklen_t length) {
+    int holder = -1, fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    socklen_t size = sizeof(holder);
+    /* SAFE: nothing is believed and nothing read: its end alone is waited for. */
+    if (fd < 0 || connect(fd, (const struct sockaddr *)address, length) < 0 ||
+        getsockopt(fd, SOL_SOCKET, SO_PEERPIDFD, &holder, &size) < 0)
+        holder = -1;
+    struct pollfd ended = {.fd = holder, .events = POLLIN};
+    if (holder >= 0 && poll(&ended, 1, 0) != 0)
+        close_fd(&holder);
+    close_fd(&fd);
+    return holder;
+}
+
+/* Nothing privileged is left by now, but the mount: ours, or the one that was taken, with the word
+ * that came with it.  Where another container offers this image, we do so when that has ended. */
 void loan_listen(struct launch *l, struct loan *s) {
     struct sockaddr_un address;
     close_fd(&l->loan_socket[0]);
+    close_fd(&s->holder);
+    if (l->loan_kept[0] >= 0) {
+        l->loan_mount = l->loan_kept[0];
+        s->token_fd = l->loan_kept[1];
+        l->loan_kept[0] = l->loan_kept[1] = -1;
+    }
     if (s->token_fd < 0)
         return;
     socklen_t size = address_of(&s->token.key, &address);
     s->listener = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-    if (s->listener < 0 || bind(s->listener, (struct sockaddr *)&address, size) < 0 ||
-        listen(s->listener, BACKLOG) < 0)
-        loan_close(l, s); /* another container of this image was first */
+    if (s->listener >= 0 && bind(s->listener, (struct sockaddr *)&address, size) == 0 &&
+        listen(s->listener, BACKLOG) == 0)
+        return;
+    close_fd(&s->listener);
+    s->holder = find_holder(&address, size);
+    if (s->holder < 0)
+        offer_no_more(l, s);
 }
 
 static void hand_out(const struct launch *l, const struct loan *s, int to) {

@@ -21,6 +21,7 @@ _Static_assert(sizeof(struct loan_token) == 64 + 15 * 8, "no padding");
 struct loan {
     bool taken;                        /* from another launch; else it is ours to hand out */
     int token_fd, server_fd, listener;
+    int holder;                        /* who offers it now: when that ends, it is our turn */
     struct loan_token token;
 };
 

@@ -96,14 +96,43 @@ def test_the_servers_end_is_told_to_both(own, home, flow, image):
     assert second.stderr.read().decode() == f"FATAL:   {ImageGone()}\n"
 
 
-def test_a_third_begins_anew_when_the_first_has_ended(own, home, flow, image):
+def test_a_third_takes_it_from_the_second(own, home, flow, image):
+    """Who has taken the mount offers it when the first has ended, and so does the next."""
+    host = HostState(own.session)
     first = hold(own, home, *flow, image)
     eventually(lambda: is_offered(first), "the mount is offered")
-    hold(own, home, *flow, image)
+    second = hold(own, home, *flow, image)
+    waiting = hold(own, home, *flow, image)
+    assert not is_offered(second)
     tell(first)
     first.wait(20)
-    hold(own, home, *flow, image)
-    assert len(servers(home)) == 2
+    eventually(lambda: is_offered(second) != is_offered(waiting), "one of them offers it")
+    third = hold(own, home, *flow, image)
+    assert len(servers(home)) == 1
+    for process in (second, waiting):
+        assert tell(process) == b"still\n"
+        process.wait(20)
+    eventually(lambda: is_offered(third), "the last one offers it")
+    assert tell(third) == b"still\n"
+    assert third.wait(20) == 0
+    assert_nothing_left(home, host)
+
+
+@pytest.mark.parametrize("victim", ["first", "second"])
+def test_who_offers_it_is_killed(own, home, image, victim):
+    first = hold(own, home, image)
+    eventually(lambda: is_offered(first), "the mount is offered")
+    second = hold(own, home, image)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait(20)
+    eventually(lambda: is_offered(second), "the second offers it")
+    if victim == "second":
+        third = hold(own, home, image)
+        os.kill(second.pid, signal.SIGKILL)
+        second.wait(20)
+        eventually(lambda: is_offered(third), "the third offers it")
+    hold(own, home, image)
+    assert len(servers(home)) == 1
 
 
 CHANGES = {

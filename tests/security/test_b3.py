@@ -355,12 +355,13 @@ def test_s21_only_the_administrators_plugins_run(own, place):
     plugin = place / "bridge"
     plugin.write_text(f"#!/bin/sh\ntouch {ran}\n")
     plugin.chmod(0o755)
+    (place / "x.conf").write_text('{"name": "bridge", "type": "bridge"}')
     name = own.user.pw_name
     allowed = f"allow net users = {name}\nallow net networks = bridge"
     image = images.own_sif(images.shared_folder())
     for text, said in (
         (f"cni plugin path = {place}\n{allowed}", 'plugin type="bridge" failed (add)'),
-        (f"cni configuration path = {place}\n{allowed}", "must belong to root"),
+        (f"cni configuration path = {place}\n{allowed}", "must be root's down from /"),
         (f"cni plugin path = {place}\nallow net users = {name}", "network bridge is for root"),
     ):
         own.configure(text)

@@ -247,7 +247,7 @@ pid_t server_start_early(struct launch *l) {
 static struct stat lent;
 
 void loan_init(struct launch *l, struct loan *s) {
-    l->loan_mount = s->token_fd = s->server_fd = s->listener = -1;
+    l->loan_mount = s->token_fd = s->server_fd = s->listener = s->holder = -1;
     s->taken = false;
 }
 
