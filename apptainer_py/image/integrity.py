@@ -9,18 +9,17 @@ from __future__ import annotations
 import os
 
 from apptainer_py.base.record import Record
-from apptainer_py.image import sif
+from apptainer_py.image import ahead, sif
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any
 
+    from apptainer_py.image.ahead import Pieces
     from apptainer_py.image.sif import Descriptor
 
 SIGNATURE_BYTES = 1 << 20
-# No larger than what the allocator keeps: pages that are new each time cost more than the hash.
-_CHUNK_BYTES = 1 << 16
 _COVERED = "<iBIIqqqq"
 LEGACY_PREFIX = b"SIFHASH:\n"
 _LEGACY_HASHES = {64: "sha256", 96: "sha384", 128: "sha512"}
@@ -89,11 +88,12 @@ class Outcome(Record):
 
 
 class Checker:
-    """Compares proven texts with the file; what is large is read once."""
+    """Compares proven texts with the file; what is large is read once, by `pieces`."""
 
-    def __init__(self, fd: int, group: Group) -> None:
+    def __init__(self, fd: int, group: Group, pieces: Pieces = ahead.in_turn) -> None:
         self.fd = fd
         self.group = group
+        self._pieces = pieces
         self._digests: dict[tuple[str, int], str] = {}
 
     def check(self, text: bytes) -> None:
@@ -226,15 +226,14 @@ class Checker:
             self._digests[name, entry.id] = f"{name}:{state.hexdigest()}"
         return self._digests[name, entry.id]
 
-    def _feed(self, entry: Descriptor, take: Callable[[bytes], object]) -> None:
+    def _feed(self, entry: Descriptor, take: Callable[[bytes | memoryview], object]) -> None:
         sif.check_inside(self.fd, entry)
-        at, left = entry.offset, entry.size_bytes
-        while left > 0:
-            part = os.pread(self.fd, min(left, _CHUNK_BYTES), at)
-            if not part:
-                raise self._wrong(f"object {entry.id} is cut short")
+        left = entry.size_bytes
+        for part in self._pieces(self.fd, entry.offset, left):
             take(part)
-            at, left = at + len(part), left - len(part)
+            left -= len(part)
+        if left:
+            raise self._wrong(f"object {entry.id} is cut short")
 
 
 def _new_hash(name: str) -> Any:

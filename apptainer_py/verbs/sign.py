@@ -8,7 +8,7 @@ import time
 from apptainer_py.base.errors import ApptainerError, ImageError
 from apptainer_py.base.record import Record
 from apptainer_py.crypto import dsse, gnupg, keyring
-from apptainer_py.image import integrity, sif, sif_edit
+from apptainer_py.image import ahead, integrity, sif, sif_edit
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def with_key(path: str, *, ask_hidden: Callable[[str], str]) -> Signer:
 def _sign(fd: int, signer: Signer, group: int, ident: int) -> None:
     new = []
     for part in parts(fd, group, ident):
-        checker = integrity.Checker(fd, part.group)
+        checker = integrity.Checker(fd, part.group, ahead.ahead)
         content, fingerprint = signer(checker.metadata(part.objects))
         new.append(
             sif_edit.NewObject(

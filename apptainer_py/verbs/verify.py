@@ -11,7 +11,7 @@ from apptainer_py.base import packages
 from apptainer_py.base.errors import ApptainerError, ImageError
 from apptainer_py.base.record import Record
 from apptainer_py.crypto import dsse, ocsp, openpgp
-from apptainer_py.image import integrity, sif
+from apptainer_py.image import ahead, integrity, sif
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def verify(
     fd = _opened(path)
     try:
         for task in _tasks(fd, wanted):
-            checker = integrity.Checker(fd, task.group)
+            checker = integrity.Checker(fd, task.group, ahead.ahead)
             for entry in task.signatures:
                 verdict = _judge(fd, entry, task, checker, prove)
                 show(verdict)
