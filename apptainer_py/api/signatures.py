@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from apptainer_py.base import build, log
+from apptainer_py.base import build, epoch, log
 from apptainer_py.base.errors import ApptainerError, UsageError
 from apptainer_py.base.record import Record
 
@@ -69,6 +69,7 @@ def sign(path: str, options: Mapping[str, Any], asking: Asking) -> None:
     from apptainer_py.verbs import key, sign
 
     group, ident = _number(options, "group-id"), _number(options, "sif-id")
+    now_s = epoch.of(asking.environ)
     if options["key"]:
         file = str(options["key"])
         log.info(f"Signing image with key material from '{file}'")
@@ -77,8 +78,10 @@ def sign(path: str, options: Mapping[str, Any], asking: Asking) -> None:
         log.info("Signing image with PGP key material")
         secret = key.of_user(keys_folder(asking.environ)).secret
         index = options["keyidx"]
-        signer = sign.with_pgp(secret, index, choose=asking.chosen, ask_hidden=asking.hidden)
-    sign.sign(path, signer, group=group, ident=ident)
+        signer = sign.with_pgp(
+            secret, index, choose=asking.chosen, ask_hidden=asking.hidden, epoch=now_s
+        )
+    sign.sign(path, signer, group=group, ident=ident, epoch=now_s)
 
 
 def verify(

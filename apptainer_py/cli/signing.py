@@ -286,7 +286,7 @@ def _sif_add(parsed: Parsed) -> int:
 
     path, content = parsed.arguments
     options: dict[str, Any] = dict(parsed.options)
-    sif_change.sif_add(path, content, sif_change.ObjectOptions(**options))
+    sif_change.sif_add(path, content, sif_change.ObjectOptions(**options), epoch=_epoch())
     return 0
 
 
@@ -294,14 +294,20 @@ def _sif_del(parsed: Parsed) -> int:
     from apptainer_py.verbs import sif_change
 
     number, path = parsed.arguments
-    sif_change.sif_del(path, number)
+    sif_change.sif_del(path, number, epoch=_epoch())
     return 0
+
+
+def _epoch() -> int | None:
+    from apptainer_py.base import epoch
+
+    return epoch.of(os.environ)  # noqa: TID251 cli is where it is read
 
 
 def _sif_new(parsed: Parsed) -> int:
     from apptainer_py.verbs import sif_change
 
-    sif_change.sif_new(parsed.arguments[0])
+    sif_change.sif_new(parsed.arguments[0], epoch=_epoch())
     return 0
 
 
@@ -309,7 +315,7 @@ def _sif_setprim(parsed: Parsed) -> int:
     from apptainer_py.verbs import sif_change
 
     number, path = parsed.arguments
-    sif_change.sif_setprim(path, number)
+    sif_change.sif_setprim(path, number, epoch=_epoch())
     return 0
 
 

@@ -42,8 +42,10 @@ class WrongPassphrase(GpgError):
     message = "openpgp: invalid data: private key checksum failure"
 
 
-def sign(text: bytes, key: Key, passphrase: str = "") -> bytes:
-    """Return a text with a clear signature around it.
+def sign(text: bytes, key: Key, passphrase: str = "", epoch: int | None = None) -> bytes:
+    """Return a text with a clear signature around it, made at `epoch` if that is given.
+
+    No signature is older than its key: that would be none.
 
     Raises:
         WrongPassphrase: the key is not opened by it.
@@ -52,6 +54,8 @@ def sign(text: bytes, key: Key, passphrase: str = "") -> bytes:
     with _Home() as home:
         home.run(["--import"], given=key.raw)
         argv = ["--digest-algo", "SHA256", "--local-user", f"{key.fingerprint}!"]
+        if epoch is not None:
+            argv += ["--faked-system-time", f"{max(epoch, key.created_s)}!"]
         signed = home.run([*argv, "--output", "-", "--clearsign"], passphrase, given=text)
     # The real one ends without a line break, and so does what is in the file.
     return signed.rstrip(b"\n")

@@ -54,6 +54,7 @@ def group_of(fd: int, number: int) -> Group:
     entries = sif.read_descriptors(fd)
     if len({entry.id for entry in entries}) != len(entries):
         raise NotIntact(image="", reason="two objects have the same number")
+    _check_apart(entries)
     return Group(
         number=number,
         objects=tuple(entry for entry in entries if entry.group == number),
@@ -63,6 +64,14 @@ def group_of(fd: int, number: int) -> Group:
             if entry.data_type == sif.SIGNATURE and entry.link_is_group and entry.link == number
         ),
     )
+
+
+def _check_apart(entries: Sequence[Descriptor]) -> None:
+    """Check that no byte is in two objects: a small file could have no end of bytes to hash."""
+    spans = sorted((e.offset, e.size_bytes, e.id) for e in entries if e.size_bytes > 0)
+    for (start, size, first), (at, _, second) in zip(spans, spans[1:], strict=False):  # noqa: RUF007
+        if start + size > at:
+            raise NotIntact(image="", reason=f"objects {first} and {second} overlap")
 
 
 def primary_group(fd: int) -> int:

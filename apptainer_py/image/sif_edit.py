@@ -56,8 +56,10 @@ class _Place(Record):
     gap_bytes: int
 
 
-def create(path: str, *, now_s: int) -> None:
+def create(path: str, *, now_s: int, identity: bytes = b"") -> None:
     """Make an empty SIF file; an existing one is replaced when the new one is whole.
+
+    `identity` is its UUID, a random one where it is left out.
 
     Raises:
         OSError: the directory cannot be written.
@@ -66,11 +68,9 @@ def create(path: str, *, now_s: int) -> None:
     partial = os.path.join(folder, f".{name[:200]}.{os.urandom(8).hex()}")
     fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o755)
     try:
-        identity = bytearray(os.urandom(16))
-        identity[6] = identity[6] & 0x0F | 0x40
-        identity[8] = identity[8] & 0x3F | 0x80
+        identity = identity or _random_uuid()
         header = _HEADER.pack(
-            b"", b"SIF_MAGIC", b"01", _UNKNOWN_ARCH, bytes(identity), now_s, now_s,
+            b"", b"SIF_MAGIC", b"01", _UNKNOWN_ARCH, identity, now_s, now_s,
             DESCRIPTORS_TOTAL, DESCRIPTORS_TOTAL, DESCRIPTORS_OFFSET,
             DATA_OFFSET - DESCRIPTORS_OFFSET, DATA_OFFSET, 0,
         )  # fmt: skip
@@ -82,6 +82,13 @@ def create(path: str, *, now_s: int) -> None:
         raise
     finally:
         os.close(fd)
+
+
+def _random_uuid() -> bytes:
+    uuid = bytearray(os.urandom(16))
+    uuid[6] = uuid[6] & 0x0F | 0x40
+    uuid[8] = uuid[8] & 0x3F | 0x80
+    return bytes(uuid)
 
 
 def open_to_change(path: str) -> int:
@@ -251,7 +258,8 @@ def _slot_of(fd: int, header: Header, entry: Descriptor) -> int:
 def _data_end(fd: int, header: Header, entries: Sequence[Descriptor]) -> int:
     for entry in entries:
         sif.check_inside(fd, entry)
-    table_end = header.descriptors_offset + header.descriptors_bytes
+    # What has been read of the table; its size in the header may be any number.
+    table_end = header.descriptors_offset + header.descriptors_total * sif.DESCRIPTOR_BYTES
     ends = [entry.offset + entry.size_bytes for entry in entries]
     known = header.data_offset + header.data_bytes
     end = max(known, sif.HEADER_BYTES, table_end, *ends, 0)

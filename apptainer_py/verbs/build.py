@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from apptainer_py.base import build as build_facts
-from apptainer_py.base import log
+from apptainer_py.base import epoch, log
 from apptainer_py.base.errors import ApptainerError
 from apptainer_py.base.record import Record
 from apptainer_py.builds import agents, arguments, definition, pipeline, supervised
@@ -145,12 +145,8 @@ def _tmpdir(request: Request) -> str:
 
 
 def _epoch(request: Request) -> int | None:
-    text = request.environ.get("SOURCE_DATE_EPOCH", "")
-    if text:
-        if not (text.isascii() and text.isdecimal() and len(text) < 12):
-            raise ApptainerError(text=f"SOURCE_DATE_EPOCH is no number of seconds: {text}")
-        return int(text)
-    return 0 if request.reproducible else None
+    found = epoch.of(request.environ)
+    return 0 if found is None and request.reproducible else found
 
 
 def _sections(chosen: Sequence[str]) -> frozenset[str]:

@@ -50,16 +50,17 @@ class ObjectOptions(Record):
     sbomformat: str = ""
 
 
-def sif_new(path: str) -> None:
-    """Make an empty SIF file.
+def sif_new(path: str, *, epoch: int | None = None) -> None:
+    """Make an empty SIF file; with `epoch`, in seconds since 1970, always the same one.
 
     Raises:
         SifChangeFailed: it cannot be written.
     """
-    _guarded("new", path, lambda: sif_edit.create(path, now_s=int(time.time())))
+    identity = b"" if epoch is None else bytes(16)
+    _guarded("new", path, lambda: sif_edit.create(path, now_s=_now_s(epoch), identity=identity))
 
 
-def sif_add(path: str, content: str, options: ObjectOptions) -> None:
+def sif_add(path: str, content: str, options: ObjectOptions, *, epoch: int | None = None) -> None:
     """Add the content of a file to a SIF file.
 
     Raises:
@@ -68,29 +69,33 @@ def sif_add(path: str, content: str, options: ObjectOptions) -> None:
     source = _guarded("add", content, lambda: _open_content(content))
     try:
         new = _new_object(source, options)
-        _changed("add", path, lambda fd: sif_edit.add(fd, (new,), now_s=int(time.time())))
+        _changed("add", path, lambda fd: sif_edit.add(fd, (new,), now_s=_now_s(epoch)))
     finally:
         os.close(source)
 
 
-def sif_del(path: str, ident: str) -> None:
+def sif_del(path: str, ident: str, *, epoch: int | None = None) -> None:
     """Delete an object, named by its number in decimal digits.
 
     Raises:
         SifChangeFailed: no such object, or the file cannot be written.
     """
     number = _number("del", ident)
-    _changed("del", path, lambda fd: sif_edit.delete(fd, number, now_s=int(time.time())))
+    _changed("del", path, lambda fd: sif_edit.delete(fd, number, now_s=_now_s(epoch)))
 
 
-def sif_setprim(path: str, ident: str) -> None:
+def sif_setprim(path: str, ident: str, *, epoch: int | None = None) -> None:
     """Make a system partition the primary one.
 
     Raises:
         SifChangeFailed: no such partition, or the file cannot be written.
     """
     number = _number("setprim", ident)
-    _changed("setprim", path, lambda fd: sif_edit.set_primary(fd, number, now_s=int(time.time())))
+    _changed("setprim", path, lambda fd: sif_edit.set_primary(fd, number, now_s=_now_s(epoch)))
+
+
+def _now_s(epoch: int | None) -> int:
+    return int(time.time()) if epoch is None else epoch
 
 
 def _failed(command: str, reason: str) -> SifChangeFailed:

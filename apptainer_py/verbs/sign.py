@@ -37,10 +37,13 @@ class Part(Record):
     objects: tuple[Descriptor, ...]
 
 
-def sign(path: str, signer: Signer, *, group: int = 0, ident: int = 0) -> None:
+def sign(
+    path: str, signer: Signer, *, group: int = 0, ident: int = 0, epoch: int | None = None
+) -> None:
     """Add a signature for each group of a file, or for one group, and one object.
 
-    `signer` turns a text into a signature object's content, and the signer's fingerprint.
+    `signer` turns a text into a signature object's content, and the signer's fingerprint. `epoch`
+    stands for the time, in seconds since 1970.
 
     Raises:
         SignFailed: the file cannot be written or has no such group or object.
@@ -52,7 +55,7 @@ def sign(path: str, signer: Signer, *, group: int = 0, ident: int = 0) -> None:
     except ImageError as error:
         raise SignFailed(reason=error.facts["reason"]) from None
     try:
-        _sign(fd, signer, group, ident)
+        _sign(fd, signer, group, ident, epoch)
     except OSError as error:
         raise SignFailed(reason=f"write {path}: {(error.strerror or '').lower()}") from None
     except integrity.NotIntact as error:
@@ -69,8 +72,11 @@ def with_pgp(
     *,
     choose: Callable[[Sequence[Key]], int],
     ask_hidden: Callable[[str], str],
+    epoch: int | None = None,
 ) -> Signer:
     """Return what signs with a private key of the user's, by its number or what `choose` says.
+
+    With `epoch`, in seconds since 1970, the same text gives the same signature.
 
     Raises:
         SignFailed: there is no such key.
@@ -92,7 +98,7 @@ def with_pgp(
 
     def signer(text: bytes) -> tuple[bytes, bytes]:
         try:
-            return gnupg.sign(text, key, passphrase), bytes.fromhex(key.fingerprint)
+            return gnupg.sign(text, key, passphrase, epoch), bytes.fromhex(key.fingerprint)
         except ApptainerError as error:
             raise SignFailed(reason=str(error)) from None
 
@@ -116,7 +122,7 @@ def with_key(path: str, *, ask_hidden: Callable[[str], str]) -> Signer:
     return signer
 
 
-def _sign(fd: int, signer: Signer, group: int, ident: int) -> None:
+def _sign(fd: int, signer: Signer, group: int, ident: int, epoch: int | None) -> None:
     new = []
     for part in parts(fd, group, ident):
         checker = integrity.Checker(fd, part.group, ahead.ahead)
@@ -130,7 +136,7 @@ def _sign(fd: int, signer: Signer, group: int, ident: int) -> None:
                 extra=sif_edit.signature_extra(_SHA256, fingerprint),
             )
         )
-    sif_edit.add(fd, new, now_s=int(time.time()))
+    sif_edit.add(fd, new, now_s=int(time.time()) if epoch is None else epoch)
 
 
 def parts(fd: int, group: int, ident: int) -> list[Part]:

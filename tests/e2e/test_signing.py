@@ -330,6 +330,9 @@ def test_sif_commands_leave_what_the_real_ones_leave(bench):
         ("add", "--datatype", "5", "--signhash", "2", "--signentity", "AB" * 20, "--link", "1",
          "@", "tree"),
         ("add", "--datatype", "9", "--sbomformat", "spdx-json", "--filename", "n", "@", "tree"),
+        ("add", "--datatype", "2", "@", "tree"), ("add", "--datatype", "3", "@", "tree"),
+        ("add", "--datatype", "6", "--filename", "j.json", "@", "tree"),
+        ("add", "--datatype", "8", "@", "tree"), ("add", "--datatype", "11", "@", "tree"),
         ("add", "--datatype", "10", "@", "tree"), ("setprim", "3", "@"), ("setprim", "1", "@"),
         ("del", "1", "@"), ("del", "9", "@"), ("del", "0", "@"),
         ("add", "--datatype", "7", "@", "tree"), ("add", "@", "tree"),
@@ -342,6 +345,7 @@ def test_sif_commands_leave_what_the_real_ones_leave(bench):
             done = program("sif", *[name if word == "@" else word for word in row])
             said = done.stderr.replace(name, "@").splitlines()
             table = program("sif", "list", name).stdout
+            table += "".join(program("sif", "dump", n, name).stdout for n in ("1", "10"))
             answers.append((done.returncode, said[:1], table))
         assert answers[0] == answers[1], row
     ours, real = ((bench.place / name).read_bytes() for name in ("o.sif", "r.sif"))
@@ -424,3 +428,39 @@ def test_a_certificate_without_a_responder_is_not_good(bench, authority):
     certificates = ("--certificate", authority / "leaf.pem", "--certificate-roots")
     trusted = bench.ours("verify", *certificates, authority / "leaf.pem", "leaf.sif")
     assert trusted.returncode == 0, trusted.stderr
+
+
+def test_the_same_input_gives_the_same_bytes(bench):
+    """With SOURCE_DATE_EPOCH: an empty file, objects, and signatures that are not random."""
+    env = {"SOURCE_DATE_EPOCH": "1900000000"}
+    subprocess.run(
+        ["openssl", "genpkey", "-algorithm", "ed25519", "-out", bench.place / "ed.pem"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    (bench.place / "ed.pem").chmod(0o644)
+    made = []
+    for name in ("first.sif", "second.sif"):
+        for words in (
+            ("sif", "new", name),
+            ("sif", "add", "--datatype", "7", "--groupid", "1", "--filename", "f", name, "tree"),
+            ("sign", "-k", index(bench, "Open"), name),
+            ("sign", "--key", "ed.pem", name),
+        ):
+            done = bench.ours(*words, env=env)
+            assert done.returncode == 0, done.stderr
+        made.append((bench.place / name).read_bytes())
+    assert made[0] == made[1]
+    assert "2030-03-17 17:46:40" in bench.ours("sif", "info", "2", "first.sif").stdout
+    assert bench.ours("verify", "first.sif").returncode == 255  # one signature is not OpenPGP's
+    done = bench.ours("sif", "new", "third.sif", env={"SOURCE_DATE_EPOCH": "soon"})
+    assert done.returncode == 255
+    assert "SOURCE_DATE_EPOCH is no number of seconds: 'soon'" in done.stderr
+
+
+def test_a_signature_of_a_fixed_time_is_good(bench):
+    """Not older than its key, whatever the time says."""
+    image = bench.copy("plain.sif", "fixed.sif")
+    words = ("sign", "-k", index(bench, "Open"), image)
+    assert bench.ours(*words, env={"SOURCE_DATE_EPOCH": "1"}).returncode == 0
+    done = bench.ours("verify", image)
+    assert done.returncode == 0, done.stderr
