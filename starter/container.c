@@ -207,6 +207,7 @@ NO_RETURN static void container_main(struct launch *l) {
     privs_lower(raised);
     if (make_root_a_mount() < 0)
         fail("cannot make a mount of the root", errno);
+    turn_make(l->early_fuse);
     pid_t rpc = fork_rpc(l);
     if (rpc < 0 || (l->plan.flags & PLAN_METHODS && fork_methods(l) < 0))
         fail("cannot start the container's processes", errno);

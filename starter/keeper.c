@@ -126,6 +126,7 @@ static void close_master_ends(struct launch *l) {
 static void start_master(struct keeper *k) {
     struct launch *l = k->launch;
     step_begin(STEP_FORK_MASTER);
+    turn_make(true);
     k->master = fork();
     if (k->master < 0)
         fail("cannot start a process", errno);
@@ -244,9 +245,6 @@ static int start_container(struct keeper *k, int *error) {
     int code = prepare_container(k, error);
     if (code != ERR_OK)
         return code;
-    if (l->early_fuse && !k->loan.taken)
-        k->servers[0] = server_start_early(l);
-    k->early_server = k->servers[0] > 0 || k->loan.taken;
     if ((code = start_overlay_server(k, error)) != ERR_OK)
         return code;
     if (pipe2(l->life_pipe, O_CLOEXEC) < 0) {
@@ -256,6 +254,9 @@ static int start_container(struct keeper *k, int *error) {
     k->container = container_start(l, error);
     close_fd(&l->life_pipe[1]);
     close_fd(&l->loan_mount); /* rpc has it */
+    if (l->early_fuse && !k->loan.taken && k->container > 0)
+        k->servers[0] = server_start_early(l);
+    k->early_server = k->servers[0] > 0 || k->loan.taken;
     if (k->container < 0) {
         fakeroot_close(l);
         return *error == EAGAIN ? ERR_FORK : ERR_NAMESPACE;
@@ -944,7 +945,9 @@ static void wait_for_the_end(struct keeper *k) {
         turn(k);
     }
     k->phase = ENDED;
-    while (k->master_alive)
+    /* After a payload it is enough that master has done all its work: its own end takes a while, and
+     * comes with ours. */
+    while (k->master_alive && (!ran || k->launch->keeper_socket[0] >= 0))
         turn(k);
     step_begin(STEP_MASTER_ENDED);
     step_end(STEP_MASTER_ENDED);
@@ -1001,6 +1004,7 @@ NO_RETURN void keeper_main(struct launch *l) {
         fail("cannot watch signals", errno);
     start_master(k);
     begin_early(k);
+    turn_give(); /* to master: rpc and image server have been set to work */
     wait_until_ready(k);
     bool ran = k->phase == RUN;
     drop_and_go(k);

@@ -219,6 +219,7 @@ NO_RETURN void rpc_main(struct launch *l) {
     step_end(STEP_DROP_RPC);
     trace_process();
     head_start(&r);
+    turn_give(); /* to stage 2: what the image server waits for has been done */
     while (serve(&r, &failed))
         ;
     _exit(r.phase == PHASE_DONE ? 0 : 255);

@@ -351,6 +351,17 @@ static void take_identity(const struct launch *l, enum stage stage) {
         _exit(255);
 }
 
+/* All is done; an interpreter's end takes a while, and keeper, whom the caller waits for, shall not
+ * queue behind it on a processor. */
+static void let_keeper_end(const struct launch *l) {
+    char byte;
+    ssize_t got;
+    (void)shutdown(l->keeper_socket[1], SHUT_WR);
+    do
+        got = read(l->keeper_socket[1], &byte, 1);
+    while (got > 0 || (got < 0 && errno == EINTR));
+}
+
 NO_RETURN void stage_run(struct launch *l, enum stage stage) {
     size_t row = 0;
     while (row < ARRAY_SIZE(stages) && stages[row].stage != stage)
@@ -366,8 +377,11 @@ NO_RETURN void stage_run(struct launch *l, enum stage stage) {
     step_end(stages[row].drop);
     trace_process();
     struct stage_info info = describe(l, stage);
+    turn_wait();
     step_begin(stages[row].load);
     int status = load_and_run(&info, stages[row].load);
+    if (stage == STAGE_MASTER && l->flow != FLOW_CALLER)
+        let_keeper_end(l);
     if (stage == STAGE_START)
         bearer_dismiss(l);
     _exit(status);

@@ -102,6 +102,11 @@ void sanitize_descriptors(struct launch *l);
 void sanitize_close_inherited(const struct launch *l);
 void sanitize_restore_for_payload(const struct launch *l);
 
+/* turn.c */
+void turn_make(bool wanted);
+void turn_give(void);
+void turn_wait(void);
+
 /* privs.c: every change of identity, and nothing else */
 struct raised;
 struct target_identity {

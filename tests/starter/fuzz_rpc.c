@@ -241,6 +241,9 @@ void trace_set_role(enum role role) {
     (void)role;
 }
 
+void turn_give(void) {
+}
+
 void trace_process(void) {
 }
 
