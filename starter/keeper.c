@@ -945,8 +945,8 @@ static void wait_for_the_end(struct keeper *k) {
         turn(k);
     }
     k->phase = ENDED;
-    /* After a payload it is enough that master has done all its work: its own end takes a while, and
-     * comes with ours. */
+    /* After a payload it is enough that master has done all its work: its own end takes a while,
+     * and comes with ours. */
     while (k->master_alive && (!ran || k->launch->keeper_socket[0] >= 0))
         turn(k);
     step_begin(STEP_MASTER_ENDED);

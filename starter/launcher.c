@@ -132,11 +132,15 @@ int main(int argc, char *argv[], char *envp[]) {
     bool oci = scan_asks_oci(&s, envp);
     if ((s.image == NULL && (!oci || s.layout == NULL)) || (!oci && scan_asks_unsquash(&s, envp)))
         run_interpreter(argc, argv, envp);
+    if (s.instance != NULL)
+        account_needed(argv, envp);
     if (oci) {
         choose_oci(&c, &s, argv);
     } else {
         struct fakeroot_options o = {0};
         bool fakeroot = !s.joins && scan_asks_fakeroot(&s, envp, &o);
+        if (fakeroot)
+            account_needed(argv, envp);
         bool shares = scan_asks_sharing(&s, envp);
         flow_choose(&c, shares || scan_asks_userns(&s, envp) ||
                             (fakeroot && fakeroot_by_userns(&o)));

@@ -55,6 +55,9 @@ bool scan_asks_sharing(const struct scan *s, char *const envp[]);
 bool scan_asks_unsquash(const struct scan *s, char *const envp[]);
 bool scan_is_rank(char *const envp[]);
 
+/* launcher_account.c: returns in a program that knows the account, if any does */
+void account_needed(char *const argv[], char *const envp[]);
+
 /* launcher_fakeroot.c */
 bool fakeroot_by_userns(const struct fakeroot_options *o);
 

@@ -293,6 +293,7 @@ def place_all(installation: Installation, built: Path, *, setuid: bool) -> None:
     installation.place(built / "starter", f"{libexec}/starter", 0o755)
     # Readable by all: what enters a container is a copy that its caller makes.
     installation.place(built / "starter-init", f"{libexec}/starter-init", 0o755)
+    installation.place(built / "launcher", f"{libexec}/launcher", 0o755)
     installation.place(built / "starter-monitor", f"{libexec}/starter-monitor", 0o755)
     for name in ("apptainer-py", "apptainer-py-oci"):
         installation.place(built / name, f"{installation.prefix}/bin/{name}", 0o755)

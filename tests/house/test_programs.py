@@ -7,10 +7,10 @@ import subprocess
 
 import pytest
 
-PROGRAMS = ["starter", "starter-steps", "apptainer-py"]
+PROGRAMS = ["starter", "starter-steps", "launcher"]
 LIBC_ONLY = [*PROGRAMS, "unpack.so"]
-# What enters a container, or is called three times for each: no loader and no library.
-STATIC = ["starter-init", "starter-monitor", "apptainer-py-oci"]
+# What enters a container, or is called for each: no loader and no library.
+STATIC = ["starter-init", "starter-monitor", "apptainer-py-oci", "apptainer-py"]
 
 
 @pytest.fixture(scope="module")

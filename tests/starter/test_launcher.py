@@ -117,6 +117,7 @@ class Installation:
         self._write_build(generated / "build.h")
         for name, source in (("starter", STUB), ("starter-suid", STUB), ("python3", PYTHON_STUB)):
             self._compile_stub(name, source)
+        self._compile_stub("launcher", PYTHON_STUB.replace("python", "names"))
         self._compile_stub("apptainer-py-oci", PYTHON_STUB.replace("python", "oci"))
         self._compile_launcher(generated)
         (place / "starter-suid").chmod(0o4755)
@@ -195,6 +196,26 @@ def test_an_ordinary_user_takes_the_setuid_flow(installed: Installation) -> None
     assert (request.flow, request.reason) == (SETUID, NONE)
     assert request.starter == "starter-suid"
     assert request.euid == 0
+
+
+@pytest.mark.parametrize(
+    "words", [("instance", "start", "image.sif", "i"), ("exec", "--fakeroot", "image.sif", "true")]
+)
+def test_an_account_of_other_name_services_is_found_by_another(
+    installed: Installation, words: tuple[str, ...]
+) -> None:
+    nobody = 4_000_123_456  # in no /etc/passwd
+    installed.dump.unlink(missing_ok=True)
+    argv = ["apptainer-py", *words]
+    done = subprocess.run(argv, executable=installed.launcher, user=nobody, env={"MARK": "kept"})
+    assert done.returncode == 43
+    head, *rest = installed.dump.read_text().replace("\n", "\0").split("\0")
+    assert head == "names"
+    assert rest == [*argv, "kept"]
+
+
+def test_an_account_that_is_not_needed_is_not_looked_for(installed: Installation) -> None:
+    installed.run("exec", "image.sif", "true", user=4_000_123_456)
 
 
 def test_the_request_has_its_form(installed: Installation) -> None:
