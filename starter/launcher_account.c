@@ -11,7 +11,7 @@ void account_needed(char *const argv[], char *const envp[]) {
     (void)argv;
     (void)envp;
 #else
-    if (getpwuid(getuid()) == NULL)
-        (void)execve(APY_LIBEXECDIR "/launcher", argv, envp); /* without it the account has no name */
+    if (getpwuid(getuid()) == NULL) /* without the other it has no name */
+        (void)execve(APY_LIBEXECDIR "/launcher", argv, envp);
 #endif
 }
