@@ -28,8 +28,8 @@ _OWN = (
 
 
 _FETCHING = (
-    "arch", "arch_variant", "authfile", "disable_cache", "docker_password", "docker_username",
-    "library", "no_https", "tmpdir",
+    "arch", "arch_variant", "authfile", "disable_cache", "docker_host", "docker_password",
+    "docker_username", "library", "no_https", "tmpdir",
 )  # fmt: skip
 _UNWANTED = ("APPTAINER_BIND", "SINGULARITY_BIND", "APPTAINERENV_", "SINGULARITYENV_")
 

@@ -22,20 +22,18 @@ if TYPE_CHECKING:
     from apptainer_py.image.detect import OpenImage
     from apptainer_py.image.oci_layout import Layout
 
-_TOOLS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+TOOLS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _MS_NOSUID, _MS_NODEV = 2, 4
 _INITIAL_USERNS = "user:[4026531837]"
-_LATER = (
-    "docker-archive", "docker-daemon", "yum", "dnf", "zypper", "arch", "busybox",
-)  # fmt: skip
 
 
 class Order(Record):
     """What an agent is to do: `root` is an empty directory, `folder` one for temporary files.
 
     `owns_all` tells that files can be given to any id; `may_share` that the base is only read, so
-    that a tree can be laid under `root` in place of a copy; `environ` is the caller's. With `plan`
-    layers may go into the packer at once.
+    that a tree can be laid under `root` in place of a copy; `environ` is the caller's, `arch` the
+    architecture that was asked for; `is_root` tells that the build is the host's root. With
+    `plan` layers may go into the packer at once.
     """
 
     header: Mapping[str, str]
@@ -45,6 +43,8 @@ class Order(Record):
     may_share: bool
     environ: Mapping[str, str]
     plan: Plan | None = None
+    arch: str = ""
+    is_root: bool = False
 
     @property
     def source(self) -> str:
@@ -68,7 +68,14 @@ if TYPE_CHECKING:
 
 
 class ConveyorFailed(ApptainerError):
+    """An agent could not do its work; `advice` is what can be done, `where` a place in the file."""
+
     message = "While performing build: conveyor failed to get: {reason}"
+
+    def advice(self) -> str | None:
+        """Return what to do next, and the lines of the definition file that asked for it."""
+        found = (str(self.facts.get(name) or "") for name in ("advice", "where"))
+        return "; ".join(filter(None, found)) or None
 
 
 class UnknownAgent(ApptainerError):
@@ -98,7 +105,6 @@ def find(agent: str) -> Agent:
 
     Raises:
         UnknownAgent: there is none of that name.
-        NotSupported: Apptainer has it.
         EndOfLife: nobody has it any more.
     """
     own = getattr(_OWN, "agents", {}).get(agent)
@@ -109,8 +115,6 @@ def find(agent: str) -> Agent:
         return AGENTS[agent]
     if agent == "shub":
         raise EndOfLife
-    if agent in _LATER:
-        raise NotSupported(what=f"building from `{agent}`")
     raise UnknownAgent(agent=agent)
 
 
@@ -194,7 +198,7 @@ def _unsquash(fd: int, offset: int, order: Order) -> None:
     with report.working("Unpacking"):
         done = subprocess.run(
             argv,
-            env={"PATH": _TOOLS, "LC_ALL": "C"},
+            env={"PATH": TOOLS, "LC_ALL": "C"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -221,7 +225,7 @@ def _from_sandbox(image: OpenImage, order: Order) -> None:
     with report.working("Copying"):
         done = subprocess.run(
             argv,
-            env={"PATH": _TOOLS, "LC_ALL": "C"},
+            env={"PATH": TOOLS, "LC_ALL": "C"},
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             pass_fds=(image.fd,),
@@ -282,15 +286,28 @@ def _lay_over(image: OpenImage, order: Order) -> bool:
 
 
 def _oci(order: Order) -> Base:
-    from apptainer_py.image.oci_layout import Layout
-
-    transport = order.header["bootstrap"]
+    transport = order.header["bootstrap"].lower()
     log.info("Fetching OCI image...")
     try:
-        layout = Layout(f"{transport}:{order.source}")
+        layout = open_layout(transport, order.source, order.folder)
     except ImageError as error:
         raise ConveyorFailed(reason=str(error)) from None
     return unpack_layout(layout, order)
+
+
+def open_layout(transport: str, source: str, folder: str) -> Layout:
+    """Open an image of layers on this machine; `folder` is for temporary files.
+
+    Raises:
+        ImageError: it is none.
+    """
+    if transport == "docker-archive":
+        from apptainer_py.image.docker_archive import Archive
+
+        return Archive(source, folder)
+    from apptainer_py.image.oci_layout import Layout
+
+    return Layout(f"{transport}:{source}")
 
 
 def unpack_layout(layout: Layout, order: Order) -> Base:
@@ -301,6 +318,8 @@ def unpack_layout(layout: Layout, order: Order) -> Base:
     """
     from apptainer_py.image.oci_layers import Unpacker
 
+    if order.arch:
+        layout.take_any_machine()
     try:
         image = layout.image()
         log.info("Extracting OCI image...")
@@ -386,38 +405,28 @@ def _told_of(config: Mapping[str, object]) -> dict[str, str]:
 
 # -- distributions
 
+def _installed(name: str) -> Agent:
+    """Return an agent of those that install a distribution, which few builds need."""
 
-def _debootstrap(order: Order) -> Base:
-    import subprocess
+    def fill(order: Order) -> Base:
+        from apptainer_py.builds import distributions
 
-    header = order.header
-    suite, mirror = header.get("osversion", ""), header.get("mirrorurl", "")
-    if not suite or not mirror:
-        raise ConveyorFailed(reason="debootstrap needs the header keys OSVersion and MirrorURL")
-    program = _find("debootstrap")
-    argv = [program, "--variant=minbase", "--exclude=openssl,udev,systemd-sysv"]
-    include = ",".join(header.get("include", "").replace(",", " ").split())
-    argv += [f"--include={include}"] if include else []
-    argv += [suite, order.root, mirror]
-    done = subprocess.run(
-        argv, env={**order.environ, "PATH": _TOOLS}, stdin=subprocess.DEVNULL, check=False
-    )
-    if done.returncode:
-        raise ConveyorFailed(reason=f"debootstrap ended with status {done.returncode}")
-    return Base()
+        agent: Agent = getattr(distributions, name)
+        return agent(order)
 
-
-def _find(program: str) -> str:
-    for folder in _TOOLS.split(":"):
-        if os.access(f"{folder}/{program}", os.X_OK):
-            return f"{folder}/{program}"
-    raise ConveyorFailed(reason=f"{program} is not installed")
+    return fill
 
 
 AGENTS: dict[str, Agent] = {
-    "debootstrap": _debootstrap,
+    "arch": _installed("arch_linux"),
+    "busybox": _installed("busybox"),
+    "debootstrap": _installed("debootstrap"),
+    "dnf": _installed("yum"),
+    "docker-archive": _oci,
     "localimage": local_image,
     "oci": _oci,
     "oci-archive": _oci,
     "scratch": _scratch,
+    "yum": _installed("yum"),
+    "zypper": _installed("zypper"),
 }

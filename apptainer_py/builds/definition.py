@@ -64,11 +64,12 @@ class Section(Record):
 
 
 class Stage(Record):
-    """From one `Bootstrap:` to the next; `text` is that part of the file."""
+    """From one `Bootstrap:` to the next; `text` is that part of the file, `line` that key's."""
 
     header: dict[str, str]
     sections: tuple[Section, ...]
     text: str
+    line: int = 0
 
     @property
     def name(self) -> str:
@@ -158,7 +159,8 @@ def _stage(lines: Sequence[Line], file: str) -> Stage:
         if one.name in APP_SECTIONS:
             _check_app(one, file)
     text = "".join(f"{line.text}\n" for line in lines)
-    return Stage(header=header, sections=sections, text=text)
+    number = next((one.number for one in lines[:start] if _key_of(one.text) == "bootstrap"), 0)
+    return Stage(header=header, sections=sections, text=text, line=number)
 
 
 def _check_app(section: Section, file: str) -> None:

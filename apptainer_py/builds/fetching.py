@@ -12,6 +12,7 @@ class Fetching(Record):
     authfile: str = ""
     docker_username: str = ""
     docker_password: str = ""
+    docker_host: str = ""
     disable_cache: bool = False
     library: str = ""
     arch: str = ""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 def register(how: Fetching, cache: Cache | None = None) -> None:
     """Add the agents, which keep what they fetch in the caller's cache, or in another."""
     agents.register("docker", _docker(how, cache))
+    agents.register("docker-daemon", _daemon(how))
     for transport in ("oras", "http", "https"):
         agents.register(transport, _file(transport, how))
     agents.register("library", _library(how))
@@ -92,5 +93,35 @@ def _docker(how: Fetching, cache: Cache | None) -> Agent:
             return agents.stream_layout(layout, order, arriving.open)
         finally:
             layout.close()
+
+    return fill
+
+
+def _daemon(how: Fetching) -> Agent:
+    def fill(order: Order) -> Base:
+        import hashlib
+        import os
+
+        from apptainer_py.base.errors import ImageError
+        from apptainer_py.registry import daemon
+
+        path = f"{order.folder}/docker.tar"
+        log.info("Fetching OCI image...")
+        try:
+            server = daemon.Daemon(daemon.address_of(how.docker_host, order.environ), order.environ)
+            # By its digest: the tag may be another image's by now.
+            name = server.identity(order.source)
+            with report.counting("Fetching the image", 0) as told:
+                server.save(name, path, told)
+            layout = agents.open_layout("docker-archive", path, order.folder)
+            if f"sha256:{hashlib.sha256(layout.image().config).hexdigest()}" != name:
+                raise agents.ConveyorFailed(reason=f"{server.address} gave another image")
+        except ImageError as error:
+            raise agents.ConveyorFailed(reason=str(error)) from None
+        except daemon.DaemonError as error:
+            raise agents.ConveyorFailed(reason=str(error), advice=error.advice()) from None
+        base = agents.unpack_layout(layout, order)
+        os.unlink(path)
+        return base
 
     return fill

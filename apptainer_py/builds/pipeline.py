@@ -56,6 +56,7 @@ class Job(Record):
     processors: int = 0
     memory: str = ""
     epoch: int | None = None
+    arch: str = ""
     announced: bool = True
     lock: Lock | None = None
 
@@ -152,8 +153,16 @@ class _Stage:
             may_share=not job.sandbox and last and not self._needs_container(),
             environ=job.environ,
             plan=self._plan() if last else None,
+            arch=job.arch,
+            is_root=job.identity.is_root,
         )
-        return agents.find(stage.header["bootstrap"].lower())(order)
+        agent = stage.header["bootstrap"].lower()
+        try:
+            return agents.find(agent)(order)
+        except agents.ConveyorFailed as error:
+            if stage.line:
+                error.facts["where"] = f"it is asked for in line {stage.line}: Bootstrap: {agent}"
+            raise
 
     def _plan(self) -> streaming.Plan | None:
         """Return how layers are packed as they come, where nothing of the build is in between."""

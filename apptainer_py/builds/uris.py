@@ -9,11 +9,11 @@ import signal
 import threading
 
 from apptainer_py.base import log
-from apptainer_py.base.errors import ApptainerError
-from apptainer_py.builds import artifacts, libraries, remote, report
+from apptainer_py.base.errors import ApptainerError, ImageError
+from apptainer_py.builds import agents, artifacts, libraries, remote, report
 from apptainer_py.cache.store import Cache, CacheError, folder_of
 from apptainer_py.image import arch
-from apptainer_py.registry import downloads, library, reference
+from apptainer_py.registry import daemon, downloads, library, reference
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ _NEEDED = {
     "shub": "Singularity Hub ended in 2021: its images are no longer to be had",
 }
 TRANSPORTS = ("docker", "oras", "library", "http", "https")
+# Images of layers on this machine: `oci:PATH`, or with slashes.
+_LOCAL = ("docker-archive", "docker-daemon", "oci", "oci-archive")
 
 
 class NoTransport(ApptainerError):
@@ -44,6 +46,10 @@ class UnknownTransport(ApptainerError):
 class NotToBeHad(ApptainerError):
     message = "Unable to get {uri}: {reason}"
 
+    def advice(self) -> str | None:
+        """Return what to do next, if whoever was asked has said so."""
+        return str(self.facts.get("advice") or "") or None
+
 
 def split(uri: str) -> tuple[str, str]:
     """Return the transport of a URI, and the rest.
@@ -53,6 +59,8 @@ def split(uri: str) -> tuple[str, str]:
         UnknownTransport: it is another.
     """
     name, colon, rest = uri.partition(":")
+    if colon and name in _LOCAL and rest.removeprefix("//"):
+        return name, rest.removeprefix("//")
     if not colon or not name or not rest.startswith("//"):
         raise NoTransport
     if name in _NEEDED:
@@ -70,7 +78,21 @@ def file_stem(uri: str) -> str:
         return last.removesuffix(".sif") or "image"
     if transport == "library":
         return library.parse(rest).file_stem
+    if transport in _LOCAL:
+        return _local_stem(transport, rest)
     return reference.parse(rest, docker=transport == "docker").file_stem
+
+
+def _local_stem(transport: str, rest: str) -> str:
+    """Return `d.tar_latest` for a file, `busybox_1` for an image named busybox:1."""
+    name = rest
+    if transport != "docker-daemon":
+        while name and not os.path.exists(name):
+            name = name.rpartition(":")[0]
+        tag = rest[len(name) + 1 :].rpartition(":")[2] if name else ""
+        return f"{os.path.basename(name.rstrip('/')) or 'image'}_{tag or 'latest'}"
+    stem, _, tag = name.rpartition("/")[2].partition(":")
+    return f"{stem}_{tag or 'latest'}".replace("@", "_")
 
 
 @contextlib.contextmanager
@@ -145,6 +167,8 @@ def fetch(
         return _of_web(uri, how, environ, cache)
     if transport == "library":
         return libraries.fetch(library.parse(rest), how, environ, cache)
+    if transport in _LOCAL:
+        return _of_machine((transport, rest), how, environ, cache, convert)
     named = reference.parse(rest, docker=transport == "docker")
     if transport == "oras":
         return artifacts.fetch(named, how, environ, cache)
@@ -166,7 +190,43 @@ def _of_layers(
 ) -> str:
     with remote.registry_of(name, how, environ) as registry:
         found = remote.look_up(registry, name, how)
+    pinned = name.replace(digest=found.manifest.digest)
     digits = found.manifest.digest.partition(":")[2]
+    return _converted(f"docker://{pinned}", uri, digits, how, cache, convert)
+
+
+def _of_machine(
+    name: tuple[str, str],
+    how: Fetching,
+    environ: Mapping[str, str],
+    cache: Cache,
+    convert: Convert,
+) -> str:
+    transport, rest = name
+    uri = f"{transport}:{rest}"
+    try:
+        if transport == "docker-daemon":
+            server = daemon.Daemon(daemon.address_of(how.docker_host, environ), environ)
+            digits = server.identity(rest).partition(":")[2]
+            return _converted(f"{transport}:sha256:{digits}", uri, digits, how, cache, convert)
+        layout = agents.open_layout(transport, rest, cache.folder)
+        try:
+            image = layout.image()
+        finally:
+            layout.close()
+    except (ImageError, daemon.DaemonError) as error:
+        told = NotToBeHad(uri=uri, reason=str(error), advice=error.advice())
+        raise told from None
+    # docker's configuration names each layer by its digest; a layout's may name what it likes.
+    parts = [] if transport == "docker-archive" else [layer.digest for layer in image.layers]
+    found = hashlib.sha256(image.config)
+    found.update("".join(f"\n{part}" for part in parts).encode())
+    return _converted(uri, uri, found.hexdigest(), how, cache, convert)
+
+
+def _converted(
+    pinned: str, uri: str, digits: str, how: Fetching, cache: Cache, convert: Convert
+) -> str:
     machine = f"{how.arch or arch.host_arch()}{how.arch_variant}"
     key = hashlib.sha256(f"{digits}{machine}".encode()).hexdigest()
     made = False
@@ -175,9 +235,8 @@ def _of_layers(
         nonlocal made
         made = True
         log.info("Converting OCI blobs to SIF format")
-        pinned = name.replace(digest=found.manifest.digest)
         # The file is made beside, and put in place of what an earlier try has left.
-        convert(path, f"docker://{pinned}", cache)
+        convert(path, pinned, cache)
 
     path = cache.get(_OCI_TMP, key, uri, make)
     if not made:

@@ -11,6 +11,7 @@ from apptainer_py.base.log import DEBUG, ERROR, INFO, LOG, VERBOSE
 from apptainer_py.cli.options import CommandLineWrong, Options, note_on_prefix
 from apptainer_py.cli.table import (
     ACTIONS,
+    CONVERTED,
     FETCH,
     FETCHED,
     FETCHING,
@@ -71,13 +72,6 @@ class Gone(NotFetched):
     hint = "Singularity Hub ended in 2021: its images are no longer to be had"
 
 
-class NeedsOci(NotSupported):
-    """The image is a layout, which is only started as it is."""
-
-    message = "an image from `{name}:` is not supported yet without --oci"
-    hint = "start it with `--oci`, or make a SIF image of it first"
-
-
 class UnfitName(ApptainerError):
     message = (
         "while executing starter: while checking instance name: {name} is not a valid instance name"
@@ -115,10 +109,18 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str]) -> ActionRequest
     inner.refuse()
     general = _general(outer.values, environ, notes)
     if command in ACTIONS or command in INSTANCES:
-        if rest[0].partition("://")[1] and transport(rest[0]) in FETCHED:
+        if _is_fetched(rest[0], has_oci=bool(inner.values.get("oci"))):
             return Parsed(command=FETCH, options=inner.values, arguments=tuple(rest), **general)
         return _action(command, inner.values, rest, general)
     return Parsed(command=command, options=inner.values, arguments=tuple(rest), **general)
+
+
+def _is_fetched(image: str, *, has_oci: bool) -> bool:
+    """Return whether an image becomes a file first; --oci starts a layout as it is."""
+    kind = transport(image)
+    if kind in CONVERTED:
+        return not (has_oci and kind in LAYOUTS and not image.startswith(f"{kind}://"))
+    return kind in FETCHED and image.startswith(f"{kind}://")
 
 
 def _find_command(rest: Sequence[str]) -> tuple[str, list[str]]:
@@ -191,7 +193,7 @@ def _check_instance(name: str) -> None:
         raise UnfitName(name=ascii(name)[1:-1])
 
 
-def _check_transport(kind: str, image: str, *, has_oci: bool) -> None:
+def _check_transport(kind: str, image: str) -> None:
     """Refuse an image that lies elsewhere, all but those which are fetched."""
     if kind not in TRANSPORTS:
         raise UnknownTransport(name=plain(kind))
@@ -200,10 +202,8 @@ def _check_transport(kind: str, image: str, *, has_oci: bool) -> None:
     if kind in FETCHED:
         rest = image.partition(":")[2] or "..."
         raise Unfetched(name=kind, image=plain(image), rest=plain(rest))
-    if kind not in LAYOUTS or image.startswith(f"{kind}://"):
+    if kind not in LAYOUTS:
         raise NotFetched(name=kind, image=plain(image))
-    if not has_oci:
-        raise NeedsOci(name=kind)
 
 
 def _booted(wanted: Mapping[str, Any]) -> dict[str, Any]:
@@ -224,7 +224,7 @@ def _action(
     image, *arguments = rest
     kind = transport(image)
     if kind and not (kind == "instance" and command in ACTIONS):
-        _check_transport(kind, image, has_oci=bool(values.get("oci")))
+        _check_transport(kind, image)
     wanted = dict(values)
     if command in INSTANCES:
         wanted["instance"], *arguments = arguments

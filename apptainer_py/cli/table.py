@@ -205,6 +205,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "name servers for resolv.conf, separated by commas"),
     ("docker-host", "", STRING, "", ("DOCKER_HOST",), _ALL, FETCHING,
      "address of the Docker daemon"),
+    ("docker-host", "", STRING, "", ("DOCKER_HOST",), ("build", "pull"), SUPPORTED,
+     "address of the Docker daemon for docker-daemon: unix://PATH or tcp://HOST:PORT"),
     ("docker-login", "", BOOL, False, ("DOCKER_LOGIN",), _ALL, FETCHING,
      "ask for the account of a Docker registry"),
     ("docker-password", "", STRING, "", ("DOCKER_PASSWORD",), _ALL, FETCHING,
@@ -806,6 +808,8 @@ TRANSPORTS: Final = (
 
 # Images that are fetched first, and then started as files.
 FETCHED: Final = ("docker", "oras", "library", "http", "https")
+# The same for images of layers on this machine, which are written without slashes.
+CONVERTED: Final = ("docker-archive", "docker-daemon", "oci", "oci-archive")
 # What a parsed command line says then; nobody can type it.
 FETCH: Final = "fetch"
 

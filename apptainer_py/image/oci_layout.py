@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _JSON_BYTES = 4 << 20
 _FILES_MOST = 65536
-_LAYERS_MOST = 512
+LAYERS_MOST = 512
 _NESTED_MOST = 8
 _RESOLVE_BENEATH_NO_LINKS = 0x08 | 0x04
 _TAG = "org.opencontainers.image.ref.name"
@@ -78,23 +78,28 @@ class Layout:
 
     _any_machine = False
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, name: str, *, named: str = "") -> None:
+        self._name = named or name
         transport, path, self._reference = split_name(name)
         self.path = os.path.abspath(path)
         self._members: dict[str, tuple[int, int]] | None = None
+        self._links: dict[str, str] = {}
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
         try:
             self._fd = os.open(path, flags)
         except OSError as error:
             raise self._wrong((error.strerror or "").lower()) from None
         mode = os.fstat(self._fd).st_mode
-        if transport == "oci-archive":
+        if transport != "oci":
             if not stat.S_ISREG(mode):
                 raise self._wrong("it is no file")
             self._members = self._list()
         elif not stat.S_ISDIR(mode):
             raise self._wrong("it is no directory")
+
+    def take_any_machine(self) -> None:
+        """Take an image that this host cannot run, too."""
+        self._any_machine = True
 
     def close(self) -> None:
         """Give the files up."""
@@ -119,11 +124,13 @@ class Layout:
         stream = TarStream(read)
         try:
             for entry in stream.entries():
-                if len(found) == _FILES_MOST:
+                if len(found) + len(self._links) == _FILES_MOST:
                     raise self._wrong(f"the archive has more than {_FILES_MOST} files")
+                name = os.fsdecode(entry.name).removeprefix("./")
+                if entry.kind == tar_stream.SYMLINK:
+                    self._links[name] = os.fsdecode(entry.link)
                 if entry.kind != tar_stream.FILE:
                     continue
-                name = os.fsdecode(entry.name).removeprefix("./")
                 found[name] = (place, entry.size_bytes)
                 place = stream.pass_over(place)
         except TarWrong as error:
@@ -199,6 +206,15 @@ class Layout:
             raise self._wrong(f"{what} is no JSON object")
         return value
 
+    def _json_list(self, data: bytes, what: str) -> list[dict[str, Any]]:
+        try:
+            value = loads(data)
+        except JsonWrong as error:
+            raise self._wrong(f"{what}: {error}") from None
+        if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
+            raise self._wrong(f"{what} is no list of JSON objects")
+        return value
+
     def _object(self, value: object, what: str) -> Object:
         if isinstance(value, dict):
             digest, size = value.get("digest"), value.get("size")
@@ -271,21 +287,24 @@ class Layout:
 
     def _manifest(self, manifest: dict[str, Any]) -> Image:
         layers = manifest.get("layers")
-        if not isinstance(layers, list) or len(layers) > _LAYERS_MOST:
-            raise self._wrong(f"its manifest has no layers, or more than {_LAYERS_MOST}")
+        if not isinstance(layers, list) or len(layers) > LAYERS_MOST:
+            raise self._wrong(f"its manifest has no layers, or more than {LAYERS_MOST}")
         found = tuple(self._object(layer, "a layer of the manifest") for layer in layers)
         for layer in found:
             kind = layer.media_type
             if not kind.startswith(_LAYER_STARTS) or "encrypted" in kind:
                 raise self._wrong(f"a layer of the kind {kind!r} is not supported")
         config = self._document(self._object(manifest.get("config"), "the manifest's config"))
-        machine = self._json(config, "the image's configuration").get("architecture", "")
+        self._check_machine(self._json(config, "the image's configuration"))
+        return Image(config=config, layers=found)
+
+    def _check_machine(self, facts: dict[str, Any]) -> None:
+        machine = facts.get("architecture", "")
         if isinstance(machine, str) and not (self._any_machine or _can_run(machine)):
             raise self._wrong(
                 f"the image's architecture ({machine}) could not run on the host's "
                 f"({arch.host_arch()})"
             )
-        return Image(config=config, layers=found)
 
     def unpack(self, image: Image, target: Any) -> None:
         """Give each layer, the lowest first, to an Unpacker.

@@ -24,6 +24,8 @@ _TMPDIRS = ("APPTAINER_TMPDIR", "SINGULARITY_TMPDIR", "TMPDIR")
 _DEFINITION_BYTES = 16 << 20
 _EXISTS = "build target '{target}' already exists. Use --force if you want to overwrite it"
 _ALL, _NONE = "all", "none"
+# Agents that need more than a name.
+_NO_URIS = ("arch", "busybox", "debootstrap", "dnf", "localimage", "scratch", "yum", "zypper")
 
 
 class TargetRefused(ApptainerError):
@@ -252,7 +254,7 @@ def _is_agent(name: str) -> bool:
         return False
     except ApptainerError:
         return True
-    return name not in ("scratch", "localimage", "debootstrap")
+    return name not in _NO_URIS
 
 
 def _arguments(request: Request) -> dict[str, str]:

@@ -412,7 +412,7 @@ FAILURES = [
     (HEADER + "%post\n echo {{ U }}\n", "build var U is not defined", ""),
     ("Bootstrap: nope\n", "unable to get conveyorpacker: invalid build source nope", ""),
     ("Bootstrap: shub\nFrom: x\n", "Singularity Hub ended", "docker://"),
-    ("Bootstrap: yum\n", "building from `yum` is not supported yet", ""),
+    ("Bootstrap: yum\n", "yum needs the header key MirrorURL", "line 1: Bootstrap: yum"),
     ("Bootstrap: localimage\nFrom: none.sif\n", "no such file or directory", ""),
     ("Bootstrap: localimage\nFrom: hello.txt\n", "image format not recognized", ""),
     ("Bootstrap: oci\nFrom: tmp\n", "conveyor failed to get", ""),

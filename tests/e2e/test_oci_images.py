@@ -254,7 +254,7 @@ def test_the_variable_asks_for_it_too(run: Run, image: str) -> None:
     ("words", "said"),
     [
         (("run", "--oci", "library://busybox"), "`library:` is not supported yet"),
-        (("run", "oci:/nowhere"), "not supported yet without --oci"),
+        (("run", "oci:/nowhere"), "no such file or directory"),
         (("run", "--oci", "--writable", "IMAGE"), "`--writable` is not supported with --oci"),
         (("run", "--oci", "--net", "IMAGE"), "--net needs --network none"),
         (("run", "--oci", "/nowhere"), "could not open image /nowhere"),

@@ -260,7 +260,7 @@ def test_an_option_that_is_switched_off_is_not_refused() -> None:
     [
         ("library:alpine", NotSupported),
         ("docker:alpine", NotSupported),
-        ("docker-daemon://x", NotSupported),
+        ("docker:x/y", NotSupported),
         ("foo://x", UnknownTransport),
     ],
 )
