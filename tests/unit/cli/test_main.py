@@ -130,11 +130,9 @@ def test_run_help(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 
 
 def test_errors_of_launches(capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, err = run(capsys, "run", "docker-daemon://x")
+    status, out, err = run(capsys, "run", "docker-daemon:x")
     assert (status, out) == (255, "")
-    assert err.startswith(
-        "FATAL:   an image from `docker-daemon:` is not supported yet\nINFO:    fetch"
-    )
+    assert "x has neither a tag nor a digest, as in docker-daemon:NAME:latest" in err
     _, _, err = run(capsys, "run", "docker:x")
     assert err == "FATAL:   docker:x names no image\nINFO:    write `docker://x`\n"
     _, _, err = run(capsys, "run", "shub://x")

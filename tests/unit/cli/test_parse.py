@@ -403,7 +403,7 @@ def test_other_commands() -> None:
         ["exec", "--contain=\x1b]0;x\x07", "i"],
         ["\udcff\n"],
         ["run", "\x1b[2J://x"],
-        ["run", "docker-daemon://\x1b[2J"],
+        ["run", "docker:\x1b[2J"],
     ],
 )
 def test_what_was_typed_cannot_reach_the_terminal(words: list[str]) -> None:
