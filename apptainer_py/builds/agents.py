@@ -405,6 +405,7 @@ def _told_of(config: Mapping[str, object]) -> dict[str, str]:
 
 # -- distributions
 
+
 def _installed(name: str) -> Agent:
     """Return an agent of those that install a distribution, which few builds need."""
 
