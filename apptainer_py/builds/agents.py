@@ -292,7 +292,9 @@ def _oci(order: Order) -> Base:
         layout = open_layout(transport, order.source, order.folder)
     except ImageError as error:
         raise ConveyorFailed(reason=str(error)) from None
-    return unpack_layout(layout, order)
+    # docker's archives name layers as they are when they are not compressed: those are unpacked.
+    plan = None if transport == "docker-archive" else order.plan
+    return unpack_layout(layout, order.replace(plan=plan))
 
 
 def open_layout(transport: str, source: str, folder: str) -> Layout:

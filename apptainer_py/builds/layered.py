@@ -120,7 +120,7 @@ def _daemon(how: Fetching) -> Agent:
             raise agents.ConveyorFailed(reason=str(error)) from None
         except daemon.DaemonError as error:
             raise agents.ConveyorFailed(reason=str(error), advice=error.advice()) from None
-        base = agents.unpack_layout(layout, order)
+        base = agents.unpack_layout(layout, order.replace(plan=None))
         os.unlink(path)
         return base
 
