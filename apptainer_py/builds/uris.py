@@ -10,7 +10,7 @@ import threading
 
 from apptainer_py.base import log
 from apptainer_py.base.errors import ApptainerError, ImageError
-from apptainer_py.builds import agents, artifacts, libraries, remote, report
+from apptainer_py.builds import agents, artifacts, remote, report
 from apptainer_py.cache.store import Cache, CacheError, folder_of
 from apptainer_py.image import arch
 from apptainer_py.registry import daemon, downloads, library, reference
@@ -166,6 +166,8 @@ def fetch(
     if transport in ("http", "https"):
         return _of_web(uri, how, environ, cache)
     if transport == "library":
+        from apptainer_py.builds import libraries
+
         return libraries.fetch(library.parse(rest), how, environ, cache)
     if transport in _LOCAL:
         return _of_machine((transport, rest), how, environ, cache, convert)

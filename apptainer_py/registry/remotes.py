@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 
-import yaml
-
 from apptainer_py.base import build
 from apptainer_py.base.errors import ApptainerError
 from apptainer_py.base.record import Record
@@ -158,6 +156,8 @@ def read(file: str) -> Remotes:
     reader = _Reader(file)
     if len(data) > _BYTES:
         raise reader.wrong(f"it has more than {_BYTES} bytes")
+    import yaml  # most users have no such file
+
     try:
         content = yaml.safe_load(data)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError):
@@ -230,6 +230,8 @@ def write(file: str, remotes: Remotes, *, for_all: bool = False) -> None:
     Raises:
         AccountError: it cannot be written.
     """
+    import yaml
+
     content: dict[str, Any] = {"Active": remotes.active, "Remotes": {}}
     for name in sorted(remotes.endpoints):
         endpoint = remotes.endpoints[name]

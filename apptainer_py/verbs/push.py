@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from apptainer_py.base.errors import ApptainerError
-from apptainer_py.builds import artifacts, libraries
+from apptainer_py.builds import artifacts
 from apptainer_py.image import detect, sif
 from apptainer_py.registry import library, reference
 
@@ -88,6 +88,8 @@ def push_to_library(
             check()
         except ApptainerError as error:
             raise Unsigned(reason=error) from None
+        from apptainer_py.builds import libraries
+
         return libraries.push(path, name, machine, how, environ, description)
     except OSError as error:
         raise CannotPush(path=path, reason=(error.strerror or "").lower()) from None
