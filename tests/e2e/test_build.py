@@ -445,7 +445,7 @@ TARGETS = [
     (["--sandbox", "--update", "tmp", "base.sif"], "is not an Apptainer sandbox"),
     (["none/x.sif", "base.sif"], "the directory"),
     (["x.sif", "none"], "unable to open file none: open none: no such file or directory"),
-    (["--encrypt", "x.sif", "base.sif"], "not supported yet"),
+    (["--encrypt", "x.sif", "base.sif"], "Missing encryption info"),
     (["--build-arg", "x", "x.sif", "some.def"], "no such file"),
     (["--sandbox", "--force", "/", "base.sif"], "root directory is no build target"),
     (["--mksquashfs-args", "-nonsense", "x.sif", "base.sif"], "mksquashfs could not pack"),

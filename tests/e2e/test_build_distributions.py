@@ -80,10 +80,9 @@ def build(product: SimpleNamespace, as_user: AsUser, place: SimpleNamespace) -> 
     def run(*words: str, definition: str, as_root: bool = False) -> Any:
         (place.folder / "it.def").write_text(definition)
         argv = [product.program, "build", "--force", *words, "it.def"]
-        more = {
-            "APPTAINER_TMPDIR": f"{place.folder}/tmp",
-            "DEBOOTSTRAP_DIR": f"{place.web}/debian/debootstrap",
-        }
+        more = {"APPTAINER_TMPDIR": f"{place.folder}/tmp"}
+        if place.url in definition:
+            more["DEBOOTSTRAP_DIR"] = f"{place.web}/debian/debootstrap"
         if as_root:
             environ = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", **more}
             how: dict[str, Any] = {"capture_output": True, "text": True, "env": environ}
