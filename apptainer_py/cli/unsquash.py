@@ -46,8 +46,11 @@ def start(action: ActionRequest, typed: Sequence[str], environ: Mapping[str, str
     launcher = f"{facts.BINDIR}/{PROGRAM}"
 
     def line(image: str) -> list[str]:
-        # What was asked for is done: the launcher must not ask for it again.
-        return [launcher, *typed[:place], "--unsquash=false", image, *typed[place + 1 :]]
+        # What was asked for is done: the launcher must not ask for it again.  Behind "--" there
+        # are no options.
+        end = place - 1 if place and typed[place - 1] == "--" else place
+        words = [*typed[:end], "--unsquash=false", *typed[end:place]]
+        return [launcher, *words, image, *typed[place + 1 :]]
 
     image = _image(action.image)
     if image is None:
@@ -101,6 +104,7 @@ def _unpack(image: OpenImage, root: str) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         pass_fds=(image.fd,),
+        preexec_fn=lambda: squashfs.write_only_below(os.path.dirname(root)),
         check=False,
     )
     os.close(image.fd)
@@ -194,6 +198,7 @@ class _Folder:
     def _wait(self, told: int) -> None:
         """Wait until nobody is left who could use the directory."""
         import select
+        import signal
 
         number = os.read(told, 4)
         if len(number) == 4:
@@ -202,6 +207,10 @@ class _Folder:
             except ProcessLookupError:
                 return
             # Whoever was killed between the two, the container ends first.
+            ready, _, _ = select.select([handle, told], [], [])
+            if handle not in ready and not self._instance:
+                # Its front was killed, which would have passed that on.
+                signal.pidfd_send_signal(handle, signal.SIGKILL)
             select.select([handle], [], [])
             in_order = os.read(told, 1) == _IN_ORDER
             if self._instance:
