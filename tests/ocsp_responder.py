@@ -4,7 +4,8 @@
 
 writes root.pem, between.pem, leaf.pem, leaf.key (and others) to FOLDER, prints the port, and then
 answers each request by what FOLDER/answer says at that moment: good, revoked, unknown, refused,
-forged, stale, other, delegated, stranger, silent.
+forged, stale, other, delegated, stranger, silent, endless (without an end), kept
+(the same, made days ago).
 """
 
 from __future__ import annotations
@@ -98,14 +99,14 @@ class Authority:
         status = ocsp.OCSPCertStatus.GOOD
         if wanted in ("revoked", "unknown") and holder is about:
             status = getattr(ocsp.OCSPCertStatus, wanted.upper())
-        late = 10 * DAY if kind == "stale" else 0 * DAY
+        late = 10 * DAY if kind in ("stale", "kept") else 0 * DAY
         builder = ocsp.OCSPResponseBuilder().add_response(
             cert=holder.certificate,
             issuer=issuer.certificate,
             algorithm=request.hash_algorithm,
             cert_status=status,
             this_update=NOW - late,
-            next_update=NOW + DAY - late,
+            next_update=None if kind in ("endless", "kept") else NOW + DAY - late,
             revocation_time=NOW if status is ocsp.OCSPCertStatus.REVOKED else None,
             revocation_reason=None,
         )
