@@ -14,7 +14,7 @@ from apptainer_py.base.errors import ImageError
 from apptainer_py.base.record import Record
 from apptainer_py.builds.skeleton import EMPTY_FILES, FOLDERS, LINKS, META
 from apptainer_py.image import squashfs, tar_stream
-from apptainer_py.image.blobs import Unpacked
+from apptainer_py.image.blobs import Layer
 from apptainer_py.image.oci_stream import Merger, NotPlain, Owners, TooLarge
 
 TYPE_CHECKING = False
@@ -64,7 +64,9 @@ class Streamed:
         for layer in reversed(layers):
             blob = opened(layer)
             try:
-                self._merger.apply(Unpacked(blob).read)
+                content = Layer(blob, layer.plain)
+                self._merger.apply(content.read)
+                content.check()
                 blob.check()
             finally:
                 blob.close()

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 _CHUNK = 1 << 18
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _ZSTD_LIBRARY = "libzstd.so.1"
+# What may follow the end of an archive.
+_REST_BYTES = 64 << 20
 # What a window may cost in memory: beyond it a layer is refused, as `zstd -d` does.
 _ZSTD_WINDOW_LOG, _ZSTD_WINDOW_MOST = 100, 27
 
@@ -114,6 +116,48 @@ class Unpacked:
             self._input = self._input or self._blob.read(_CHUNK)
             if not self._input.strip(b"\0"):
                 self._input = b""
+
+
+class Layer:
+    """The content of a layer, compared in the end with what the image's configuration says of it.
+
+    `plain` is the digest of the content, "" where nothing is said, or the blob's own is the same.
+    """
+
+    def __init__(self, blob: Blob, plain: str) -> None:
+        import hashlib
+
+        self._stream = Unpacked(blob)
+        self._plain = Digest(plain) if plain else None
+        self._hash = hashlib.new(self._plain.algorithm) if self._plain else None
+
+    def read(self, size: int) -> bytes:
+        """Return up to so many bytes; nothing at the end.
+
+        Raises:
+            ImageError: what is compressed is damaged.
+        """
+        data = self._stream.read(size)
+        if self._hash is not None:
+            self._hash.update(data)
+        return data
+
+    def check(self) -> None:
+        """Read the rest, which is what writers of archives leave behind them.
+
+        Raises:
+            ImageError: it is something else, or the rest is too long.
+        """
+        if self._plain is None or self._hash is None:
+            return
+        left = _REST_BYTES
+        while data := self.read(_CHUNK):
+            left -= len(data)
+            if left < 0:
+                raise ImageError(image="", reason="a layer goes on far behind its archive")
+        if self._hash.hexdigest() != self._plain.digits:
+            reason = f"the layer is damaged or incomplete: its content is not {self._plain.text}"
+            raise ImageError(image="", reason=reason)
 
 
 def _maker(start: bytes) -> Callable[[], Step] | None:

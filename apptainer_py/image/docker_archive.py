@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import posixpath
 
 from apptainer_py.base.errors import ImageError
-from apptainer_py.image.blobs import Blob, Digest, Unpacked
+from apptainer_py.image.blobs import Blob, Digest, Layer, Unpacked
 from apptainer_py.image.oci_layout import LAYERS_MOST, Image, Layout, Object
 
 TYPE_CHECKING = False
@@ -134,31 +133,13 @@ class Archive(Layout):
             digest = Digest(layer.digest)
             try:
                 # The digest is that of the plain layer, which may be compressed here.
-                stream = _Hashed(Unpacked(Blob(fd, offset, size, digest)), digest)
+                stream = Layer(Blob(fd, offset, size, digest), layer.digest)
                 target.apply(stream.read)
                 stream.check()
             except ImageError as error:
                 raise self._wrong(f"{error.facts['reason']} ({layer.digest[:19]})") from None
             finally:
                 os.close(fd)
-
-
-class _Hashed:
-    def __init__(self, stream: Unpacked, digest: Digest) -> None:
-        self._stream = stream
-        self._digest = digest
-        self._hash = hashlib.new(digest.algorithm)
-
-    def read(self, size: int) -> bytes:
-        data = self._stream.read(size)
-        self._hash.update(data)
-        return data
-
-    def check(self) -> None:
-        while self.read(_CHUNK):
-            pass
-        if self._hash.hexdigest() != self._digest.digits:
-            raise ImageError(image="", reason="the layer is damaged or incomplete")
 
 
 def _tags(row: dict[str, Any]) -> list[str]:

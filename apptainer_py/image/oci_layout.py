@@ -8,7 +8,7 @@ import stat
 from apptainer_py.base.errors import ImageError
 from apptainer_py.base.record import Record
 from apptainer_py.image import arch, tar_stream
-from apptainer_py.image.blobs import Blob, Digest, Unpacked
+from apptainer_py.image.blobs import Blob, Digest, Layer
 from apptainer_py.image.tar_stream import TarStream, TarWrong
 from apptainer_py.kernel import _starter
 from apptainer_py.model.json_text import JsonWrong, loads
@@ -47,11 +47,15 @@ class LayoutWrong(ImageError):
 
 
 class Object(Record):
-    """A descriptor of the specification."""
+    """A descriptor of the specification.
+
+    `plain` is what the configuration calls a layer: the digest of its content, if that is another.
+    """
 
     digest: str
     size_bytes: int
     media_type: str = ""
+    plain: str = ""
 
 
 class Image(Record):
@@ -295,8 +299,26 @@ class Layout:
             if not kind.startswith(_LAYER_STARTS) or "encrypted" in kind:
                 raise self._wrong(f"a layer of the kind {kind!r} is not supported")
         config = self._document(self._object(manifest.get("config"), "the manifest's config"))
-        self._check_machine(self._json(config, "the image's configuration"))
-        return Image(config=config, layers=found)
+        facts = self._json(config, "the image's configuration")
+        self._check_machine(facts)
+        return Image(config=config, layers=self._with_plain(found, facts))
+
+    def _with_plain(self, layers: tuple[Object, ...], facts: dict[str, Any]) -> tuple[Object, ...]:
+        """Return layers with what the configuration says of them, where it says anything."""
+        tree = facts.get("rootfs")
+        digests = tree.get("diff_ids") if isinstance(tree, dict) else None
+        if digests is None:
+            return layers
+        if not isinstance(digests, list) or len(digests) != len(layers):
+            raise self._wrong("its configuration does not name as many layers as its manifest")
+        found = []
+        for layer, plain in zip(layers, digests, strict=True):
+            try:
+                Digest(plain if isinstance(plain, str) else "")
+            except ImageError as error:
+                raise self._wrong(str(error.facts["reason"])) from None
+            found.append(layer if plain == layer.digest else layer.replace(plain=plain))
+        return tuple(found)
 
     def _check_machine(self, facts: dict[str, Any]) -> None:
         machine = facts.get("architecture", "")
@@ -315,7 +337,9 @@ class Layout:
         for layer in image.layers:
             blob, fd = self._blob(layer)
             try:
-                target.apply(Unpacked(blob).read)
+                stream = Layer(blob, layer.plain)
+                target.apply(stream.read)
+                stream.check()
                 blob.check()
             except ImageError as error:
                 raise self._wrong(f"{error.facts['reason']} ({layer.digest[:19]})") from None

@@ -10,6 +10,7 @@ import json
 import os
 import tarfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,42 @@ def test_layers_of_each_compression(
     assert config.command == ("sh",)
     assert (tmp_path / "root/file").read_bytes() == content
     assert (tmp_path / "root/second").read_text() == "text"
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (["sha256:" + "0" * 64], "its content is not sha256:000"),
+        ([], "as many layers"),
+        ("sha256:", "as many layers"),
+        ([7], "is none"),
+        (["sha256:../../x"], "is none"),
+    ],
+)
+def test_content_is_what_the_configuration_says(
+    maker: Maker, tmp_path: Path, said: object, words: str
+) -> None:
+    data = layer()
+    right = ["sha256:" + hashlib.sha256(data).hexdigest()]
+    for tree in (right, said):
+        config = {**CONFIG, "rootfs": {"type": "layers", "diff_ids": tree}}
+        maker.index(maker.manifest(gzip.compress(data), config=config))
+        if tree is right:
+            unpacked(f"oci:{maker.path}", tmp_path / "root")
+    with pytest.raises(ImageError, match=words):
+        unpacked(f"oci:{maker.path}", tmp_path / "other")
+
+
+def test_what_follows_an_archive_is_read_in_bounds(
+    maker: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("apptainer_py.image.blobs._REST_BYTES", 1 << 15)
+    for more, refused in ((4096, False), (1 << 20, True)):
+        data = layer() + bytes(more)
+        tree = {"type": "layers", "diff_ids": ["sha256:" + hashlib.sha256(data).hexdigest()]}
+        maker.index(maker.manifest(gzip.compress(data), config={**CONFIG, "rootfs": tree}))
+        with pytest.raises(ImageError, match="far behind") if refused else nullcontext():
+            unpacked(f"oci:{maker.path}", tmp_path / str(more))
 
 
 def test_gzip_in_parts(maker: Maker, tmp_path: Path) -> None:
