@@ -203,6 +203,7 @@ def _unsquash(fd: int, offset: int, order: Order) -> None:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             pass_fds=(fd,),
+            preexec_fn=lambda: squashfs.write_only_below(order.root),
             check=False,
         )
     # 2: everything is there, but for owners or attributes that this caller cannot give.
@@ -214,7 +215,7 @@ def _unsquash(fd: int, offset: int, order: Order) -> None:
 
 def _from_sandbox(image: OpenImage, order: Order) -> None:
     own = _is_own(image)
-    if own and order.may_share and _lay_over(image, order):
+    if own and order.may_share and _has_known_owners(image) and _lay_over(image, order):
         return
     import subprocess
 
@@ -250,6 +251,26 @@ def _is_own(image: OpenImage) -> bool:
             continue
         if facts.st_uid != 0:
             return False
+    return True
+
+
+def _has_known_owners(image: OpenImage) -> bool:
+    """Return whether folders that a build may change have owners here: else no layer takes them."""
+    from apptainer_py.builds.skeleton import FOLDERS
+
+    nobody = []
+    for kind in ("uid", "gid"):
+        with open(f"/proc/sys/kernel/overflow{kind}", encoding="ascii") as file:
+            nobody.append(int(file.read()))
+    for folder in FOLDERS:
+        parts = ["", *folder.split("/")]
+        for depth in range(1, len(parts) + 1):
+            try:
+                facts = os.lstat(f"/proc/self/fd/{image.fd}{'/'.join(parts[:depth])}/.")
+            except OSError:
+                break
+            if facts.st_uid == nobody[0] or facts.st_gid == nobody[1]:
+                return False
     return True
 
 

@@ -21,6 +21,9 @@ _SUPERBLOCK = struct.Struct("<4sIIIIHHHHHHQQ")
 _TOOL_FOLDERS = ("/usr/local/bin", "/usr/local/sbin", "/usr/bin", "/usr/sbin", "/bin", "/sbin")
 _PIPE_BYTES = 1 << 20
 _LIST_LIMIT_BYTES = 4 << 20
+_NEWNS = 0x00020000
+_MS_BIND, _MS_REC, _MS_PRIVATE = 0x1000, 0x4000, 0x40000
+_AT_FDCWD, _AT_RECURSIVE, _ATTR_RDONLY = -100, 0x8000, 1
 _LEVELS = {"gzip": range(1, 10), "zstd": range(1, 23)}
 
 # What a launch reads before its program runs; small, and apart from others it is read without them.
@@ -318,7 +321,7 @@ def _unsquashfs(
             pass_fds=(fd,),
         )
         try:
-            _limit(child.pid)
+            limit(child.pid)
             content = _bounded_output(child, limit_bytes)
             status = child.wait()
         finally:
@@ -332,15 +335,37 @@ def _unsquashfs(
     return content
 
 
-def _limit(pid: int) -> None:
+def write_only_below(folder: str) -> None:
+    """Leave a new process one directory to write to, where it may mount; elsewhere nothing changes.
+
+    unsquashfs works with all rights of its caller, on what anybody may have made.
+    """
+    from apptainer_py.kernel import _container
+
+    place = os.fsencode(folder)
+    try:
+        _container.unshare(_NEWNS)
+        _container.mount(b"none", b"/", b"", _MS_REC | _MS_PRIVATE)
+        _container.mount(place, place, b"", _MS_BIND)
+        _container.mount_setattr(_AT_FDCWD, b"/", _AT_RECURSIVE, _ATTR_RDONLY, 0)
+        _container.mount_setattr(_AT_FDCWD, place, 0, 0, _ATTR_RDONLY)
+    except OSError:
+        return
+
+
+def limit(pid: int) -> None:
+    """Bound what an image can make a program that reads it ask for: memory, time, its messages."""
     import resource
 
-    # An image can make the program that unpacks it ask for any amount of memory and time.
-    for limit, value in ((resource.RLIMIT_AS, 1 << 30), (resource.RLIMIT_CPU, 60)):
+    for kind, value in (
+        (resource.RLIMIT_AS, 1 << 30),
+        (resource.RLIMIT_CPU, 60),
+        (resource.RLIMIT_FSIZE, 16 << 20),
+    ):
         try:
-            _, hard = resource.prlimit(pid, limit)
+            _, hard = resource.prlimit(pid, kind)
             inside = value if hard == resource.RLIM_INFINITY else min(value, hard)
-            resource.prlimit(pid, limit, (inside, inside))
+            resource.prlimit(pid, kind, (inside, inside))
         except ProcessLookupError:
             return
 

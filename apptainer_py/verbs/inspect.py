@@ -7,6 +7,7 @@ files below `/.singularity.d` and `/scif/apps`, read without running anything fr
 from __future__ import annotations
 
 import os
+import signal
 
 from apptainer_py.base.errors import ApptainerError, ImageError, NotSupported
 from apptainer_py.base.record import Record
@@ -28,6 +29,8 @@ FILE_LIMIT_BYTES = 4 << 20
 APPS_LIMIT = 1024
 
 _DEBUGFS = "/usr/sbin/debugfs"
+# Signals of who goes beyond a limit.
+_LIMITED = (signal.SIGXCPU, signal.SIGXFSZ)
 _META = "/.singularity.d"
 _APPS = "/scif/apps"
 _NO_DEFFILE = "No SIF metadata partition, searching in container..."
@@ -311,6 +314,7 @@ class _ExtFiles:
                 argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said,
                 pass_fds=(self._fd,), cwd="/", env={"PATH": "/usr/sbin:/usr/bin", "LC_ALL": "C"},
             ) as child:  # fmt: skip
+                squashfs.limit(child.pid)
                 assert child.stdout is not None
                 content = child.stdout.read(FILE_LIMIT_BYTES + 1)
                 child.kill()
@@ -322,6 +326,8 @@ class _ExtFiles:
             os.close(said)
         if len(content) > FILE_LIMIT_BYTES:
             raise ReadingFailed(reason=f"a file is larger than {FILE_LIMIT_BYTES} bytes")
+        if -child.returncode in _LIMITED:
+            raise ReadingFailed(reason=f"{_DEBUGFS} says too much, or too slowly")
         if b"Filesystem not open" in words:
             raise ReadingFailed(reason="its ext3 file system is damaged")
         return content, words

@@ -229,6 +229,18 @@ def test_a_sandbox_of_somebody_else(
     assert sorted(os.listdir(tree)) == [".singularity.d", "etc"]
 
 
+def test_a_sandbox_of_a_group_that_is_nobodys(
+    build: Callable[..., str], place: SimpleNamespace, user: pwd.struct_passwd
+) -> None:
+    """Its folders cannot be changed in a layer over it: the kernel has no name for their group."""
+    tree = place.folder / "of-a-group"
+    (tree / ".singularity.d/env").mkdir(parents=True)
+    for path in (tree, tree / ".singularity.d", tree / ".singularity.d/env"):
+        os.chown(path, user.pw_uid, 2_000_000_000)
+    done = build("of-a-group.sif", str(tree))
+    assert done.returncode == 0, done.stderr
+
+
 def test_without_subordinate_ids(build: Callable[..., str], place: SimpleNamespace) -> None:
     definition = HEADER + "%post\n id -u; touch /o; chown 5:6 /o || echo no such id\n"
     words = ("--ignore-subuid", "--ignore-fakeroot-command")

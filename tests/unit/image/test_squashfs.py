@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import subprocess
 
 import pytest
 
@@ -18,6 +19,23 @@ def bare():
     fd = os.open(images.bare_squashfs(images.shared_folder()), os.O_RDONLY)
     yield fd
     os.close(fd)
+
+
+def test_who_unpacks_writes_in_one_place(require_root, tmp_path):
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    inside.mkdir()
+    outside.mkdir()
+    script = "touch in/made; : >/dev/null; touch out/made in/../out/other; test ! -e out/made"
+    done = subprocess.run(
+        ["/bin/sh", "-c", script],
+        cwd=tmp_path,
+        preexec_fn=lambda: squashfs.write_only_below(str(inside)),
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    assert (done.returncode, done.stderr.count(b"Read-only")) == (0, 2), done.stderr
+    assert [path.name for path in tmp_path.glob("*/*")] == ["made"]
+    (outside / "still").touch()
 
 
 def changed(layout, offset, value):

@@ -267,6 +267,17 @@ def test_hostile_ext3_images(tmp_path):
         inspect(str(image), wanted("-r"))
 
 
+def test_what_reads_ext3_is_bounded(tmp_path, monkeypatch):
+    program = tmp_path / "debugfs"
+    program.write_text("#!/bin/sh\nexec tr '\\0' x 3>&1 </dev/zero >&2\n")
+    program.chmod(0o755)
+    monkeypatch.setattr("apptainer_py.verbs.inspect._DEBUGFS", str(program))
+    (tmp_path / "tree").mkdir()
+    image = ext3_of(tmp_path / "tree", tmp_path / "x.ext3")
+    with pytest.raises(ReadingFailed, match="too much, or too slowly"):
+        inspect(str(image), wanted("-r"))
+
+
 def test_no_descriptor_is_left_open(tmp_path):
     path = tmp_path / "x.sif"
     path.write_bytes(sif_bytes.sif([]))
