@@ -11,7 +11,9 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/vfs.h>
@@ -23,6 +25,7 @@
 enum { GROUPS_MAX = 32 };
 enum { SOCKET_FD = 3, CONTAINER_FD = 4, SPACE_FD = 5, FIRST_FREE_FD = 6 };
 enum { DEPTH_MAX = 16, REMOVE_TRIES = 200, REMOVE_WAIT_MS = 5 };
+enum { STACK_BYTES = 8 << 20, TIMER_SLACK_NS = 50000 };
 enum janitor_phase { WATCH };
 
 static char groups[GROUPS_MAX][LIMIT_PATH_BYTES];
@@ -32,11 +35,11 @@ static const struct launch *janitor_launch;
 /* ---- what is registered ---- */
 
 /* CLEAN_GROUP: a directory of a control group that is about to be made. */
-static int clean_group(const struct op_request *q, int passed, struct op_reply *a) {
+static int clean_group(const struct op_request *q, struct op_reply *a) {
     (void)a;
     const char *path = wire_string(q, 0);
-    if (janitor_launch->flow != FLOW_ROOT || passed >= 0 || !path || path[0] != '/' ||
-        q->length[1] || group_count == GROUPS_MAX)
+    if (janitor_launch->flow != FLOW_ROOT || !path || path[0] != '/' || q->length[1] ||
+        group_count == GROUPS_MAX)
         return ERR_MALFORMED;
     memcpy(groups[group_count++], path, q->length[0]);
     return ERR_OK;
@@ -45,8 +48,8 @@ static int clean_group(const struct op_request *q, int passed, struct op_reply *
 static int network_said = -1;          /* what a plugin that has failed gives as its reason */
 
 /* ADD_NETWORKS: those that keeper has judged.  The value tells which plugin has failed. */
-static int add_networks(const struct op_request *q, int passed, struct op_reply *a) {
-    if (passed >= 0 || q->length[0] || q->length[1] || networks.count == 0)
+static int add_networks(const struct op_request *q, struct op_reply *a) {
+    if (q->length[0] || q->length[1] || networks.count == 0)
         return ERR_MALFORMED;
     int error = networks_connect(janitor_launch, SPACE_FD, &a->value, &network_said);
     a->error = error > 0 ? error : 0;
@@ -63,40 +66,52 @@ static const struct {
     uint32_t op;
     enum janitor_phase phase, next_phase;
     uint32_t times;
-    int (*run)(const struct op_request *, int, struct op_reply *);
+    int (*run)(const struct op_request *, struct op_reply *);
 } table[] = {
 #define OP(name, number, server, phase, next, times, function)                                     \
     ROW_##server(name, phase, next, times, function)
 #include "rows.h"
 };
 
-static int register_one(const struct op_request *q, size_t size, int passed, struct op_reply *a) {
+static int register_one(const struct op_request *q, size_t size, struct op_reply *a) {
     static uint32_t uses[ARRAY_SIZE(table)];
     if (wire_check_request(q, size) < 0 || q->flags)
         return ERR_MALFORMED;
     for (size_t i = 0; i < ARRAY_SIZE(table); i++)
         if (table[i].op == q->op)
-            return uses[i]++ < table[i].times ? table[i].run(q, passed, a) : ERR_TIMES;
+            return uses[i]++ < table[i].times ? table[i].run(q, a) : ERR_TIMES;
     return ERR_MALFORMED;
 }
 
-/* Until master has ended, or says that it has nothing more to register. */
-static void listen_to_master(void) {
+/* False: there is nothing more to come.  The socket may be anybody's: no descriptor is taken from
+ * it, and nobody is waited for who does not read. */
+static bool serve_master(void) {
     static struct op_request q;
-    int passed;
-    ssize_t got;
-    while ((got = wire_receive(SOCKET_FD, &q, sizeof(q), &passed)) > 0) {
-        struct op_reply a = {.op = q.op};
-        a.code = register_one(&q, (size_t)got, passed, &a);
-        if (passed >= 0)
-            close(passed);
-        int sent = wire_send(SOCKET_FD, &a, sizeof(a), network_said);
-        if (network_said >= 0)
-            close(network_said);
-        network_said = -1;
-        if (sent < 0)
+    ssize_t got = recv(SOCKET_FD, &q, sizeof(q), MSG_DONTWAIT | MSG_TRUNC);
+    if (got < 0 && (errno == EINTR || errno == EAGAIN))
+        return true;
+    if (got < (ssize_t)sizeof(q.op))
+        return false;
+    struct op_reply a = {.op = q.op};
+    a.code = register_one(&q, (size_t)got, &a);
+    int sent = wire_send_now(SOCKET_FD, &a, sizeof(a), network_said);
+    if (network_said >= 0)
+        close(network_said);
+    network_said = -1;
+    return sent == 0 && a.code != ERR_MALFORMED && a.code != ERR_TIMES;
+}
+
+/* Until master has ended, or says that it has nothing more to register.  A user could have the
+ * socket stay open: there it is enough that the container has ended.  Root's master could still
+ * make a group after that. */
+static void listen_to_master(void) {
+    struct pollfd fds[] = {{.fd = SOCKET_FD, .events = POLLIN},
+                           {.fd = CONTAINER_FD, .events = POLLIN}};
+    nfds_t count = janitor_launch->flow == FLOW_ROOT ? 1 : 2;
+    do {
+        if (poll(fds, count, -1) < 0 && errno != EINTR)
             return;
-    }
+    } while (!fds[1].revents && (!fds[0].revents || serve_master()));
 }
 
 static void wait_for(int fd) {
@@ -196,20 +211,19 @@ static void remove_groups(bool wait) {
 
 /* ---- the process ---- */
 
-/* The container's own network, never the one that is the host's. */
+/* In keeper, whose child the container is: only while that has not been reaped is its number its
+ * own.  With networks it is the one that was made for it, or none. */
 static int open_space(const struct launch *l, pid_t container) {
     char path[64] = "/proc/";
-    struct stat ours, its;
     append_number(path, sizeof(path), (uint64_t)container);
     append_text(path, sizeof(path), "/ns/net");
-    /* SAFE: a child of keeper's that has not been reaped; the file is a namespace, or nothing. */
+    /* SAFE: a child that has not been reaped; the file is a namespace, or nothing. */
     const struct raised *raised = privs_raise(CAP_BIT(CAP_SYS_PTRACE));
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     privs_lower(raised);
-    if (fd >= 0 && networks.count > 0 &&
-        (fstat(fd, &its) < 0 || stat("/proc/self/ns/net", &ours) < 0 ||
-         (its.st_dev == ours.st_dev && its.st_ino == ours.st_ino) || l->netns_fd >= 0)) {
+    if (fd >= 0 && networks.count > 0 && !policy_made_for_it(l, fd)) {
         close(fd);
+        errno = EPERM;
         fd = -1;
     }
     return fd;
@@ -233,17 +247,19 @@ static int arrange_ports(void) {
     return close_range((unsigned)next, ~0U, 0);
 }
 
+/* The container, its network, and where requests come from. */
+struct watched {
+    int process, space, socket;
+};
+
 /* Our own descriptors at fixed numbers; of the caller's streams the one for warnings alone, and not
  * even that where the caller goes and the instance stays, or is no root. */
-static int arrange(const struct launch *l, pid_t container, int socket, int space) {
-    int from = fcntl(socket, F_DUPFD_CLOEXEC, 64);
-    int process = (int)syscall(SYS_pidfd_open, container, 0);
-    int net = space, null = open("/dev/null", O_RDWR | O_CLOEXEC);
-    if (from < 0 || process < 0 || net < 0 || null < 0)
+static int arrange(const struct launch *l, const struct watched *w) {
+    int null = open("/dev/null", O_RDWR | O_CLOEXEC), from = fcntl(w->socket, F_DUPFD_CLOEXEC, 64);
+    int process = fcntl(w->process, F_DUPFD_CLOEXEC, 64);
+    int net = fcntl(w->space, F_DUPFD_CLOEXEC, 64);
+    if (null < 0 || (null = fcntl(null, F_DUPFD_CLOEXEC, 64)) < 0)
         return -1;
-    process = fcntl(process, F_DUPFD_CLOEXEC, 64);
-    net = fcntl(net, F_DUPFD_CLOEXEC, 64);
-    null = fcntl(null, F_DUPFD_CLOEXEC, 64);
     bool quiet = l->plan.flags & PLAN_INSTANCE || l->flow != FLOW_ROOT;
     if (dup2(null, 0) < 0 || dup2(null, 1) < 0 || (quiet && dup2(null, 2) < 0) ||
         dup3(from, SOCKET_FD, O_CLOEXEC) < 0 || dup3(process, CONTAINER_FD, O_CLOEXEC) < 0 ||
@@ -257,13 +273,30 @@ static int arrange(const struct launch *l, pid_t container, int socket, int spac
  * cannot be lifted, keeper has refused those that matter. */
 static void lift_limits(void) {
     static const int lifted[] = {RLIMIT_CPU, RLIMIT_FSIZE, RLIMIT_DATA, RLIMIT_AS};
+    const struct rlimit none = {RLIM_INFINITY, RLIM_INFINITY};
+    struct rlimit stack = {.rlim_max = RLIM_INFINITY};
     const struct raised *raised = privs_raise(CAP_BIT(CAP_SYS_RESOURCE));
-    for (size_t i = 0; i < ARRAY_SIZE(lifted); i++) {
-        const struct rlimit none = {RLIM_INFINITY, RLIM_INFINITY};
+    for (size_t i = 0; i < ARRAY_SIZE(lifted); i++)
         /* SAFE: of this process alone, which runs nothing of the caller's. */
         (void)setrlimit((__rlimit_resource_t)lifted[i], &none);
-    }
+    if (!raised)
+        (void)getrlimit(RLIMIT_STACK, &stack);
+    stack.rlim_cur = stack.rlim_max < STACK_BYTES ? stack.rlim_max : STACK_BYTES;
+    /* SAFE: as above; without the right, below the hard limit, which is 1 MiB at least. */
+    (void)setrlimit(RLIMIT_STACK, &stack);
     privs_lower(raised);
+}
+
+/* What else of the caller's would reach a plugin: timers that are late at will, and whom the kernel
+ * ends first where memory is short. */
+static void forget_caller(void) {
+    (void)prctl(PR_SET_TIMERSLACK, TIMER_SLACK_NS);
+    /* SAFE: a file of this process's own, with a word of ours. */
+    int fd = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
+    ssize_t ignored = fd < 0 ? 0 : write(fd, "0", 1); /* refused to who may not have it lower */
+    (void)ignored;
+    if (fd >= 0)
+        close(fd);
 }
 
 /* Root for plugins, with the rights that making and undoing networks takes, and no others. */
@@ -281,22 +314,23 @@ static void find_target(const struct launch *l, struct target_identity *target) 
         target->caps[CAP_SET_BOUNDING] = caps;
 }
 
-NO_RETURN static void janitor_main(struct launch *l, pid_t container, int socket) {
+NO_RETURN static void janitor_main(struct launch *l, const struct watched *w) {
     struct target_identity target;
     trace_set_role(ROLE_HOST_HELPER);
     janitor_launch = l;
     step_begin(STEP_DROP_JANITOR);
     find_target(l, &target);
-    int space = open_space(l, container);
     /* SAFE: root's own rights for root's own launch; for a user's, root without most of them: what
      * it reads has no field, and what it runs is the administrator's.  The user cannot end it. */
     if (l->flow != FLOW_ROOT)
         lift_limits();
-    if (space < 0 || privs_drop(&target) < 0 || setsid() < 0 || chdir("/") < 0)
+    if (privs_drop(&target) < 0 || setsid() < 0 || chdir("/") < 0)
         _exit(255);
     step_end(STEP_DROP_JANITOR);
     trace_process();
-    if (arrange(l, container, socket, space) < 0)
+    if (l->flow != FLOW_ROOT)
+        forget_caller();
+    if (arrange(l, w) < 0)
         _exit(255);
     listen_to_master();
     wait_for(CONTAINER_FD);
@@ -310,14 +344,27 @@ NO_RETURN static void janitor_main(struct launch *l, pid_t container, int socket
     _exit(0);
 }
 
+/* Stopped by its user, and the container killed meanwhile, the janitor would find another process
+ * by that number: what it watches is found before there is one. */
 pid_t janitor_start(struct launch *l, pid_t container, int socket, int signals) {
+    struct watched w = {.process = -1, .space = -1, .socket = socket};
+    pid_t pid = -1;
+    errno = ESRCH;
     step_begin(STEP_FORK_JANITOR);
-    pid_t pid = fork();
+    if (container > 0 && (w.space = open_space(l, container)) >= 0 &&
+        (w.process = (int)syscall(SYS_pidfd_open, container, 0)) >= 0)
+        pid = fork();
+    int error = errno;
     if (pid == 0) {
         close(signals);
-        janitor_main(l, container, socket);
+        janitor_main(l, &w);
     }
+    if (w.space >= 0)
+        close(w.space);
+    if (w.process >= 0)
+        close(w.process);
     networks_close();
     step_end(STEP_FORK_JANITOR);
+    errno = error;
     return pid;
 }

@@ -93,3 +93,26 @@ int policy_network(const struct launch *l, const char *name) {
         return ERR_REFUSED;
     }
 }
+
+static bool is_same(int fd, const char *path) {
+    struct stat one, other;
+    return fstat(fd, &one) == 0 && stat(path, &other) == 0 && one.st_dev == other.st_dev &&
+           one.st_ino == other.st_ino;
+}
+
+/* The network of a container of ours, never the host's.  A process that has dropped could have made
+ * itself another, with every right in it; but that belongs to another user namespace than ours,
+ * and with --fakeroot the network that we make is the caller's own, too. */
+bool policy_made_for_it(const struct launch *l, int fd) {
+    if (l->netns_fd >= 0 || !is_network(fd) || is_same(fd, "/proc/self/ns/net"))
+        return false;
+    if (l->flow == FLOW_ROOT)
+        return true;
+    if (l->plan.flags & PLAN_FAKEROOT)
+        return is_own(l, fd);
+    int space = ioctl(fd, NS_GET_USERNS);
+    bool ours = space >= 0 && is_same(space, "/proc/self/ns/user");
+    if (space >= 0)
+        close(space);
+    return ours;
+}

@@ -147,6 +147,7 @@ MUST_USE int request_check_seals(int fd, struct stat *st);
 /* wire.c */
 MUST_USE int wire_pair(int pair[2]);
 MUST_USE int wire_send(int fd, const void *frame, size_t size, int passed);
+MUST_USE int wire_send_now(int fd, const void *frame, size_t size, int passed);
 /* Returns bytes, 0 at the end, -1 with errno; *passed is -1 or a descriptor (close-on-exec). */
 MUST_USE ssize_t wire_receive(int fd, void *frame, size_t size, int *passed);
 MUST_USE int wire_check_request(const struct op_request *q, size_t size);
@@ -158,6 +159,7 @@ MUST_USE int policy_plan(const struct launch *l, const struct container_plan *pl
 MUST_USE int policy_image(const struct launch *l, int image_fd);
 MUST_USE int policy_netns(const struct launch *l, int fd);
 MUST_USE int policy_network(const struct launch *l, const char *name);
+MUST_USE bool policy_made_for_it(const struct launch *l, int fd);
 bool policy_limits_images(const struct launch *l);
 bool policy_on_fuse(int fd);
 MUST_USE bool policy_holds_mounts(int fd);

@@ -10,7 +10,7 @@ int wire_pair(int pair[2]) {
     return socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair);
 }
 
-int wire_send(int fd, const void *frame, size_t size, int passed) {
+static int send_frame(int fd, const void *frame, size_t size, int passed, int flags) {
     union {
         char space[CMSG_SPACE(sizeof(int))];
         struct cmsghdr align;
@@ -30,9 +30,18 @@ int wire_send(int fd, const void *frame, size_t size, int passed) {
     }
     ssize_t sent;
     do
-        sent = sendmsg(fd, &message, MSG_NOSIGNAL);
+        sent = sendmsg(fd, &message, MSG_NOSIGNAL | flags);
     while (sent < 0 && errno == EINTR);
     return sent == (ssize_t)size ? 0 : -1;
+}
+
+int wire_send(int fd, const void *frame, size_t size, int passed) {
+    return send_frame(fd, frame, size, passed, 0);
+}
+
+/* To a reader who may never read. */
+int wire_send_now(int fd, const void *frame, size_t size, int passed) {
+    return send_frame(fd, frame, size, passed, MSG_DONTWAIT);
 }
 
 /* Keeps the first descriptor of a message and closes whatever else a forger attached. */

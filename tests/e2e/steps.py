@@ -224,8 +224,12 @@ def flow_of(flow: str) -> int:
 def launch(
     world: Any, flow: str, *, die: str = "", wait: str = "", trace: Path | None = None,
     inherited: Sequence[int] = (), script: str = "echo ran", netns: str = "/proc/self/ns/net",
+    before: Sequence[str] = (),
 ) -> subprocess.Popen[bytes]:  # fmt: skip
-    """Start the starter as the launcher does, with variables that it would not pass on."""
+    """Start the starter as the launcher does, with variables that it would not pass on.
+
+    Programs that stand before it take it to its place, and make it the user's.
+    """
     arguments, configuration, kind, _ = FLOWS[flow]
     own = world.own
     own.configure(configuration)
@@ -257,9 +261,10 @@ def launch(
     )
     request = own_install.sealed(content)
     try:
+        program = world.suid if setuid else world.plain
         return subprocess.Popen(
-            ["Apptainer runtime parent", str(request)],
-            executable=world.suid if setuid else world.plain,
+            [*before, str(program) if before else "Apptainer runtime parent", str(request)],
+            executable=before[0] if before else program,
             pass_fds=(request, trace_fd, *inherited),
             env={"APY_TEST_DIE": die, "APY_TEST_WAIT": wait},
             stdin=subprocess.DEVNULL,
@@ -267,7 +272,7 @@ def launch(
             stderr=subprocess.PIPE,
             start_new_session=True,
             cwd="/",
-            **({} if root else own.identity()),
+            **({} if root or before else own.identity()),
         )
     finally:
         os.close(request)

@@ -6,11 +6,13 @@ Bridges, addresses and rules are made in that namespace, which goes with the tes
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import time
 from collections.abc import Iterator
@@ -18,7 +20,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.own_install import Installation, eventually
+from tests.e2e import steps
+from tests.own_install import Installation, eventually, household
 
 PLUGINS = Path("/usr/lib/cni/bridge")
 pytestmark = pytest.mark.skipif(not PLUGINS.exists(), reason="no CNI plugins: run ./check")
@@ -292,6 +295,59 @@ def members(pid: int) -> list[int]:
         with contextlib.suppress(FileNotFoundError):
             found += map(int, Path(f"/proc/{one}/task/{one}/children").read_text().split())
     return found
+
+
+_CLONE3, _NEWNET = 435, 0x40000000
+
+
+@contextlib.contextmanager
+def process_of_number(pid: int) -> Iterator[None]:
+    """Have a process of this number, with a network of its own, as any user can have one."""
+    libc = ctypes.CDLL(None)
+    number = (ctypes.c_int * 1)(pid)
+    arguments = struct.pack("11Q", *(0,) * 4, signal.SIGCHLD, *(0,) * 3, ctypes.addressof(number),
+                            1, 0)  # fmt: skip
+    made = libc.syscall(_CLONE3, arguments, len(arguments))
+    if made == 0:
+        libc.unshare(_NEWNET)
+        while True:
+            signal.pause()
+    assert made == pid
+    ours = os.readlink("/proc/self/ns/net")
+    eventually(lambda: os.readlink(f"/proc/{pid}/ns/net") != ours, "it has a network")
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def test_another_process_by_the_containers_number_is_not_connected(
+    world, users: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user can stop the janitor before it is root's, kill the container, and take its number."""
+    text = allow(users)
+    monkeypatch.setitem(steps.FLOWS, "network", (steps.words("--net"), text, "sif", []))
+    place = f"{steps.number_of('DROP_JANITOR')}:-1:0"
+    with household() as home, steps.gate() as stop:
+        before = [*users.inside, *users.as_user[:-4]]
+        process = home.adopt(steps.launch(
+            world, "network", wait=f"{place}:{stop.fd}", inherited=[stop.fd], before=before,
+        ))  # fmt: skip
+        eventually(lambda: stop.reached() or process.poll() is not None, "the janitor waits")
+        assert stop.reached(), steps.finish(process)
+        host = os.readlink(f"/proc/{process.pid}/ns/net")
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        container = next(n for n in children if os.readlink(f"/proc/{n}/ns/net") != host)
+        os.kill(int(container), signal.SIGKILL)
+        eventually(lambda: not Path(f"/proc/{container}").exists(), "keeper has reaped it")
+        with process_of_number(int(container)):
+            stop.open()
+            assert steps.finish(process)[0] != 0
+            line = ["nsenter", "-t", container, "-n", "cat", "/proc/net/dev"]
+            seen = subprocess.run(line, capture_output=True, text=True, check=True).stdout
+            assert "eth0" not in seen
+    eventually(lambda: users.traces() == [], "nothing is left of the network")
 
 
 STATIC = {"type": "static", "addresses": [{"address": "10.98.0.2/24"}]}

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from tests import images, own_install
-from tests.own_install import Installation
+from tests.e2e.test_cni import PLUGINS, Host, allow
+from tests.own_install import Installation, eventually
 
 READS = '    if info["config_fd"] >= 0:\n'
 READS_ANOTHER = """\
@@ -27,6 +28,22 @@ READS_ANOTHER = """\
     elif info["config_fd"] >= 0:
 """
 LOOK = ("sh", "-c", "ls -d $* 2>/dev/null; exit 0", "sh")
+
+
+# A master that never says that it has ended: its end stays open in a process that outlives it.
+MADE = "        self.container_pid = container_pid\n"
+KEEPS_IT = """\
+        from apptainer_py.base import build
+        keeps = os.path.join(os.path.dirname(build.SYSCONFDIR), "keeps")
+        if os.path.exists(keeps) and os.fork() == 0:
+            os.setsid()
+            os.closerange(0, 3)
+            import time
+            while os.path.exists(keeps):
+                time.sleep(0.1)
+            os._exit(0)
+"""
+ENDS = "            channel.shutdown(socket.SHUT_WR)\n"
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +60,11 @@ def rogue(require_root: None) -> Iterator[Installation]:
         assert text.count(READS) == 1
         text = text.replace(READS, READS_ANOTHER)
         stages.write_text(text.replace("\nTYPE_CHECKING", _IMPORT, 1))
+        janitor = tree / "apptainer_py/runtime/janitor.py"
+        text = janitor.read_text()
+        assert text.count(MADE) == 1
+        assert text.count(ENDS) == 1
+        janitor.write_text(text.replace(MADE, MADE + KEEPS_IT).replace(ENDS, ""))
         made = Installation(place)
         argv = [tree / "install", "--prefix", made.prefix, "--sysconfdir", made.sysconfdir]
         done = subprocess.run(argv, capture_output=True, text=True, check=False)
@@ -125,6 +147,22 @@ def test_cni_networks(rogue, sif, holds, words):
     done = rogue.run("exec", *words, "--net", sif, "true", cwd="/")
     assert done.returncode == 255
     assert "network bridge is for root" in done.stderr
+
+
+@pytest.mark.skipif(not PLUGINS.exists(), reason="no CNI plugins: run ./check")
+def test_a_network_ends_with_its_container(rogue, sif):
+    """Whoever still holds the janitor's socket; it would hold an address and ports, too."""
+    host = Host(rogue, sif)
+    keeps = rogue.place / "keeps"
+    keeps.touch()
+    try:
+        allow(host)
+        status, out, err = host.run("--net", sif, "echo", "ran", user=True)
+        assert (status, out, err) == (0, "ran\n", "")
+        eventually(lambda: host.traces() == [], "nothing is left of the network")
+    finally:
+        keeps.unlink()
+        host.end()
 
 
 def test_the_directory_of_the_caller(rogue, sif):
