@@ -281,6 +281,7 @@ def place_all(installation: Installation, built: Path, *, setuid: bool) -> None:
     installation.place(os.devnull, f"{installation.sysconfdir}/.capability.lock", 0o600)
     libexec = installation.libexec
     installation.directory(f"{libexec}/session")
+    installation.place(os.devnull, f"{libexec}/plugins/.lock", 0o600)
     # Not readable: so the image server stays non-dumpable although it runs as the user.
     installation.place(SQUASHFUSE, f"{libexec}/bin/squashfuse_ll", 0o711)
     for program in MORE_SERVERS:
@@ -344,6 +345,8 @@ def uninstall(prefix: str) -> None:
         changed = remove(listed)
     for path in changed:
         print(f"uninstall: {path} was changed since it was installed; it is left there")
+    if os.path.isdir(f"{prefix}/{LIBEXEC}/plugins"):
+        print(f"uninstall: plug-ins are left in {prefix}/{LIBEXEC}/plugins")
     print(f"uninstall: apptainer-py is gone from {prefix}")
 
 

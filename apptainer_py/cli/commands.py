@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from apptainer_py.model.request import Parsed
 
 _NEED_MORE = (
-    "cache", "capability", "instance", "key", "keyserver", "overlay", "registry", "remote",
+    "cache", "capability", "instance", "key", "keyserver", "overlay", "plugin",
+    "registry", "remote",
 )  # fmt: skip
 _CONFIG_OPERATIONS = ("set", "unset", "get", "reset")
 
@@ -36,9 +37,9 @@ def run(parsed: Parsed) -> int:
         return 0
     known = _COMMANDS.get(parsed.command)
     if known is None:
-        from apptainer_py.cli import signing
+        from apptainer_py.cli import plugins, signing
 
-        known = signing.COMMANDS[parsed.command]
+        known = {**signing.COMMANDS, **plugins.COMMANDS}[parsed.command]
     return known(parsed)
 
 
@@ -89,6 +90,7 @@ def _buildcfg(parsed: Parsed) -> int:
         "APPTAINER_CONFDIR": build.SYSCONFDIR,
         "SESSIONDIR": build.SESSIONDIR,
         "APPTAINER_CONF_FILE": build.CONFIG_FILE,
+        "PLUGIN_ROOTDIR": f"{build.LIBEXECDIR}/plugins",
         "APPTAINER_SUID_INSTALL": int(build.SETUID),
         "PYTHON": build.PYTHON,
         "LIBPYTHON": build.LIBPYTHON,

@@ -36,7 +36,9 @@ def script(shell: str, *, descriptions: bool = True) -> str:
 
 
 def _commands() -> Iterator[Command]:
-    for row in COMMANDS:
+    from apptainer_py.cli import plugins
+
+    for row in sorted([*COMMANDS, *plugins.rows()]):
         if row[4] == SUPPORTED and row[0] not in HIDDEN_COMMANDS:
             yield row
 

@@ -23,7 +23,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from apptainer_py.cli.table import Option
+    from apptainer_py.cli.table import Command, Option
 
 _WIDTH = 80
 _IMAGES = """
@@ -41,6 +41,19 @@ _ABOUT = {
     "follow the image." + _IMAGES,
     "shell": "Starts an interactive shell in a container." + _IMAGES,
     "test": "Starts the test script of an image." + _IMAGES,
+    "plugin": "Manages plug-ins: Python packages that bring commands of their own. They run with "
+    "the rights of who types them; containers have nothing to do with them.",
+    "plugin compile": "Packs what the entry points of DIRECTORY/pyproject.toml lead to into a "
+    "wheel.",
+    "plugin create": "Writes a plug-in with one command, to begin with.",
+    "plugin disable": "Takes the commands of a plug-in away; it stays installed.",
+    "plugin enable": "Gives a plug-in its commands back.",
+    "plugin inspect": "Shows the name, version and commands of a plug-in that is installed, or "
+    "lies in a file or directory. Nothing of it is run.",
+    "plugin install": "Installs a plug-in, a wheel or an unpacked one, for all users of this "
+    "machine, in place of another version of it.",
+    "plugin list": "Lists the plug-ins that are installed, and whether they are enabled.",
+    "plugin uninstall": "Removes a plug-in.",
     "inspect": "Shows labels, definition file, environment and scripts of an image without "
     "starting it. Several options show several parts; labels are shown if there is none.",
     "run-help": "Prints the text that the image's author wrote for those who run it (%help); --app "
@@ -106,6 +119,11 @@ _EXAMPLES = {
     "shell": ("shell image.sif", "shell --shell /bin/bash --no-home image.sif"),
     "test": ("test image.sif",),
     "inspect": ("inspect image.sif", "inspect --json --runscript image.sif"),
+    "plugin": (
+        "plugin create greeting greet",
+        "plugin compile -o greet.whl greeting",
+        "plugin install greet.whl",
+    ),
     "sif": ("sif list image.sif", "sif dump 1 image.sif > image.def"),
     "key newpair": ("key newpair", "key list --secret"),
     "sign": ("sign image.sif", "sign --key private.pem image.sif"),
@@ -119,9 +137,19 @@ _EXAMPLES = {
 }
 
 
+def _row(path: str) -> Command | None:
+    """Return the row of a command, of a plug-in's too."""
+    row = command_row(path)
+    if row is None and path:
+        from apptainer_py.cli import plugins
+
+        row = plugins.row(path)
+    return row
+
+
 def full(path: str) -> str:
     """Return what `--help` prints for a command, or for the program if `path` is ""."""
-    row = command_row(path)
+    row = _row(path)
     refused = row is not None and row[4] == REFUSED
     head = row[5] if row else "Containers for shared machines, compatible with Apptainer"
     about = "Not supported yet." if refused else _ABOUT.get(path, "")
@@ -145,7 +173,7 @@ def topic(words: Sequence[str]) -> str:
         return full("")
     for count in (2, 1):
         path = " ".join(words[:count])
-        if len(words) >= count and command_row(path):
+        if len(words) >= count and _row(path):
             return full(path)
     shown = " ".join(f"`{plain(word)}`" for word in words)
     return f"Unknown help topic [{shown}]\n{_program_usage()}"
@@ -200,7 +228,12 @@ def _visible(path: str) -> list[str]:
     start = f"{path} " if path else ""
     names = [row[0] for row in COMMANDS if row[0].startswith(start)]
     rest = [name[len(start) :] for name in names if name not in HIDDEN_COMMANDS]
-    return [name for name in rest if " " not in name]
+    below = [name for name in rest if " " not in name]
+    if path:
+        return below
+    from apptainer_py.cli import plugins
+
+    return sorted([*below, *plugins.extras()])
 
 
 def _commands(path: str) -> str:
@@ -208,7 +241,7 @@ def _commands(path: str) -> str:
     width = max((len(name) for name in names), default=0)
     lines = []
     for name in names:
-        row = command_row(f"{path} {name}".strip())
+        row = _row(f"{path} {name}".strip())
         if row:
             note = " (not supported yet)" if row[4] == REFUSED else ""
             lines.append(f"  {name:<{width}}  {row[5]}{note}")

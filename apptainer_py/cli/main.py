@@ -8,7 +8,7 @@ import sys
 
 from apptainer_py.base.errors import ApptainerError, LaunchError
 from apptainer_py.cli import commands, report
-from apptainer_py.cli.parse import parse
+from apptainer_py.cli.parse import UnknownCommand, foreign, parse
 from apptainer_py.cli.table import FETCH, PROGRAM
 from apptainer_py.model.request import ActionRequest, Parsed
 
@@ -55,7 +55,14 @@ def _run(arguments: Sequence[str], environ: Mapping[str, str], command: list[str
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Names and labels are printed as the bytes that they are.
         sys.stdout.reconfigure(errors="surrogateescape")
-    parsed = parse(arguments, environ)
+    try:
+        parsed = parse(arguments, environ)
+    except UnknownCommand as unknown:
+        from apptainer_py.cli import plugins
+
+        if unknown.typed not in plugins.extras():
+            raise
+        parsed = foreign(arguments, environ)
     command[0] = parsed.command
     report.begin(parsed)
     if parsed.command == FETCH and isinstance(parsed, Parsed):

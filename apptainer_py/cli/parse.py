@@ -115,6 +115,20 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str]) -> ActionRequest
     return Parsed(command=command, options=inner.values, arguments=tuple(rest), **general)
 
 
+def foreign(arguments: Sequence[str], environ: Mapping[str, str]) -> Parsed:
+    """Return the same for a command that the table lacks, whose words are its own affair.
+
+    Raises:
+        ApptainerError: what stands before the command is wrong.
+    """
+    outer = Options("")
+    command, *rest = outer.read(arguments)
+    notes = outer.notes + outer.read_environment(environ)
+    outer.refuse()
+    general = _general(outer.values, environ, notes)
+    return Parsed(command=command, options={}, arguments=tuple(rest), **general)
+
+
 def _is_fetched(image: str, *, has_oci: bool) -> bool:
     """Return whether an image becomes a file first; --oci starts a layout as it is."""
     kind = transport(image)

@@ -321,8 +321,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
     ("json", "", BOOL, False, ("JSON",), _BUILD, REFUSED,
      "read the definition as JSON"),
     ("json", "j", BOOL, False, (),
-     ("cache list", "keyserver list", "registry list", "remote list", "remote status", "search"),
-     SUPPORTED,
+     ("cache list", "keyserver list", "plugin inspect", "plugin list", "registry list",
+      "remote list", "remote status", "search"), SUPPORTED,
      "print JSON"),
     ("keep-privs", "", BOOL, False, ("KEEP_PRIVS",), _ALL, SUPPORTED,
      "let root keep its capabilities in the container (root only)"),
@@ -451,6 +451,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "do not let the kernel kill processes when memory is short"),
     ("order", "o", INT, -1, (), _ADDING_KEYSERVERS, SUPPORTED,
      "place among the key servers, 1 for the first that is asked"),
+    ("out", "o", STRING, "", (), ("plugin compile",), SUPPORTED,
+     "path of the wheel"),
     ("overlay", "o", LIST, (), ("OVERLAY", "OVERLAYIMAGE"), _ALL, SUPPORTED,
      "image or directory to lay over the container: path[:ro]"),
     ("partarch", "", INT, 0, (), ("sif add",), SUPPORTED,
@@ -731,7 +733,17 @@ COMMANDS: Final[tuple[Command, ...]] = (
     ("overlay", "<command>", 0, -1, SUPPORTED, "Manage writable overlay images"),
     ("overlay create", "[create options...] <image>", 1, 1, SUPPORTED,
      "Create an EXT3 writable overlay image"),
-    ("plugin", "", 0, -1, REFUSED, "Manage plug-ins"),
+    ("plugin", "<command>", 0, -1, SUPPORTED, "Manage plug-ins: commands that others have written"),
+    ("plugin compile", "[compile options...] <host_path>", 1, 1, SUPPORTED,
+     "Pack a plug-in into a wheel"),
+    ("plugin create", "<host_path> <name>", 2, 2, SUPPORTED, "Begin a plug-in in a new directory"),
+    ("plugin disable", "<name>", 1, 1, SUPPORTED, "Take a plug-in's commands away (root only)"),
+    ("plugin enable", "<name>", 1, 1, SUPPORTED, "Give a plug-in its commands back (root only)"),
+    ("plugin inspect", "[inspect options...] (<name>|<plugin_path>)", 1, 1, SUPPORTED,
+     "Show what a plug-in says of itself"),
+    ("plugin install", "<plugin_path>", 1, 1, SUPPORTED, "Install a plug-in (root only)"),
+    ("plugin list", "[list options...]", 0, 0, SUPPORTED, "List the plug-ins"),
+    ("plugin uninstall", "<name>", 1, 1, SUPPORTED, "Remove a plug-in (root only)"),
     ("pull", "[pull options...] [output file] <URI>", 1, 2, SUPPORTED, "Fetch an image"),
     ("push", "[push options...] <image> <URI>", 2, 2, SUPPORTED, "Upload an image"),
     ("registry", "<command>", 0, -1, SUPPORTED, "Manage accounts of OCI registries"),
@@ -793,11 +805,13 @@ INTERSPERSED: Final = (
     "oci update", "cache list", "cache clean", "pull", "push", "registry list", "registry login",
     "registry logout", "overlay create", *_REMOTES, *_KEYSERVERS, *_ADDING_KEYSERVERS,
     "keyserver remove", "remote get-login-password", "remote remove-keyserver", "search", "delete",
+    "plugin compile", "plugin create", "plugin disable", "plugin enable", "plugin inspect",
+    "plugin install", "plugin list", "plugin uninstall",
 )  # fmt: skip
 # Groups that explain themselves when the command after them is missing or unknown.
 GROUPS: Final = (
     "sif", "cache", "config", "capability", "completion", "instance", "key", "oci", "overlay",
-    "registry", "remote", "keyserver",
+    "plugin", "registry", "remote", "keyserver",
 )  # fmt: skip
 
 # `name:` without slashes is a transport only if it is one of these (uri.Split of Apptainer).

@@ -214,7 +214,7 @@ ABSENT = [
     ["exec", "-n", "--network", "bridge", "{sif}", "true"],
     ["exec", "instance://x", "true"],
     ["exec", "library://alpine", "true"],
-    ["plugin", "list"],
+    ["plugin", "inspect", "absent"],
     ["pull", "library://x/y/z"],
     ["cache", "clean", "--type", "none"],
 ]

@@ -33,7 +33,8 @@ def test_commands() -> None:
     assert completed("apptainer-py", "-q", "sh") == ["shell"]
     assert completed("apptainer-py", "sif", "s") == ["setprim"]
     assert completed("apptainer-py", "help", "insp") == ["inspect"]
-    assert "plugin" not in completed("apptainer-py", "")
+    assert completed("apptainer-py", "plugin", "un") == ["uninstall"]
+    assert "checkpoint" not in completed("apptainer-py", "")
 
 
 def test_options() -> None:

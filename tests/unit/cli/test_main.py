@@ -13,7 +13,7 @@ import pytest
 
 import apptainer_py.base
 from apptainer_py.base import log
-from apptainer_py.cli import commands, main, signing, table
+from apptainer_py.cli import commands, main, plugins, signing, table
 from apptainer_py.cli.help import full, topic
 
 FACTS = {
@@ -68,7 +68,7 @@ def test_each_command_has_help_and_is_built_or_refused(
     assert out == full(path)
     assert f"Usage:\n  apptainer-py {path}" in out
     # Those of `oci` are another program's.
-    built = path in commands._COMMANDS or path in signing.COMMANDS
+    built = path in {**commands._COMMANDS, **signing.COMMANDS, **plugins.COMMANDS}
     built = built or path in (*table.ACTIONS, *table.INSTANCES, *table.GROUPS)
     built = built or path.startswith("oci ")
     assert built is (row[4] == table.SUPPORTED)

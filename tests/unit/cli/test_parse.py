@@ -269,7 +269,7 @@ def test_an_image_from_elsewhere(image: str, error: type[Exception]) -> None:
         parse(["run", image], {})
 
 
-@pytest.mark.parametrize("words", [["plugin", "x"], ["plugin"]])
+@pytest.mark.parametrize("words", [["checkpoint", "x"], ["checkpoint"]])
 def test_a_command_that_is_not_built(words: list[str]) -> None:
     with pytest.raises(NotSupported) as caught:
         parse(words, {})
