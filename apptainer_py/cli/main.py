@@ -58,11 +58,7 @@ def _run(arguments: Sequence[str], environ: Mapping[str, str], command: list[str
     try:
         parsed = parse(arguments, environ)
     except UnknownCommand as unknown:
-        from apptainer_py.cli import plugins
-
-        if unknown.typed not in plugins.extras():
-            raise
-        parsed = foreign(arguments, environ)
+        return _run_foreign(unknown, arguments, environ)
     command[0] = parsed.command
     report.begin(parsed)
     if parsed.command == FETCH and isinstance(parsed, Parsed):
@@ -78,3 +74,16 @@ def _run(arguments: Sequence[str], environ: Mapping[str, str], command: list[str
 
         raise NotFromHere(command=parsed.command, launcher=f"{build.BINDIR}/{PROGRAM}")
     return commands.run(parsed)
+
+
+def _run_foreign(
+    unknown: UnknownCommand, arguments: Sequence[str], environ: Mapping[str, str]
+) -> int:
+    """Run the command of a plug-in, if there is one of that name."""
+    from apptainer_py.cli import plugins
+
+    if unknown.typed not in plugins.extras():
+        raise unknown
+    parsed = foreign(arguments, environ)
+    report.begin(parsed)
+    return plugins.start(parsed)

@@ -194,8 +194,25 @@ def judged(content: Mapping[str, bytes]) -> Plugin:
     Raises:
         PluginError: the metadata is broken, or the files are not those of a pure Python package.
     """
+    info = _info(content)
+    _check_kind(content.get(f"{info}/WHEEL"))
+    if f"{info}/RECORD" in content:
+        _check_record(content, info)
+    _check_places(content, info)
+    plugin = described(_packed(content, info))
+    for command, target in plugin.commands:
+        start = target.partition(":")[0].replace(".", "/")
+        if not {f"{start}.py", f"{start}/__init__.py"} & content.keys():
+            raise PluginError(text=f"its command {command} is in a module that it does not have")
+    return plugin
+
+
+def _info(content: Mapping[str, bytes]) -> str:
+    """Return the name of the directory with the metadata."""
     folders = {name.partition("/")[0] for name in content if "/" in name}
     infos = [folder for folder in folders if folder.endswith(_INFO)]
+    if not infos and "pyproject.toml" in content:
+        raise PluginError(text="it is a plug-in's source; `plugin compile` makes a wheel of it")
     if len(infos) != 1:
         raise PluginError(text=f"it has {len(infos)} directories *{_INFO}; a wheel has one")
     info = infos[0]
@@ -204,21 +221,16 @@ def judged(content: Mapping[str, bytes]) -> Plugin:
             raise PluginError(text=f"it has no {name}")
         if len(content[f"{info}/{name}"]) > _TEXT_MAX:
             raise PluginError(text=f"its {name} is too large")
-    _check_kind(content.get(f"{info}/WHEEL"))
-    if f"{info}/RECORD" in content:
-        _check_record(content, info)
+    return info
+
+
+def _check_places(content: Mapping[str, bytes], info: str) -> None:
     code = [name for name in content if not name.startswith(f"{info}/")]
     tops = {name.partition("/")[0].partition(".")[0] for name in code}
     if taken := tops & ({"apptainer_py"} | sys.stdlib_module_names):
         raise PluginError(text=f"its module {min(taken)} has the name of one that is there")
-    if any(folder.endswith(".data") for folder in folders):
+    if any(name.partition("/")[0].endswith(".data") for name in content):
         raise PluginError(text="it has files for places other than its own")
-    plugin = described(_packed(content, info))
-    for command, target in plugin.commands:
-        start = target.partition(":")[0].replace(".", "/")
-        if not {f"{start}.py", f"{start}/__init__.py"} & content.keys():
-            raise PluginError(text=f"its command {command} is in a module that it does not have")
-    return plugin
 
 
 def _check_kind(wheel: bytes | None) -> None:

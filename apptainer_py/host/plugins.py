@@ -76,7 +76,8 @@ class Place:
                 for row in found["plugins"]
             ]
         except (ValueError, TypeError, LookupError, RecursionError) as error:
-            raise PluginError(text=f"{path} cannot be read: {error}") from None
+            advice = "remove it, and install the plug-ins again"
+            raise PluginError(text=f"{path} cannot be read: {error}: {advice}") from None
         for row in rows:
             if "/" in row.folder or row.folder.startswith(".") or not row.folder:
                 raise PluginError(text=f"{path} leads out of its directory: {row.folder!a}")
@@ -192,10 +193,16 @@ class Changing:
     def __exit__(
         self,
         _kind: type[BaseException] | None,
-        _error: BaseException | None,
+        error: BaseException | None,
         _trace: TracebackType | None,
     ) -> None:
-        os.close(self._fd)
+        try:
+            if error is not None:
+                self._place.tidy(self._place.rows())
+        except (PluginError, OSError):
+            pass  # what went wrong first is what to hear of
+        finally:
+            os.close(self._fd)
 
 
 def _above(path: str, top: str) -> Iterator[str]:

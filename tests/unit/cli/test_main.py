@@ -305,3 +305,53 @@ def test_notes_are_those_of_the_real_one(
         capsys.readouterr()
     ours = [("INFO:    " if level > 0 else "WARNING: ") + text for level, text in request.notes]
     assert ours == notes
+
+
+# ---- commands of plug-ins ----
+
+
+@pytest.fixture
+def extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A plug-in's module with the command `extra`."""
+    row = plugins.Extra(
+        plugin="more",
+        version="1",
+        summary="Does more",
+        target="apy_more:main",
+        folder=str(tmp_path),
+    )
+    monkeypatch.setattr(plugins, "_found", {"extra": row})
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "apy_more", raising=False)
+    return tmp_path / "apy_more.py"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        ("print(arguments)", 0, ""),
+        ("return 258", 2, ""),
+        ("raise SystemExit('no\\x1b')", 1, "no\\x1b\n"),
+        ("raise SystemExit(9)", 9, ""),
+        ("raise OSError(2, 'gone')", 255, "FATAL:   the plug-in more 1 failed: FileNotFoundError"),
+        ("import apy_absent", 255, "FATAL:   the plug-in more 1 failed: ModuleNotFoundError"),
+    ],
+)
+def test_the_status_of_a_plugins_command(
+    capsys: pytest.CaptureFixture[str], extra: Path, body: str, status: int, said: str
+) -> None:
+    extra.write_text(f"def main(arguments):\n    {body}\n")
+    got, out, err = run(capsys, "-v", "extra", "-h", "--x", "y")
+    assert (got, err[: len(said)]) == (status, said)
+    assert out == ("['-h', '--x', 'y']\n" if body.startswith("print") else "")
+    sys.modules.pop("apy_more")
+
+
+def test_help_and_suggestions_know_a_plugins_command(
+    capsys: pytest.CaptureFixture[str], extra: Path
+) -> None:
+    assert "  extra  " in full("")
+    assert "Does more\n\nUsage:\n  apptainer-py extra [arguments...]" in topic(["extra"])
+    assert "\textra\n" in run(capsys, "extr")[2]
+    assert not extra.exists()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from apptainer_py.host import plugin_content
+from apptainer_py.host import plugin_content, plugins
 from apptainer_py.host.plugin_content import PluginError
 from apptainer_py.host.plugins import Place, Row
 from apptainer_py.verbs import plugin, plugin_source
@@ -158,6 +158,25 @@ def test_a_hostile_archive_is_refused_and_leaves_nothing(place, tmp_path, name):
     assert sorted(os.listdir(tmp_path)) == ["greet.whl"]
 
 
+def test_an_installation_that_fails_half_way_leaves_what_was_there(place, tmp_path, monkeypatch):
+    old = installed(place, tmp_path)
+    write = plugins._write
+
+    def full(fd: int, data: bytes) -> None:
+        if data.startswith((b"Wheel", b"{")):
+            os.close(fd)
+            raise OSError(28, "No space left on device")
+        write(fd, data)
+
+    monkeypatch.setattr(plugins, "_write", full)
+    with pytest.raises(plugin.PluginFailed, match="no space left on device"):
+        installed(place, tmp_path)
+    with pytest.raises(plugin.PluginFailed, match="no space left on device"):
+        plugin.disable(place, "greet")
+    assert place.rows() == (old,)
+    assert set(os.listdir(place.folder)) == {".lock", "state.json", old.folder}
+
+
 @pytest.mark.parametrize("made", [linked, lying], ids=lambda made: made.__name__)
 def test_an_archive_with_a_lying_table_is_refused(place, tmp_path, made):
     with pytest.raises(plugin.PluginFailed):
@@ -274,6 +293,8 @@ def test_a_list_that_somebody_else_could_have_written(place, tmp_path, change):
 def test_a_new_plugin_can_be_compiled_and_installed(place, tmp_path):
     folder = tmp_path / "source"
     plugin_source.create(str(folder), "say-hello")
+    with pytest.raises(PluginError, match="`plugin compile` makes a wheel"):
+        plugin.install(place, str(folder), ())
     with pytest.raises(PluginError, match="file exists"):
         plugin_source.create(str(folder), "say-hello")
     environ = {"SOURCE_DATE_EPOCH": "1700000000"}
