@@ -7,7 +7,6 @@ files below `/.singularity.d` and `/scif/apps`, read without running anything fr
 from __future__ import annotations
 
 import os
-import signal
 
 from apptainer_py.base.errors import ApptainerError, ImageError, NotSupported
 from apptainer_py.base.record import Record
@@ -29,8 +28,6 @@ FILE_LIMIT_BYTES = 4 << 20
 APPS_LIMIT = 1024
 
 _DEBUGFS = "/usr/sbin/debugfs"
-# Signals of who goes beyond a limit.
-_LIMITED = (signal.SIGXCPU, signal.SIGXFSZ)
 _META = "/.singularity.d"
 _APPS = "/scif/apps"
 _NO_DEFFILE = "No SIF metadata partition, searching in container..."
@@ -303,6 +300,7 @@ class _ExtFiles:
         return tuple(sorted(name for name in good if name not in (".", "..")))
 
     def _ask(self, request: str) -> tuple[bytes, bytes]:
+        import signal
         import subprocess
 
         image = f"/proc/self/fd/{self._fd}"
@@ -326,7 +324,8 @@ class _ExtFiles:
             os.close(said)
         if len(content) > FILE_LIMIT_BYTES:
             raise ReadingFailed(reason=f"a file is larger than {FILE_LIMIT_BYTES} bytes")
-        if -child.returncode in _LIMITED:
+        # Signals of who goes beyond a limit.
+        if -child.returncode in (signal.SIGXCPU, signal.SIGXFSZ):
             raise ReadingFailed(reason=f"{_DEBUGFS} says too much, or too slowly")
         if b"Filesystem not open" in words:
             raise ReadingFailed(reason="its ext3 file system is damaged")
