@@ -223,7 +223,7 @@ class _Folder:
 
         from apptainer_py.runtime import instances
 
-        owner = instances.owner(os.getuid())
+        owner = instances.owner_asked("", os.getuid())
         # Where the start was cut off, the keeper may be about to write its record.
         for _ in range(1 if in_order else _TRIES):
             found = instances.find(owner, self._instance)
@@ -260,7 +260,7 @@ class _Folder:
         from apptainer_py.runtime import instances
 
         above = os.path.dirname(os.path.dirname(os.path.realpath(self.root)))
-        used = {one.image for one in instances.every(instances.owner(os.getuid()))}
+        used = {one.image for one in instances.every(instances.owner_asked("", os.getuid()))}
         for name in os.listdir(self._above):
             if name == self._name or not name.startswith("rootfs-"):
                 continue

@@ -17,12 +17,12 @@ from apptainer_py.kernel import _starter
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 
 _NAME = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 _NAME_BYTES = 200
-_FOLDER = ".apptainer/instances"
+_CONFIGURATION = "APPTAINER_CONFIGDIR"
 _RECORD_BYTES = 1 << 20
 _NO_LINKS = 0x04  # RESOLVE_NO_SYMLINKS of linux/openat2.h
 _SHIM = "appinit"
@@ -50,11 +50,12 @@ class NotUsable(ApptainerError):
 
 
 class Owner(Record):
-    """Whose instances: an account with its home."""
+    """Whose instances: an account, and the directory below which no link is followed."""
 
     name: str
     uid: int
-    home: str
+    above: str
+    folder: str
 
 
 FAKEROOT_PARTS = ("namespace", "subids", "command")
@@ -94,8 +95,10 @@ class Process(Record):
     started: int
 
 
-def owner(who: str | int) -> Owner:
+def owner(who: str | int, environ: Mapping[str, str] | None = None) -> Owner:
     """Return the account of a name or number whose instances are meant.
+
+    The caller's own environment may say where the caller's own instances lie.
 
     Raises:
         NoAccount: there is none.
@@ -106,7 +109,20 @@ def owner(who: str | int) -> Owner:
         entry = pwd.getpwnam(who) if isinstance(who, str) else pwd.getpwuid(who)
     except (KeyError, ValueError):
         raise NoAccount(name=who) from None
-    return Owner(name=entry.pw_name, uid=entry.pw_uid, home=entry.pw_dir)
+    chosen = (environ or {}).get(_CONFIGURATION, "")
+    folder = f"{chosen or f'{entry.pw_dir}/.apptainer'}/instances"
+    above = chosen or entry.pw_dir
+    return Owner(name=entry.pw_name, uid=entry.pw_uid, above=above, folder=folder)
+
+
+def owner_asked(user: str, uid: int) -> Owner:
+    """Return whose instances a command is about: a user's that is named, or the caller's own.
+
+    Raises:
+        NoAccount: there is no such user.
+    """
+    # A command without a container: nothing else hands the environment on to here.
+    return owner(user) if user else owner(uid, os.environ)  # noqa: TID251
 
 
 def is_name(name: str) -> bool:
@@ -133,12 +149,12 @@ def hostname() -> str:
 
 def folder_of(owner: Owner) -> str:
     """Return the directory below which each instance has its own."""
-    return f"{owner.home}/{_FOLDER}/app/{hostname()}/{owner.name}"
+    return f"{owner.folder}/app/{hostname()}/{owner.name}"
 
 
 def logs_of(owner: Owner, name: str) -> tuple[str, str]:
     """Return the files of an instance's stderr and stdout."""
-    start = f"{owner.home}/{_FOLDER}/logs/{hostname()}/{owner.name}/{name}"
+    start = f"{owner.folder}/logs/{hostname()}/{owner.name}/{name}"
     return f"{start}.err", f"{start}.out"
 
 
@@ -151,8 +167,8 @@ def _open_folder(owner: Owner, path: str, *, make: bool) -> int:
     Raises:
         OSError: it cannot be had; ELOOP where a part of it is a link.
     """
-    here = os.open(owner.home, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    for part in path.removeprefix(owner.home).strip("/").split("/"):
+    here = os.open(owner.above, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    for part in path.removeprefix(owner.above).strip("/").split("/"):
         try:
             try:
                 below = _open_at(here, part, os.O_RDONLY | os.O_DIRECTORY)

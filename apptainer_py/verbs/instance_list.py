@@ -33,7 +33,7 @@ def matching(pattern: str, *, user: str, uid: int, with_shared: bool) -> list[in
         raise ListForRoot
     return [
         instance
-        for instance in instances.every(instances.owner(user or uid))
+        for instance in instances.every(instances.owner_asked(user, uid))
         if fnmatch.fnmatchcase(instance.name, pattern or "*")
         and (with_shared or not instance.sharens)
     ]

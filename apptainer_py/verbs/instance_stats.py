@@ -78,7 +78,7 @@ def _running(name: str, user: str, uid: int) -> tuple[instances.Instance, int]:
     """Return the record of an instance that runs, and its directory of /proc."""
     if user and uid != 0:
         raise StatsForRoot
-    owner = instances.owner(user or uid)
+    owner = instances.owner_asked(user, uid)
     found = instances.find(owner, name) if instances.is_name(name) else None
     folder = -1 if found is None else instances.open_running(found, owner)
     if found is None or folder < 0:

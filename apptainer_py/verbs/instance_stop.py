@@ -69,7 +69,7 @@ def instance_stop(  # noqa: PLR0913 an option each
     if user and uid != 0:
         raise StopForRoot
     wanted = signal.SIGKILL if force else signal_number(number) if number else 0
-    owner = instances.owner(user or uid)
+    owner = instances.owner_asked(user, uid)
     targets = []
     for instance in instances.every(owner):
         if everything or fnmatch.fnmatchcase(instance.name, pattern):

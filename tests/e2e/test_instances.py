@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -397,3 +398,22 @@ def test_two_hundred_at_once(own: Instances, image: Path) -> None:
     assert own.run("exec", "instance://apy-test-137", "echo", "here").stdout == "here\n"
     assert own.run("instance", "stop", "--all").returncode == 0
     assert own.listed() == {}
+
+
+def test_records_lie_where_the_environment_says(inst: Instances, sif: Path) -> None:
+    """As Apptainer's, for every command."""
+    there = inst.home / "elsewhere"
+    env = {"APPTAINER_CONFIGDIR": str(there)}
+    done = inst.start(sif, "placed", env=env)
+    try:
+        assert done.returncode == 0, done.stderr
+        assert list(there.glob(f"instances/app/*/{inst.account.pw_name}/placed/placed.json"))
+        assert "placed" not in inst.listed()
+        assert "placed" in inst.run("instance", "list", env=env).stdout
+        words = ("exec", *inst.option(), "instance://placed", "true")
+        assert inst.run(*words, env=env).returncode == 0
+        assert inst.run(*words).returncode == 255
+    finally:
+        stopped = inst.run("instance", "stop", "placed", env=env)
+        shutil.rmtree(there)
+    assert stopped.returncode == 0

@@ -1,12 +1,17 @@
 """What a line of the tables is.
 
-`{name}` in a line stands for a path of place.py.  A line runs in the setuid flow, again with `-u`,
+`{name}` in a line stands for a path of place.py; `{own}` for an empty folder that each program has
+for itself, where an instance's record is too.  Several commands, a line each, are run one after the
+other: their statuses are a list, their outputs are joined.
+
+A line runs in the setuid flow, again with `-u`,
 and as root, unless `flows` says otherwise.  `form` says how stdout is read:
 
     text     as it is (aspect stdout)
     env      the output of env (stdout)
     mounts   /proc/self/mountinfo (mounts)
     usage    not at all: the help texts are our own
+    instances  what `instance list` prints (stdout)
     payload  /proc/self/{status,limits,mountinfo,environ} (process, limits, mounts, environ)
 
 `differs` names what may differ, one of these aspects or status or said (warnings and errors), and
@@ -34,6 +39,10 @@ class Case:
     umask: int = 0o022
     flows: tuple[str, ...] = ALL
     differs: dict[str, str] = field(default_factory=dict)
+
+
+def sequence(*lines: str, **options: object) -> Case:
+    return Case("\n".join(lines), env={"APPTAINER_CONFIGDIR": "{own}"}, **options)  # type: ignore[arg-type]
 
 
 def environment(line: str, **options: object) -> Case:

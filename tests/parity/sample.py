@@ -23,6 +23,13 @@ def said(stderr: str) -> list[str]:
     return sorted(set(lines))
 
 
+def instances(stdout: str) -> str:
+    """Return what is listed of instances, without process numbers and the places of logs."""
+    text = re.sub(r'("pid": |\s)\d{2,}\b', r"\1N", stdout)
+    text = re.sub(r"\S*/instances/logs/\S*?(\.out|\.err)", r"LOG\1", text)
+    return "\n".join(" ".join(line.split()) for line in text.splitlines())
+
+
 PARTS = ("status", "limits", "mountinfo", "environ")
 # What a process gets from whoever starts it; the rest of the file is its own affair.
 _STATUS = frozenset(

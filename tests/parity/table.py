@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from tests.parity.rows import (
     BOTH,
+    PAYLOAD,
     ROOT,
     SETUID,
     USERNS,
@@ -15,6 +16,7 @@ from tests.parity.rows import (
     environment,
     mounted,
     payload,
+    sequence,
 )
 from tests.parity.table_flags import BAD, OUTSIDE, SPELLINGS
 
@@ -31,6 +33,8 @@ SHORTER = "what is missing is said without the names of the hooks that found out
 SOONER = "the mistake is found before the image is opened"
 CGROUPFS = "root's limits need no systemd"
 PASSWD = "both files of the image are found and completed"
+NAME = "a file of that name there cannot be"
+MISSING = "who joins is told of the own directory, too, that it is not there"
 SETTING = "a setting that is none, or that is empty, starts nothing"
 
 IMAGES = [
@@ -610,12 +614,90 @@ INSTANCES = [
     Case("instance stop nothing"),
     Case("instance stop --all"),
     Case("instance stats nothing"),
-    Case("instance start {sif}", differs={"stdout@setuid": HELP, "stdout@root": HELP}),
+    Case("instance start {sif}", differs={"stdout": HELP}),
     Case("instance start /nonexistent name"),
     Case("exec instance://nothing true"),
     Case("run instance://nothing"),
     Case("shell instance://nothing"),
+    sequence(
+        "instance start {sandbox} one a b",
+        f"exec instance://one sh -c '{PAYLOAD}'",
+        "instance stop one",
+        form="payload",
+    ),
+    sequence(
+        "instance start --contain -B {data}:/d --env A=1 --no-home {sif} one",
+        f"exec --env B=2 instance://one sh -c '{PAYLOAD}'",
+        "instance stop one",
+        form="payload",
+        differs={"said@setuid": MISSING, "said@userns": MISSING},
+    ),
+    sequence(
+        "instance start {sandbox} one",
+        "instance start {sandbox} two",
+        "instance list",
+        "instance list --json",
+        "instance list t*",
+        "instance list --logs one",
+        "instance stop t*",
+        "instance list",
+        "instance stop one",
+        form="instances",
+    ),
+    sequence("instance start {sif} one", "instance start {sif} one", "instance stop -F one"),
+    sequence(
+        "instance start --pid-file {own}/pid {sif} one",
+        "exec {sif} test -s {own}/pid",
+        "run instance://one",
+        "shell instance://one -c 'echo shell; exit 4'",
+        "exec --pwd /etc instance://one pwd",
+        "exec instance://one sh -c 'exit 7'",
+        "exec instance://one nonexistent",
+        "instance stop -s KILL one",
+        "exec instance://one true",
+    ),
+    sequence(
+        "instance start --hostname box {sif} one",
+        "exec instance://one cat /proc/sys/kernel/hostname",
+        "instance stop --timeout 3 one",
+    ),
+    sequence("instance run {sandbox} one", "exec instance://one true", "instance stop one"),
+    sequence(
+        "instance start --writable-tmpfs {sif} one",
+        "exec instance://one sh -c 'echo kept >/new'",
+        "exec instance://one cat /new",
+        "instance stop one",
+    ),
+    *(sequence(f"instance start {{sif}} {name}") for name in ("a/b", "'a b'")),
+    sequence("instance start {sif} .", differs={"status": NAME, "said": NAME}),
+    sequence("instance start {sif} ''", differs={"status": NAME, "said": NAME, "stdout": NAME}),
 ]
+WRITABLE = [
+    sequence(
+        "exec {sif} mkdir {own}/o",
+        "exec --overlay {own}/o {sif} sh -c 'echo kept >/new; rm /etc/test-release; mkdir /etc/d'",
+        "exec --overlay {own}/o {sif} sh -c 'cat /new; ls /etc'",
+        "exec --overlay {own}/o:ro {sif} sh -c 'cat /new; echo more >/new'",
+    ),
+    sequence(
+        "overlay create --size 64 {own}/o.img",
+        "exec --overlay {own}/o.img {sif} sh -c 'echo kept >/new; chmod 750 /etc'",
+        "exec --overlay {own}/o.img {sif} sh -c 'cat /new; stat -c %a /etc'",
+        "exec --overlay {own}/o.img:ro {sif} cat /new",
+        flows=(USERNS, ROOT),  # the real one hangs in the setuid flow
+    ),
+    sequence(
+        "exec -w {linked} sh -c 'echo w >/written; mkdir /made; cat /written'",
+        "exec {linked} sh -c 'cat /written; ls -d /made'",
+        "exec -w {linked} sh -c 'rm -r /written /made'",
+        "exec {linked} cat /written",
+    ),
+    sequence(f"exec --writable-tmpfs {{sif}} sh -c 'echo x >/x; {PAYLOAD}'", form="payload",
+        differs={"mounts@setuid": LAYER, "mounts@userns": LAYER}),
+    sequence("exec {sif} mkdir {own}/o", f"exec --overlay {{own}}/o {{sif}} sh -c '{PAYLOAD}'",
+             form="payload"),
+    sequence(f"exec -w {{linked}} sh -c '{PAYLOAD}'", form="payload"),
+]  # fmt: skip
 OTHERS = [
     Case("exec --net --network none {sif} sh -c 'cat /proc/net/dev | wc -l'"),
     Case("exec --dns 192.0.2.1,192.0.2.2 {sif} cat /etc/resolv.conf"),
@@ -649,7 +731,7 @@ GROUPS = {
     "images": IMAGES, "status": STATUS, "environment": ENVIRONMENT, "files": FILES,
     "directory": DIRECTORY, "binds": BINDS, "flags": FLAGS, "mounts": MOUNTS, "process": PROCESS,
     "spellings": SPELLINGS, "bad": BAD, "outside": OUTSIDE, "layers": LAYERS,
-    "instances": INSTANCES, "others": OTHERS,
+    "instances": INSTANCES, "writable": WRITABLE, "others": OTHERS,
 }  # fmt: skip
 # These groups run by default, in this flow; the others take minutes.
 QUICK = frozenset({("process", SETUID), ("process", USERNS), ("images", SETUID), ("bad", SETUID)})

@@ -110,38 +110,61 @@ def _identity(flow: str, user: pwd.struct_passwd) -> tuple[dict[str, str], dict[
     return {"HOME": user.pw_dir, "USER": user.pw_name}, ids
 
 
+def _ask_userns(words: list[str]) -> None:
+    if words[:2] in (["instance", "start"], ["instance", "run"]):
+        words.insert(2, "-u")
+    elif words[0] not in ("instance", "overlay"):
+        words.insert(2 if words[0].startswith("-") else 1, "-u")
+
+
 def run(
     program: str, case: Case, flow: str, names: dict[str, str], user: pwd.struct_passwd
 ) -> Sample:
     """Return what can be compared of one run."""
-    words = [_filled(word, names) for word in shlex.split(case.line)]
-    if flow == USERNS:
-        words.insert(2 if words[0].startswith("-") else 1, "-u")
+    own = Path(f"{names['place']}/own-{'r' if program == str(images.REAL_APPTAINER) else 'o'}")
+    shutil.rmtree(own, ignore_errors=True)
+    own.mkdir()
     plain, ids = _identity(flow, user)
-    plain["PATH"] = "/usr/local/bin:/usr/bin:/bin"
-    done = subprocess.run(  # type: ignore[call-overload]
-        [program, *words],
-        env={**plain, **{name: _filled(value, names) for name, value in case.env.items()}},
-        cwd=_filled(case.cwd, names),
-        input=case.stdin,
-        umask=case.umask,
-        capture_output=True,
-        text=True,
-        errors="surrogateescape",
-        check=False,
-        timeout=120,
-        **ids,
-    )
-    found: Sample = {"status": done.returncode, "said": sample.said(done.stderr)}
+    if ids:
+        os.chown(own, user.pw_uid, user.pw_gid)
+    names = {**names, "own": str(own)}
+    environ = {**plain, "PATH": "/usr/local/bin:/usr/bin:/bin"}
+    environ |= {name: _filled(value, names) for name, value in case.env.items()}
+    statuses, stdout, stderr = [], "", ""
+    for line in case.line.split("\n"):
+        words = [_filled(word, names) for word in shlex.split(line)]
+        if flow == USERNS:
+            _ask_userns(words)
+        done = subprocess.run(  # type: ignore[call-overload]
+            [program, *words],
+            env=environ,
+            cwd=_filled(case.cwd, names),
+            input=case.stdin,
+            umask=case.umask,
+            capture_output=True,
+            text=True,
+            errors="surrogateescape",
+            check=False,
+            timeout=120,
+            **ids,
+        )
+        statuses.append(done.returncode)
+        stdout += done.stdout.replace(str(own), "OWN")
+        stderr += done.stderr.replace(str(own), "OWN")
+    shutil.rmtree(own)
+    status = statuses[0] if len(statuses) == 1 else tuple(statuses)
+    found: Sample = {"status": status, "said": sample.said(stderr)}
     if case.form == "usage":
         return found
     if case.form == "payload":
-        return found | sample.payload(done.stdout)
+        return found | sample.payload(stdout)
     if case.form == "env":
-        return found | {"stdout": sample.variables(done.stdout)}
+        return found | {"stdout": sample.variables(stdout)}
     if case.form == "mounts":
-        return found | {"mounts": sample.mounts(done.stdout.splitlines())}
-    return found | {"stdout": done.stdout.replace("apptainer-py", "apptainer")}
+        return found | {"mounts": sample.mounts(stdout.splitlines())}
+    if case.form == "instances":
+        stdout = sample.instances(stdout)
+    return found | {"stdout": stdout.replace("apptainer-py", "apptainer")}
 
 
 def meant(case: Case, flow: str) -> dict[str, str]:

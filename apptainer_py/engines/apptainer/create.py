@@ -213,7 +213,10 @@ class Creation:
     def stage_accounts(self) -> None:
         """Write /etc/passwd and /etc/group with the user in them, and plan their mounts."""
         configuration = self.context.facts.configuration
-        if self.prepared.writable_root and self.prepared.user.uid == 0:
+        # Root changes these files itself, which a mount of one would not let it replace.
+        layer_of_ours = self.prepared.layer == protocol.LAYERKIND_OVERLAY_TMPFS
+        writable = self.prepared.writable_root or layer_of_ours
+        if writable and self.prepared.user.uid == 0:
             return
         for name, make in (("passwd", accounts.passwd), ("group", accounts.group)):
             if not configuration[f"config {name}"]:

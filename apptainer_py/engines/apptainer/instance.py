@@ -53,7 +53,7 @@ class Service:
         self.name = instances.check_name(action.instance, where)
         if not facts.configuration["allow pid ns"]:
             raise NoPidSpace
-        self.owner = instances.owner(facts.uid)
+        self.owner = instances.owner(facts.uid, context.environment)
         self.image = image
         self.userns = facts.flow == protocol.FLOW_USERNS
         self.pid_file = action.pid_file

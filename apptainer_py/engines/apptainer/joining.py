@@ -148,7 +148,7 @@ def prepare(context: PrepareContext, flags: int, caps: Capabilities) -> Joined:
         if getattr(action, option) != action._defaults[option]:
             raise OfTheInstance(option=option.replace("_", "-"))
     name = instances.check_name(action.image.removeprefix(PREFIX), _WHERE)
-    owner = instances.owner(facts.uid)
+    owner = instances.owner(facts.uid, context.environment)
     found = instances.find(owner, name)
     context.process_fd = -1 if found is None else instances.open_running(found, owner)
     if found is None or context.process_fd < 0:
