@@ -167,6 +167,8 @@ def _open_folder(owner: Owner, path: str, *, make: bool) -> int:
     Raises:
         OSError: it cannot be had; ELOOP where a part of it is a link.
     """
+    if make and not os.path.exists(owner.above):
+        os.makedirs(owner.above, 0o700)
     here = os.open(owner.above, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     for part in path.removeprefix(owner.above).strip("/").split("/"):
         try:

@@ -400,20 +400,20 @@ def test_two_hundred_at_once(own: Instances, image: Path) -> None:
     assert own.listed() == {}
 
 
-def test_records_lie_where_the_environment_says(inst: Instances, sif: Path) -> None:
+def test_records_lie_where_the_environment_says(own: Instances, image: Path) -> None:
     """As Apptainer's, for every command."""
-    there = inst.home / "elsewhere"
+    there = own.home / "elsewhere"
     env = {"APPTAINER_CONFIGDIR": str(there)}
-    done = inst.start(sif, "placed", env=env)
+    done = own.start(image, "placed", env=env)
     try:
         assert done.returncode == 0, done.stderr
-        assert list(there.glob(f"instances/app/*/{inst.account.pw_name}/placed/placed.json"))
-        assert "placed" not in inst.listed()
-        assert "placed" in inst.run("instance", "list", env=env).stdout
-        words = ("exec", *inst.option(), "instance://placed", "true")
-        assert inst.run(*words, env=env).returncode == 0
-        assert inst.run(*words).returncode == 255
+        assert list(there.glob(f"instances/app/*/{own.account.pw_name}/placed/placed.json"))
+        assert "placed" not in own.listed()
+        assert "placed" in own.run("instance", "list", env=env).stdout
+        words = ("exec", *own.option(), "instance://placed", "true")
+        assert own.run(*words, env=env).returncode == 0
+        assert own.run(*words).returncode == 255
     finally:
-        stopped = inst.run("instance", "stop", "placed", env=env)
+        stopped = own.run("instance", "stop", "placed", env=env)
         shutil.rmtree(there)
     assert stopped.returncode == 0
