@@ -22,8 +22,9 @@ _REPEATED = ("bind", "mount")
 _SWITCHES = ("nv", "nvccli", "rocm")
 _OWN = (
     "build_arg", "build_arg_file", "fakeroot", "fix_perms", "force", "ignore_fakeroot_command",
-    "ignore_subuid", "ignore_userns", "mksquashfs_args", "no_cleanup", "notest", "reproducible",
-    "sandbox", "section", "tmpdir", "update", "warn_unused_build_args", "writable_tmpfs",
+    "arch", "ignore_subuid", "ignore_userns", "json", "mksquashfs_args", "no_cleanup", "notest",
+    "reproducible", "sandbox", "section", "tmpdir", "update", "userns", "warn_unused_build_args",
+    "writable_tmpfs",
 )  # fmt: skip
 
 
@@ -69,8 +70,9 @@ def build_image(target: str, spec: str, options: Mapping[str, Any], around: Surr
     from apptainer_py.crypto import sealing
     from apptainer_py.verbs import build
 
-    layered.register(fetching(options))
     known = _by_keyword(options)
+    build.check_arch(known["arch"])
+    layered.register(fetching(options))
     passed: list[str] = []
     for name in _REPEATED:
         for value in known[name]:
@@ -121,6 +123,7 @@ def converter(how: Fetching, around: Surroundings) -> Convert:
             config_file=around.config_file or facts.CONFIG_FILE,
             force=True,
             tmpdir=how.tmpdir,
+            arch=how.arch,
             announced=False,
             output=around.output,
         )

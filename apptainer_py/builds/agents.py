@@ -53,13 +53,14 @@ class Order(Record):
 
 
 class Base(Record):
-    """What came with a root directory: an OCI image's configuration, labels.
+    """What came with a root directory: an OCI image's configuration, labels, architecture.
 
     Where layers went into the packer, `streamed` is what takes the rest.
     """
 
     oci_config: bytes = b""
     labels: Mapping[str, str] = {}
+    arch: str = ""
     streamed: Streamed | None = None
 
 
@@ -342,7 +343,7 @@ def unpack_layout(layout: Layout, order: Order) -> Base:
     from apptainer_py.image.oci_layers import Unpacker
 
     if order.arch:
-        layout.take_any_machine()
+        layout.take_machine(order.arch)
     try:
         image = layout.image()
         log.info("Extracting OCI image...")
@@ -397,6 +398,7 @@ def from_oci_config(document: bytes) -> Base:
     """Return what an OCI image's configuration says: what SIF files keep of it, and its labels."""
     import json
 
+    from apptainer_py.image import arch
     from apptainer_py.model.json_text import JsonWrong, loads
 
     try:
@@ -405,6 +407,7 @@ def from_oci_config(document: bytes) -> Base:
         raise ConveyorFailed(reason=f"the image's configuration: {error}") from None
     config = whole.get("config") if isinstance(whole, dict) else None
     config = config if isinstance(config, dict) else {}
+    machine = whole.get("architecture") if isinstance(whole, dict) else ""
     labels = config.get("Labels")
     labels = labels if isinstance(labels, dict) else {}
     return Base(
@@ -413,6 +416,7 @@ def from_oci_config(document: bytes) -> Base:
             **_told_of(config),
             **{key: value for key, value in labels.items() if isinstance(value, str)},
         },
+        arch=str(machine) if machine in arch.SIF_CODES.values() else "",
     )
 
 

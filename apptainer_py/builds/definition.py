@@ -123,7 +123,7 @@ def _parts(lines: Sequence[Line]) -> list[list[Line]]:
     parts: list[list[Line]] = [[]]
     begun = False
     for line in lines:
-        if _key_of(line.text) == "bootstrap":
+        if key_of(line.text) == "bootstrap":
             if begun:
                 parts.append([])
             begun = True
@@ -131,7 +131,8 @@ def _parts(lines: Sequence[Line]) -> list[list[Line]]:
     return parts
 
 
-def _key_of(text: str) -> str:
+def key_of(text: str) -> str:
+    """Return the key that a line of a header gives, "" for another line."""
     key, colon, _ = text.partition(":")
     return key.strip().lower() if colon else ""
 
@@ -159,7 +160,7 @@ def _stage(lines: Sequence[Line], file: str) -> Stage:
         if one.name in APP_SECTIONS:
             _check_app(one, file)
     text = "".join(f"{line.text}\n" for line in lines)
-    number = next((one.number for one in lines[:start] if _key_of(one.text) == "bootstrap"), 0)
+    number = next((one.number for one in lines[:start] if key_of(one.text) == "bootstrap"), 0)
     return Stage(header=header, sections=sections, text=text, line=number)
 
 

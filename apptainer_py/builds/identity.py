@@ -14,7 +14,8 @@ from apptainer_py.base.record import Record
 from apptainer_py.host import subid, subid_file
 from apptainer_py.kernel import _container
 from apptainer_py.model.oci_plan import IdMap
-from apptainer_py.runtime import fakeroot
+from apptainer_py.runtime.fakeroot import Namespaces, needs_setuid
+from apptainer_py.runtime.fakeroot import NoNamespace as _Refused
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,11 +31,15 @@ class NoNamespace(ApptainerError):
 
 
 class Identity(Record):
-    """`maps` is empty for root itself; `owns_all` tells that ids of images can be given away."""
+    """The maps are empty for root itself; `owns_all` tells that ids of images can be given away.
+
+    `setuid` tells that the setuid starter makes the namespaces, which the kernel denies the caller.
+    """
 
     uid_maps: tuple[IdMap, ...] = ()
     gid_maps: tuple[IdMap, ...] = ()
     owns_all: bool = True
+    setuid: bool = False
 
     @property
     def is_root(self) -> bool:
@@ -51,8 +56,10 @@ def _name(uid: int) -> str:
         return str(uid)
 
 
-def choose(*, fakeroot: bool, ignore_subuid: bool, ignore_userns: bool) -> Identity:
-    """Return who the build will be.
+def choose(
+    *, fakeroot: bool, ignore_subuid: bool, ignore_userns: bool, userns: bool = False
+) -> Identity:
+    """Return who the build will be; with `userns` nothing of it is setuid.
 
     Raises:
         ApptainerError: root asked for ranges that it has not, or there is no way at all.
@@ -63,26 +70,28 @@ def choose(*, fakeroot: bool, ignore_subuid: bool, ignore_userns: bool) -> Ident
     name = _name(uid)
     if ignore_userns:
         raise NoNamespace(user=name, reason="--ignore-userns was given")
-    ranges = None if ignore_subuid else _ranges(name, uid)
+    setuid = not userns and needs_setuid()
+    ranges = None if ignore_subuid else _ranges(name, rights=uid == 0 or setuid)
     if uid == 0 and ranges is None:
         subid_file.check(subid_file.SUBUID, name, uid)
     if ranges is not None:
         own = (IdMap(inside=0, outside=uid, count=1), IdMap(inside=0, outside=gid, count=1))
-        return Identity(uid_maps=(own[0], ranges[0]), gid_maps=(own[1], ranges[1]))
+        maps = (own[0], ranges[0]), (own[1], ranges[1])
+        return Identity(uid_maps=maps[0], gid_maps=maps[1], setuid=setuid)
     if fakeroot and not ignore_subuid:
         log.info("User not listed in /etc/subuid, trying root-mapped namespace")
     return Identity(
         uid_maps=(IdMap(inside=0, outside=uid, count=1),),
         gid_maps=(IdMap(inside=0, outside=gid, count=1),),
         owns_all=False,
+        setuid=setuid,
     )
 
 
-def _ranges(name: str, uid: int) -> tuple[IdMap, IdMap] | None:
+def _ranges(name: str, *, rights: bool) -> tuple[IdMap, IdMap] | None:
     found = []
-    rights = uid == 0 or fakeroot.needs_setuid()
     for path, tool in ((subid_file.SUBUID, "newuidmap"), (subid_file.SUBGID, "newgidmap")):
-        listed = subid_file.usable(subid_file.read(path), name, uid)
+        listed = subid_file.usable(subid_file.read(path), name, os.geteuid())
         enough = [one for one in listed if one.count >= subid_file.WANTED]
         if not enough or (not rights and subid.find_program(tool) is None):
             return None
@@ -90,15 +99,15 @@ def _ranges(name: str, uid: int) -> tuple[IdMap, IdMap] | None:
     return found[0], found[1]
 
 
-def namespaces(identity: Identity) -> fakeroot.Namespaces:
+def namespaces(identity: Identity) -> Namespaces:
     """Return new namespaces in which the build is root.
 
     Raises:
         NoNamespace: they are not to be had.
     """
     try:
-        return fakeroot.Namespaces(ranges=identity.owns_all)
-    except fakeroot.NoNamespace as error:
+        return Namespaces(ranges=identity.owns_all, setuid=identity.setuid)
+    except _Refused as error:
         raise NoNamespace(user=_name(os.geteuid()), reason=error.facts["reason"]) from None
 
 

@@ -6,17 +6,20 @@ import os
 
 from apptainer_py.base import build, log
 from apptainer_py.builds.skeleton import META, make_folder, read, write
-from apptainer_py.image import arch
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Container, Mapping
 
     from apptainer_py.builds.definition import Section, Stage
 
 POST_LABELS = ".build.labels"
 HISTORY = f"{META}/bootstrap_history"
 _HELP = "/.singularity.d/runscript.help"
+_HELP_LABELS = (
+    "org.label-schema.usage",
+    "org.label-schema.usage.apptainer.runscript.help",
+)
 
 
 def with_interpreter(section: Section) -> str:
@@ -52,22 +55,26 @@ _SCRIPTS = (
 )
 
 
-def scripts(root: str, stage: Stage, *, with_test: bool = True) -> None:
-    """Put the run, start and test scripts into the image."""
+def scripts(root: str, stage: Stage, wanted: Container[str]) -> None:
+    """Put those of the run, start and test scripts that are wanted into the image."""
     for name, file, words, mode in _SCRIPTS:
         section = stage.joined(name)
-        if section is None or not says_something(section) or (name == "test" and not with_test):
+        if section is None or not says_something(section) or name not in wanted:
             continue
         log.info(words)
         write(root, f"{META}/{file}", with_interpreter(section), mode)
 
 
-def help_text(root: str, stage: Stage) -> None:
-    """Put the help text into the image."""
-    section = stage.joined("help")
-    if section is not None and says_something(section):
-        log.info("Adding help info")
-        write(root, f"{META}/runscript.help", section.text + "\n", 0o644)
+def help_text(root: str, stage: Stage, *, force: bool) -> None:
+    """Put the help text into the image; that of the base stays without `force`."""
+    section, path = stage.joined("help"), f"{META}/runscript.help"
+    if section is None or not says_something(section):
+        return
+    if not force and os.path.lexists(f"{root}/{path}"):
+        log.warning("Help message already exists and force option is false, not overwriting")
+        return
+    log.info("Adding help info")
+    write(root, path, section.text + "\n", 0o644)
 
 
 def deffile(root: str, text: str) -> None:
@@ -82,7 +89,13 @@ def deffile(root: str, text: str) -> None:
 
 
 def labels(
-    root: str, stage: Stage, *, now_s: int, force: bool, more: Mapping[str, str], with_own: bool
+    root: str,
+    stage: Stage,
+    *,
+    known: Mapping[str, str],
+    force: bool,
+    more: Mapping[str, str],
+    with_own: bool,
 ) -> None:
     """Write labels.json: the base's, the section's, %post's, and what the build itself knows."""
     import json
@@ -97,7 +110,9 @@ def labels(
         _add(had, _of_section(section), force=force)
     _add(had, more, force=force)
     _add(had, _of_post(root), force=force)
-    had.update(_known(stage, now_s, has_help=os.path.isfile(f"{root}/{META}/runscript.help")))
+    had.update(known)
+    if os.path.isfile(f"{root}/{META}/runscript.help"):
+        had.update(dict.fromkeys(_HELP_LABELS, _HELP))
     text = json.dumps(dict(sorted(had.items())), indent="\t", ensure_ascii=False)
     write(root, path, text, 0o644)
 
@@ -144,16 +159,14 @@ def _pairs(lines: object) -> dict[str, str]:
     return found
 
 
-def _known(stage: Stage, now_s: int, *, has_help: bool) -> dict[str, str]:
+def known_labels(stage: Stage, now_s: int, arch: str) -> dict[str, str]:
+    """Return what a build knows by itself of an image for an architecture."""
     known = {
         "org.label-schema.schema-version": "1.0",
-        "org.label-schema.build-arch": arch.host_arch(),
+        "org.label-schema.build-arch": arch,
         "org.label-schema.build-date": build_date(now_s),
         "org.label-schema.usage.apptainer.version": build.VERSION,
     }
-    if has_help:
-        known["org.label-schema.usage"] = _HELP
-        known["org.label-schema.usage.apptainer.runscript.help"] = _HELP
     for key, value in stage.header.items():
         known[f"org.label-schema.usage.singularity.deffile.{key}"] = value
     return known

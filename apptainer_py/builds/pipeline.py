@@ -7,7 +7,16 @@ import stat
 
 from apptainer_py.base import log
 from apptainer_py.base.record import Record
-from apptainer_py.builds import agents, copying, metadata, report, scif, skeleton, streaming
+from apptainer_py.builds import (
+    agents,
+    copying,
+    metadata,
+    programs,
+    report,
+    scif,
+    skeleton,
+    streaming,
+)
 from apptainer_py.builds.oci_scripts import write_scripts
 from apptainer_py.builds.scripts import Container, Script, host_environment, on_host
 from apptainer_py.image import arch, sif, sif_write, squashfs
@@ -25,6 +34,8 @@ if TYPE_CHECKING:
 
 _PACKED = "squashfs"
 SECTIONS = ("setup", "post", "files", "environment", "test", "labels")
+# Those that cannot be chosen come with all of them only.
+ALL_SECTIONS = frozenset((*SECTIONS, "pre", "help", "runscript", "startscript"))
 
 
 class Job(Record):
@@ -49,7 +60,7 @@ class Job(Record):
     with_test: bool = True
     fix_perms: bool = False
     writable_tmpfs: bool = False
-    sections: frozenset[str] = frozenset(SECTIONS)
+    sections: frozenset[str] = ALL_SECTIONS
     container_options: tuple[str, ...] = ()
     umask: int = 0o022
     mksquashfs: tuple[str, ...] = ()
@@ -181,8 +192,7 @@ class _Stage:
 
     def _host_script(self, name: str) -> None:
         section = self._stage.joined(name)
-        wanted = self._wants(name) or (name == "pre" and self._job.sections)
-        if section is None or not metadata.says_something(section) or not wanted:
+        if section is None or not metadata.says_something(section) or not self._wants(name):
             return
         log.info(f"Running {name} scriptlet")
         environ = host_environment(self._job.environ, self._root)
@@ -209,27 +219,26 @@ class _Stage:
         if not self._wants("post") or not (said or installs):
             return
         log.info("Running post scriptlet")
-        path = f"{skeleton.META}/env/91-environment.sh"
-        skeleton.write(self._root, path, "#!/bin/sh\n", 0o755)
         lines = [] if section is None else [(line.number, line.text) for line in section.lines]
         words = () if section is None else _interpreter(section)
         self._container.post(Script(section="post", lines=(*lines, *installs), interpreter=words))
 
     def _insert(self, base: Base) -> None:
         job, root, stage = self._job, self._root, self._stage
-        metadata.help_text(root, stage)
+        if self._wants("help"):
+            metadata.help_text(root, stage, force=job.force)
         metadata.deffile(root, stage.text if len(job.stages) == 1 else _whole(job))
         metadata.labels(
             root,
             stage,
-            now_s=_now_s(job),
+            known=metadata.known_labels(stage, _now_s(job), job.arch or arch.host_arch()),
             force=job.force,
             more=base.labels,
             with_own=self._wants("labels"),
         )
         if self._wants("environment"):
             metadata.environment(root, stage)
-        metadata.scripts(root, stage, with_test=self._wants("test"))
+        metadata.scripts(root, stage, job.sections)
 
     def _test(self) -> None:
         if not self._job.with_test or not self._wants("test"):
@@ -303,7 +312,7 @@ def _place_sif(job: Job, root: str, base: Base) -> None:
     sif_write.write_sif(
         made,
         packed,
-        arch=arch.host_arch(),
+        arch=_machine_of(job, root, base),
         deffile=_whole(job).encode("utf-8", "surrogateescape"),
         metadata=job.describe(root).encode("utf-8", "surrogateescape"),
         oci_config=base.oci_config or None,
@@ -313,6 +322,14 @@ def _place_sif(job: Job, root: str, base: Base) -> None:
         quick_start=True,
     )
     os.rename(made, job.target)
+
+
+def _machine_of(job: Job, root: str, base: Base) -> str:
+    """Return the architecture of what is in the image, whatever was asked for."""
+    found = base.arch or programs.machine_of(root) or arch.host_arch()
+    if job.arch and found != job.arch:
+        log.warning(f"Architecture {found} does not match build arch {job.arch}")
+    return found
 
 
 def _packing(job: Job) -> squashfs.Packing:

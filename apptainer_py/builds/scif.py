@@ -76,7 +76,7 @@ def _globals(stage: Stage, app: str) -> str:
     name = app.replace("-", "_").replace(".", "_").replace("+", "_")
     text = _GLOBALS.format(app=app) if name == app else ""
     for section, variable, file in _SET:
-        if _section(stage, section, app) is not None:
+        if section == "applabels" or _section(stage, section, app) is not None:
             text += f'export {variable}_{name}="/scif/apps/{app}/{file}"\n'
     return text
 
@@ -89,14 +89,13 @@ def _files(root: str, folder: str, stage: Stage, app: str) -> None:
     if environment is not None:
         write(root, f"{folder}/env/90-environment.sh", environment.text, 0o755)
     labels = _section(stage, "applabels", app)
-    if labels is not None:
-        found = {"SCIF_APP_NAME": app}
-        for line in labels.lines:
-            words = line.text.split(None, 1)
-            if words and not words[0].startswith("#"):
-                found[words[0]] = words[1].strip() if len(words) > 1 else ""
-        data = json.dumps(dict(sorted(found.items())), indent="\t", ensure_ascii=False)
-        write(root, f"{folder}/labels.json", data, 0o644)
+    found = {"SCIF_APP_NAME": app}
+    for line in () if labels is None else labels.lines:
+        words = line.text.split(None, 1)
+        if words and not words[0].startswith("#"):
+            found[words[0]] = words[1].strip() if len(words) > 1 else ""
+    data = json.dumps(dict(sorted(found.items())), indent="\t", ensure_ascii=False)
+    write(root, f"{folder}/labels.json", data, 0o644)
     for name, file in _SCRIPTS:
         section = _section(stage, name, app)
         if section is not None and says_something(section):

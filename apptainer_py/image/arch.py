@@ -34,6 +34,9 @@ _MACHINES = {
     "loongarch64": "loong64",
 }
 
+# What a build may be for.
+BUILT_FOR = ("arm", "arm64", "amd64", "386", "ppc64le", "s390x", "riscv64")
+
 _RUNS_TOO = {"amd64": "386", "arm64": "arm", "mips64": "mips", "mips64le": "mipsle"}
 
 # ELF class (1: 32 bit, 2: 64 bit), byte order (1: little, 2: big) and e_machine.
@@ -53,6 +56,7 @@ _ELF = {
     "loong64": (2, 1, 258),
 }
 
+_ELF_BYTES = 20
 _BINFMT_FOLDER = "/proc/sys/fs/binfmt_misc"
 
 
@@ -82,6 +86,15 @@ def can_run(image_arch: str, host: str, *, binfmt_folder: str = _BINFMT_FOLDER) 
         for entry in entries
         if entry not in ("register", "status")
     )
+
+
+def of_program(start: bytes) -> str:
+    """Return whose program an ELF file is by its first bytes, "" where they say nothing."""
+    if start[:4] != b"\x7fELF" or len(start) < _ELF_BYTES:
+        return ""
+    order = "little" if start[5] == 1 else "big"
+    facts = (start[4], start[5], int.from_bytes(start[18:20], order))  # type: ignore[arg-type]
+    return next((name for name, wanted in _ELF.items() if wanted == facts), "")
 
 
 def _elf_start(arch: str) -> bytes:

@@ -81,6 +81,7 @@ class Layout:
     """An open layout."""
 
     _any_machine = False
+    _machine = ""
 
     def __init__(self, name: str, *, named: str = "") -> None:
         self._name = named or name
@@ -101,9 +102,10 @@ class Layout:
         elif not stat.S_ISDIR(mode):
             raise self._wrong("it is no directory")
 
-    def take_any_machine(self) -> None:
-        """Take an image that this host cannot run, too."""
+    def take_machine(self, machine: str) -> None:
+        """Prefer an image for this architecture, and take one that this host cannot run, too."""
         self._any_machine = True
+        self._machine = machine
 
     def close(self) -> None:
         """Give the files up."""
@@ -276,7 +278,7 @@ class Layout:
                 f"it has no image {self._reference}" if self._reference else "it has no image"
             )
         if len(rows) > 1:
-            fitting = [row for row in rows if _fits(row)]
+            fitting = [row for row in rows if _fits(row, self._machine)]
             if len(fitting) != 1:
                 tags = ", ".join(sorted(filter(None, map(_tag_of, rows))))
                 raise self._wrong(f"it has several images ({tags}); name one, as in oci:PATH:TAG")
@@ -284,9 +286,9 @@ class Layout:
         return self._object(rows[0], "an entry of index.json")
 
     def _for_this_machine(self, index: dict[str, Any]) -> Object:
-        rows = [row for row in self._rows(index) if _fits(row)]
+        rows = [row for row in self._rows(index) if _fits(row, self._machine)]
         if not rows:
-            raise self._wrong(f"it has no image for {arch.host_arch()}")
+            raise self._wrong(f"it has no image for {self._machine or arch.host_arch()}")
         return self._object(rows[0], "an entry of an index")
 
     def _manifest(self, manifest: dict[str, Any]) -> Image:
@@ -376,12 +378,14 @@ def _tag_of(row: dict[str, Any]) -> str:
     return tag if isinstance(tag, str) else ""
 
 
-def _fits(row: dict[str, Any]) -> bool:
+def _fits(row: dict[str, Any], wanted: str) -> bool:
     platform = row.get("platform")
     if not isinstance(platform, dict):
         return True
     machine, system = platform.get("architecture", ""), platform.get("os", "linux")
-    return system in ("", "linux") and isinstance(machine, str) and _can_run(machine)
+    if system not in ("", "linux") or not isinstance(machine, str):
+        return False
+    return machine in ("", wanted) if wanted else _can_run(machine)
 
 
 def _can_run(machine: str) -> bool:

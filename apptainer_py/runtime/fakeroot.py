@@ -30,11 +30,11 @@ class NoNamespace(LaunchError):
     )
 
 
-def _flow() -> tuple[str, int, int]:
-    """Return the starter to use, its flow and why: without the bit, where the kernel allows it."""
+def _flow(*, setuid: bool) -> tuple[str, int, int]:
+    """Return the starter to use, its flow and why."""
     if os.geteuid() == 0:
         return build.STARTER, protocol.FLOW_ROOT, protocol.REASON_NONE
-    if needs_setuid():
+    if setuid:
         return build.STARTER_SUID, protocol.FLOW_SETUID, protocol.REASON_NONE
     return build.STARTER, protocol.FLOW_USERNS, protocol.REASON_ASKED
 
@@ -60,12 +60,13 @@ def start(
     streams: tuple[int, int, int],
     *,
     ranges: bool,
+    setuid: bool,
 ) -> int:
     """Start a program, with all of the caller's ids or its own alone; return the starter's pid.
 
     It has these standard streams, and a session of its own: no terminal sends it signals.
     """
-    starter, flow, reason = _flow()
+    starter, flow, reason = _flow(setuid=setuid)
     arguments = [b"fakeroot", b"ranges" if ranges else b"one", *map(os.fsencode, words)]
     variables = [os.fsencode(f"{name}={value}") for name, value in environment.items()]
     data, seals = _starter.pack_request(
@@ -86,9 +87,12 @@ def start(
 
 
 class Namespaces:
-    """A user namespace with its mounts, to be entered by children; it ends with `close`."""
+    """A user namespace with its mounts, to be entered by children; it ends with `close`.
 
-    def __init__(self, *, ranges: bool) -> None:
+    `setuid` tells that the setuid starter makes it, for a caller who `needs_setuid`.
+    """
+
+    def __init__(self, *, ranges: bool, setuid: bool) -> None:
         self.user_fd = self._mounts_fd = -1
         reading, self._told = os.pipe2(os.O_CLOEXEC)
         said, writing = os.pipe2(os.O_CLOEXEC)
@@ -96,7 +100,7 @@ class Namespaces:
         try:
             # Out of the way of the numbers that they get.
             streams = (os.dup(reading), os.dup(writing), os.dup(complaining))
-            self._pid = start(_HOLDER, {}, streams, ranges=ranges)
+            self._pid = start(_HOLDER, {}, streams, ranges=ranges, setuid=setuid)
         finally:
             for fd in (reading, writing, complaining, *streams):
                 os.close(fd)

@@ -8,10 +8,10 @@ from apptainer_py.base import build as build_facts
 from apptainer_py.base import epoch, log
 from apptainer_py.base.errors import ApptainerError
 from apptainer_py.base.record import Record
-from apptainer_py.builds import agents, arguments, definition, pipeline, supervised
+from apptainer_py.builds import agents, arguments, definition, json_definition, pipeline, supervised
 from apptainer_py.builds import identity as identities
 from apptainer_py.host import config_file
-from apptainer_py.runtime import fakeroot
+from apptainer_py.image import arch
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,6 +34,10 @@ class TargetRefused(ApptainerError):
 
 class SectionsWrong(ApptainerError):
     message = "Could not check build sections: section specification error: {reason}"
+
+
+class ArchitectureWrong(ApptainerError):
+    message = "While processing the arch and arch variant: {reason}"
 
 
 class CannotRead(ApptainerError):
@@ -65,6 +69,9 @@ class Request(Record):
     ignore_fakeroot_command: bool = False
     ignore_subuid: bool = False
     ignore_userns: bool = False
+    userns: bool = False
+    json: bool = False
+    arch: str = ""
     mksquashfs_args: str = ""
     tmpdir: str = ""
     container_options: tuple[str, ...] = ()
@@ -91,6 +98,7 @@ def build(request: Request, describe: Callable[[str], str]) -> None:
         fakeroot=request.fakeroot,
         ignore_subuid=request.ignore_subuid,
         ignore_userns=request.ignore_userns,
+        userns=request.userns,
     )
     name = f"build-temp-{os.urandom(6).hex()}"
     config = config_file.read(request.config_file, require_root_owned=False).config
@@ -117,6 +125,7 @@ def build(request: Request, describe: Callable[[str], str]) -> None:
         epoch=_epoch(request),
         announced=request.announced,
         lock=request.lock,
+        arch=request.arch,
     )
     supervised.run(
         lambda launches: pipeline.run(job, launches),
@@ -133,7 +142,7 @@ def _as_root(request: Request, identity: identities.Identity) -> list[str]:
     """Return the options that make containers of a build root of the same ids as the build."""
     if identity.is_root:
         return []
-    options = ["--fakeroot"] if fakeroot.needs_setuid() else ["--fakeroot", "--userns"]
+    options = ["--fakeroot"] if identity.setuid else ["--fakeroot", "--userns"]
     options += [] if identity.owns_all else ["--ignore-subuid"]
     return options + (["--ignore-fakeroot-command"] if request.ignore_fakeroot_command else [])
 
@@ -144,6 +153,17 @@ def _tmpdir(request: Request) -> str:
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
         raise ApptainerError(text=f"{folder}, the directory for temporary files, cannot be written")
     return folder
+
+
+def check_arch(name: str) -> None:
+    """Check the name of an architecture that a command line asks for; "" is this machine's.
+
+    Raises:
+        ArchitectureWrong: nothing is built for it.
+    """
+    if name and name not in arch.BUILT_FOR:
+        known = " ".join(arch.BUILT_FOR)
+        raise ArchitectureWrong(reason=f"arch: {name} is not valid, supported archs are: [{known}]")
 
 
 def _epoch(request: Request) -> int | None:
@@ -157,7 +177,7 @@ def _sections(chosen: Sequence[str]) -> frozenset[str]:
         if word in words and len(words) > 1:
             raise SectionsWrong(reason=f"cannot have {word} and any other option")
     if words == [_ALL] or not words:
-        return frozenset(pipeline.SECTIONS)
+        return pipeline.ALL_SECTIONS
     if words == [_NONE]:
         return frozenset()
     unknown = [word for word in words if word not in pipeline.SECTIONS]
@@ -231,12 +251,15 @@ def _check_directory(request: Request) -> None:
 def _stages(request: Request) -> tuple[Stage, ...]:
     spec = request.spec
     name, colon, rest = spec.partition(":")
-    if colon and not os.path.exists(spec) and _is_agent(name):
+    if request.json:
+        text = json_definition.as_text(_read(spec), file=spec)
+    elif colon and not os.path.exists(spec) and _is_agent(name):
         source = rest.removeprefix("//")
         return (definition.implicit(name, source),)
-    if os.path.isdir(spec) or _is_image(spec):
+    elif os.path.isdir(spec) or _is_image(spec):
         return (definition.implicit("localimage", spec),)
-    text = _read(spec)
+    else:
+        text = _read(spec)
     given = _arguments(request)
     text, unused = arguments.fill(text, given, file=spec)
     if unused:

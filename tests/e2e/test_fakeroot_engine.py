@@ -166,8 +166,7 @@ import os, sys
 sys.path.insert(0, sys.argv[1])
 from apptainer_py.runtime import fakeroot
 if sys.argv[2] == "setuid":
-    fakeroot.needs_setuid = lambda: True
-spaces = fakeroot.Namespaces(ranges=True)
+    spaces = fakeroot.Namespaces(ranges=True, setuid=True)
 child = os.fork()
 if child == 0:
     spaces.enter()
