@@ -42,6 +42,7 @@ _SET = (
     ("appenv", "SCIF_APPENV", "scif/env/90-environment.sh"),
     ("applabels", "SCIF_APPLABELS", "scif/labels.json"),
     ("apprun", "SCIF_APPRUN", "scif/runscript"),
+    ("appstart", "SCIF_APPSTART", "scif/startscript"),
 )
 
 

@@ -404,6 +404,49 @@ def test_sections_can_be_chosen(
     assert not any((root / name).exists() for name in missing)
 
 
+def test_a_definition_as_json(build: Callable[..., str], place: SimpleNamespace) -> None:
+    scripts = {"post": {"script": "echo {{ A }} >/written"}, "arguments": {"script": "A=1"}}
+    fields = {
+        "header": {"bootstrap": "localimage", "from": "base.sif"},
+        "buildData": {"buildScripts": scripts},
+        "imageData": {"imageScripts": {"runScript": {"script": "echo {{ A }}"}}},
+    }
+    done = build("--json", "--sandbox", "json.box", definition=json.dumps(fields))
+    assert done.returncode == 0, done.stderr
+    assert (place.folder / "json.box/written").read_text() == "1\n"
+    assert "echo 1" in (place.folder / "json.box/.singularity.d/runscript").read_text()
+    done = build("--json", "json.sif", definition=HEADER)
+    assert done.returncode == 255 and "it is no JSON" in done.stderr
+
+
+def test_another_architecture(build: Callable[..., str], place: SimpleNamespace) -> None:
+    other = "arm64" if arch.host_arch() != "arm64" else "amd64"
+    done = build("--arch", other, "arch.sif", "base.sif")
+    assert done.returncode == 0, done.stderr
+    assert f"does not match build arch {other}" in done.stderr
+    with (place.folder / "arch.sif").open("rb") as file:
+        # What is in it says what it is, not what was asked for.
+        assert sif.primary_partition(file.fileno()).arch == arch.host_arch()
+    done = build("--arch", other, "--sandbox", "arch.box", "base.sif")
+    labels = json.loads((place.folder / "arch.box/.singularity.d/labels.json").read_text())
+    assert labels["org.label-schema.build-arch"] == other
+    done = build("--arch", "nope", "arch2.sif", "base.sif")
+    assert done.returncode == 255
+    assert "arch: nope is not valid, supported archs are: [arm arm64 amd64" in done.stderr
+
+
+def test_what_post_of_the_base_set_stays(build: Callable[..., str], place: SimpleNamespace) -> None:
+    post = '%post\n echo "export FROM_{}=1" >> $APPTAINER_ENVIRONMENT\n%help\n {}\n'
+    assert build("--sandbox", "e1", definition=HEADER + post.format("A", "A")).returncode == 0
+    text = HEADER.replace("base.sif", "e1") + post.format("B", "B")
+    done = build("--sandbox", "e2", definition=text)
+    assert done.returncode == 0, done.stderr
+    assert "Help message already exists" in done.stderr
+    folder = place.folder / "e2/.singularity.d"
+    assert "FROM_A=1\nexport FROM_B=1" in (folder / "env/91-environment.sh").read_text()
+    assert (folder / "runscript.help").read_text().strip() == "A"
+
+
 def test_binds_and_arguments(build: Callable[..., str], place: SimpleNamespace) -> None:
     text = HEADER + "%arguments\n A=1\n%post\n cat /mnt/hello.txt; echo {{ A }} {{ B }}\n"
     done = build("--bind", f"{place.folder}:/mnt", "--build-arg", "B=b", "ba.sif", definition=text)

@@ -60,7 +60,7 @@ Stage: make
 
 %arguments
     FIRST=base.sif
-    PLACE=/work
+    PLACE=/made
     FILE={{ PLACE }}/program
 
 %post
@@ -79,7 +79,7 @@ From: base.sif
 Stage: middle
 
 %files from make
-    /work
+    /made
 %post
     touch /only-here
 
@@ -88,14 +88,14 @@ From: base.sif
 Stage: final
 
 %arguments
-    PLACE=/work
+    PLACE=/made
 
 %files from make
     {{ PLACE }}/program /bin/program
     {{ PLACE }}/sub /links/
     /absolute /file
 %files from middle
-    /work/s* /globbed/
+    /made/s* /globbed/
 %labels
     who {{ WHO }}
 %runscript
@@ -192,7 +192,7 @@ INTERPRETERS = (
 %post -c /bin/busybox sh
     tr '\\000' ' ' < /proc/$$/cmdline > /run-by
 %runscript
-#!/bin/busybox sh -e
+#!/bin/sh -e
     echo run by busybox: "$@"
     false
     echo not reached

@@ -81,7 +81,7 @@ def in_post(text: str) -> dict[str, object]:
     ],
 )
 def test_what_is_no_definition_is_refused(value: object, says: str) -> None:
-    with pytest.raises(DefinitionWrong, match="x.json") as caught:
+    with pytest.raises(DefinitionWrong, match=r"x\.json") as caught:
         parsed(value)
     assert says in str(caught.value)
 
