@@ -32,7 +32,7 @@ _META = "/.singularity.d"
 _APPS = "/scif/apps"
 _NO_DEFFILE = "No SIF metadata partition, searching in container..."
 _TEXTS = ("runscript", "test", "helpfile", "deffile", "startscript")
-_APP_TEXTS = ("runscript", "test", "helpfile")
+_APP_TEXTS = ("runscript", "startscript", "test", "helpfile")
 _FILE_NAMES = {
     "deffile": "Singularity",
     "helpfile": "runscript.help",

@@ -165,8 +165,7 @@ ENTER = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
 from apptainer_py.runtime import fakeroot
-if sys.argv[2] == "setuid":
-    spaces = fakeroot.Namespaces(ranges=True, setuid=True)
+spaces = fakeroot.Namespaces(ranges=True, setuid=sys.argv[2] == "setuid")
 child = os.fork()
 if child == 0:
     spaces.enter()
