@@ -253,7 +253,7 @@ def test_the_variable_asks_for_it_too(run: Run, image: str) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("run", "--oci", "library://busybox"), "`library:` is not supported yet"),
+        (("run", "--oci", "library://busybox"), "remote has no library client"),
         (("run", "oci:/nowhere"), "no such file or directory"),
         (("run", "--oci", "--writable", "IMAGE"), "`--writable` is not supported with --oci"),
         (("run", "--oci", "--net", "IMAGE"), "--net needs --network none"),

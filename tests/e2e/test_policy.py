@@ -744,6 +744,20 @@ def test_file_systems_of_the_users_own(own, image, open_fuse, value):
     ran(own.run("exec", image.sif, "true"))
 
 
+@covers("allow userns-mount fuse")
+@pytest.mark.parametrize("value", ["yes", "no"])
+def test_fuse_in_user_namespaces(own, image, open_fuse, value):
+    """Without it an image is mounted on the host (test_host_image.py), and nothing else is."""
+    own.configure(f"allow userns-mount fuse = {value}")
+    ran(own.run("exec", "-u", image.sif, "true"))
+    served = f"host:squashfuse_ll {image.squashfs} /mnt"
+    done = own.run("exec", "-u", "--fusemount", served, image.sif, "true")
+    if value == "yes":
+        ran(done)
+    else:
+        refused(done, "FUSE mount in its user namespace, which is not allowed")
+
+
 # Options whose directives take effect only through them, with what the options need.
 OPTIONS = {
     ("--net", "--network", "bridge"): (
@@ -828,9 +842,9 @@ def test_directories_of_networks(own, image, roots_folder):
     ("line", "command"),
     [
         ("suidbinary path = /usr/bin", ()),
-        ("download concurrency = 1", ("pull", "library://x/y")),
-        ("download part size = 1", ("pull", "library://x/y")),
-        ("download buffer size = 1", ("pull", "library://x/y")),
+        ("download concurrency = 1", ("pull", "library://y")),
+        ("download part size = 1", ("pull", "library://y")),
+        ("download buffer size = 1", ("pull", "library://y")),
         ("apptheus socket path = /run/x", ()),
         ("apptheus communication socket path = /run/x", ()),
     ],

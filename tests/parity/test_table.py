@@ -151,6 +151,10 @@ def run(
         statuses.append(done.returncode)
         stdout += done.stdout.replace(str(own), "OWN")
         stderr += done.stderr.replace(str(own), "OWN")
+    if "APPTAINER_CONFIGDIR" in environ:
+        # Whatever a failed line has left: an instance would go on without its record.
+        argv = [program, "instance", "stop", "-a", "-F"]
+        subprocess.run(argv, env=environ, capture_output=True, check=False, **ids)  # type: ignore[call-overload]
     shutil.rmtree(own)
     status = statuses[0] if len(statuses) == 1 else tuple(statuses)
     found: Sample = {"status": status, "said": sample.said(stderr)}
