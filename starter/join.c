@@ -162,8 +162,9 @@ static int judge_process(const struct launch *l, int fd) {
         return ERR_INSTANCE_GONE;
     if (shim.depth != 2 || shim.numbers[1] != 1)
         return ERR_INSTANCE_FOREIGN;
-    /* Root's first process may be the image's own init; whose it is, its parent tells. */
-    if (l->uid != 0 && (strcmp(shim.name, "appinit") != 0 || !is_our_program(l, fd)))
+    /* Only root's may be the image's own init (policy.c); whose it is, its parent tells. */
+    bool booted = (l->plan.flags & PLAN_BOOTED) != 0;
+    if (!booted && (strcmp(shim.name, "appinit") != 0 || !is_our_program(l, fd)))
         return ERR_INSTANCE_FOREIGN;
     if (l->flow != FLOW_ROOT && !all_are(shim.uid, l->uid))
         return ERR_INSTANCE_FOREIGN;

@@ -75,7 +75,11 @@ static bool whole_grant(const struct container_plan *plan) {
 /* An instance lives as long as the first process of its own pid namespace.  Who joins one makes
  * nothing: what it enters is found out from that process alone (join.c). */
 static bool fits_instance(const struct launch *l, const struct container_plan *plan) {
-    const uint32_t joining = PLAN_JOIN | PLAN_NO_NEW_PRIVS | PLAN_FAKEROOT | PLAN_SHARED;
+    const uint32_t joining = PLAN_JOIN | PLAN_NO_NEW_PRIVS | PLAN_FAKEROOT | PLAN_SHARED |
+                             PLAN_BOOTED;
+    /* Whose first process is none of ours is root's alone, to start and to join. */
+    if (plan->flags & PLAN_BOOTED && (l->uid != 0 || !(plan->flags & PLAN_JOIN)))
+        return false;
     if (plan->flags & PLAN_JOIN)
         return plan->spaces == 0 && plan->fuse_count == 0 && !(plan->flags & ~joining);
     /* Root's may be the image's own init. */
@@ -118,7 +122,7 @@ int policy_plan(const struct launch *l, const struct container_plan *plan) {
                            PLAN_NO_NEW_PRIVS | PLAN_METHODS | PLAN_SETUID | PLAN_USER_LAYER |
                            PLAN_SERVED_LAYER | PLAN_KERNEL_EXTFS | PLAN_GROUPS | PLAN_FAKEROOT |
                            PLAN_SUBIDS | PLAN_INSTANCE | PLAN_JOIN | PLAN_JOIN_NET |
-                           PLAN_SHARED;
+                           PLAN_SHARED | PLAN_BOOTED;
     const struct config *c = &l->config;
     if ((plan->spaces & ~spaces) || (plan->flags & ~flags) ||
         plan->fuse_count > LIMIT_FUSE_DEVICES ||

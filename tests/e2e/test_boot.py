@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -85,6 +86,25 @@ def test_what_it_is(own: Instances, tree: Path) -> None:
     assert (stopped.returncode, stopped.stderr.count("\n")) == (0, 1)
     assert own.log(NAME, "err").endswith("over\n")
     assert not Path(f"/proc/{pid}").exists()
+
+
+def test_only_what_was_booted_may_be_any_program(own: Instances, tree: Path) -> None:
+    """Of other instances the first process is our own program, whatever it calls itself."""
+    named = SCRIPT.replace("echo up", "printf appinit >/proc/$$/comm\necho up")
+    script = named.format(signal="INT")
+    assert own.start(*OPTIONS, init(tree, script), NAME).returncode == 0
+    eventually(lambda: own.log(NAME) == "up\n", "init has begun")
+    record = own.record(NAME)
+    said = json.loads(record.read_text())
+    assert own.run("exec", f"instance://{NAME}", "true").returncode == 0
+    try:
+        record.write_text(json.dumps({**said, "booted": False}))
+        listed = own.listed()
+        done = own.run("exec", f"instance://{NAME}", "true")
+    finally:
+        record.write_text(json.dumps(said))
+    assert NAME in listed
+    assert (done.returncode, "the process is no instance of yours" in done.stderr) == (255, True)
 
 
 def test_its_own_signal_ends_it(own: Instances, tree: Path) -> None:

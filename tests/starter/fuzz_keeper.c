@@ -333,6 +333,7 @@ int networks_port(const struct launch *l, const uint64_t num[6], int *error) {
 
 int join_start(struct launch *l, int process_fd, pid_t *pid, int *error) {
     must(l->plan.flags & PLAN_JOIN, "nobody joins who has not asked to");
+    must(!(l->plan.flags & PLAN_BOOTED) || l->uid == 0, "an init of the image's own is root's");
     must(is_on_record && fcntl(process_fd, F_GETFD) >= 0, "whom is told by a descriptor");
     *pid = born();
     *error = errno;

@@ -170,10 +170,12 @@ def prepare(context: PrepareContext, flags: int, caps: Capabilities) -> Joined:
     if degree and inside:
         caps = degree.capabilities(action)
         flags = degree.flags & ~protocol.PLANFLAG_SUBIDS
+    booted = found.booted and facts.uid == 0
+    joining = protocol.PLANFLAG_JOIN | (protocol.PLANFLAG_BOOTED if booted else 0)
     context.plan(
         ContainerPlan(
             image=found.image, uid=0 if inside else facts.uid, gid=0 if inside else facts.gid,
-            caps=caps, flags=protocol.PLANFLAG_JOIN | flags & _KEPT,
+            caps=caps, flags=joining | flags & _KEPT,
         )
     )  # fmt: skip
     return Joined(lists)
