@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from apptainer_py.model import protocol
 from tests import images, own_install
 from tests.e2e.test_cni import PLUGINS, Host, allow
 from tests.own_install import Installation, eventually
@@ -26,6 +27,28 @@ READS_ANOTHER = """\
     if info["stage"] == protocol.STAGE_MASTER and os.path.exists(believed):
         values, lines, problems = _starter.parse_config_fd(os.open(believed, os.O_RDONLY))
     elif info["config_fd"] >= 0:
+"""
+PLANS = '        if degree not in (RANGES, ONE_ID) or not words or not words[0].startswith("/"):\n'
+# Frames that this engine never sends: devices, and the host's tree without a user namespace.
+PLANS_ANYTHING = """\
+        if degree == "device":
+            from apptainer_py.kernel import _starter
+
+            keeper = context._info["keeper_fd"]
+            for word in words:
+                fd = -1 if word == "none" else os.open(word, os.O_RDWR)
+                _starter.send_operation(keeper, protocol.OP_FUSE_DEVICE, 0, (), None, None, fd)
+                os.write(2, b"said %d\\n" % _starter.receive_reply(keeper)[1])
+            raise Misused
+        if degree == "plain":
+            facts, none = context.facts, (0, 0, 0, 0, 0)
+            flags = protocol.PLANFLAG_NO_NEW_PRIVS | protocol.PLANFLAG_SLAVE
+            context.plan(
+                ContainerPlan(image="/", uid=facts.uid, gid=facts.gid, flags=flags, caps=none)
+            )
+            parts = [context.cwd, str(len(words)), *words]
+            context.tell_start(b"\\0".join(map(os.fsencode, parts)))
+            return
 """
 LOOK = ("sh", "-c", "ls -d $* 2>/dev/null; exit 0", "sh")
 
@@ -65,6 +88,10 @@ def rogue(require_root: None) -> Iterator[Installation]:
         assert text.count(MADE) == 1
         assert text.count(ENDS) == 1
         janitor.write_text(text.replace(MADE, MADE + KEEPS_IT).replace(ENDS, ""))
+        engine = tree / "apptainer_py/engines/fakeroot/__init__.py"
+        text = engine.read_text()
+        assert text.count(PLANS) == 1
+        engine.write_text(text.replace(PLANS, PLANS_ANYTHING + PLANS))
         made = Installation(place)
         argv = [tree / "install", "--prefix", made.prefix, "--sysconfdir", made.sysconfdir]
         done = subprocess.run(argv, capture_output=True, text=True, check=False)
@@ -287,6 +314,71 @@ def test_an_encrypted_image(rogue):
     assert runs("allow container squashfs = no") == 0
     assert runs("allow container encrypted = no") == 255
     assert runs(f"limit container owners = {rogue.user.pw_name}") == 255
+
+
+def engine_fakeroot(rogue: Installation, flow: str, *words: str) -> str:
+    """Return what a launch of the engine fakeroot says."""
+    number = {"setuid": protocol.FLOW_SETUID, "userns": protocol.FLOW_USERNS}[flow]
+    request = own_install.sealed(
+        own_install.request_bytes(
+            rogue.facts()["BUILD_ID"], ["fakeroot", *words], {}, flow=number, cwd="/",
+            engine="fakeroot",
+        )
+    )  # fmt: skip
+    program = rogue.suid if flow == "setuid" else rogue.libexec / "starter"
+    try:
+        done = subprocess.run(
+            ["fakeroot", str(request)], executable=program, pass_fds=[request], env={}, cwd="/",
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=60,
+            **rogue.identity(),
+        )  # fmt: skip
+    finally:
+        os.close(request)
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("flow", ["setuid", "userns"])
+def test_the_hosts_tree_is_for_a_user_namespace(rogue, flow):
+    """As a root it keeps device files: only where root inside is nobody's but the caller's own."""
+    configure(rogue, "", "")
+    text = protocol.ERR_TEXTS[protocol.ERR_REFUSED]
+    said = engine_fakeroot(rogue, flow, "plain", "/usr/bin/id", "-u")
+    assert said.startswith(
+        f"FATAL:   container creation failed: cannot show the host's files: {text}"
+    )
+
+
+def test_the_hosts_tree_follows_user_bind_control(rogue):
+    """It shows no more than the caller may bind, and nothing where images are limited."""
+    believed = "user bind control = yes"
+    for holds, shown in (
+        (believed, True),
+        ("user bind control = no", False),
+        ("limit container paths = /", False),
+        ("limit container owners = root", False),
+    ):
+        configure(rogue, holds, believed)
+        said = engine_fakeroot(rogue, "setuid", "ranges", "/usr/bin/id", "-u")
+        assert (said == "0\n") == shown, said
+
+
+@pytest.mark.parametrize(
+    ("flow", "words", "said"),
+    [
+        ("setuid", ("/dev/fuse",), protocol.ERR_REFUSED),
+        ("setuid", ("none",), "malformed"),
+        ("userns", ("/dev/null",), protocol.ERR_KIND),
+        ("userns", ("none",), "malformed"),
+        ("userns", ("/dev/fuse", "/dev/fuse"), "once too often"),
+    ],
+)
+def test_a_device_that_is_handed_over(rogue, flow, words, said):
+    """FUSE_DEVICE: a device that the caller has opened, where keeper has nothing of root's."""
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        pytest.skip("there is no /dev/fuse")
+    configure(rogue, "", "")
+    heard = engine_fakeroot(rogue, flow, "device", *words)
+    assert (f"said {said}\n" if isinstance(said, int) else said) in heard
 
 
 def test_the_plan_is_not_changed_where_nothing_is_forbidden(rogue, sif):
