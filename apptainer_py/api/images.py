@@ -123,7 +123,9 @@ class Image:
 
         with quiet(None):
             wanted = values("sign", {**options, "key": key})
-            around = signatures.Asking(environ=_environment(None), passphrase=passphrase)
+            around = signatures.Asking(
+                environ=launching.environment_of(None), passphrase=passphrase
+            )
             signatures.sign(self.path, wanted, around)
 
     def verify(self, **options: Any) -> tuple[Verdict, ...]:
@@ -137,7 +139,7 @@ class Image:
         verdicts: list[Verdict] = []
         with quiet(None):
             wanted = values("verify", options)
-            around = signatures.Asking(environ=_environment(None))
+            around = signatures.Asking(environ=launching.environment_of(None))
             signatures.verify(self.path, wanted, around, verdicts.append)
         return tuple(verdicts)
 
@@ -178,7 +180,7 @@ def build(
     path = os.fspath(target)
     with quiet(on_message), _Output(output) as kept:
         around = building.Surroundings(
-            environ=_environment(environ), config_file=config, output=kept.fd
+            environ=launching.environment_of(environ), config_file=config, output=kept.fd
         )
         building.build_image(path, os.fspath(spec), wanted, around)
     return Image(path)
@@ -202,7 +204,7 @@ def pull(
     wanted, config = _with_config("pull", options)
     with quiet(on_message), _Output(output) as kept:
         around = building.Surroundings(
-            environ=_environment(environ), config_file=config, output=kept.fd
+            environ=launching.environment_of(environ), config_file=config, output=kept.fd
         )
         return Image(building.pull_image(uri, os.fspath(target), wanted, around))
 
@@ -223,7 +225,7 @@ def push(
     """
     wanted, _ = _with_config("push", options)
     with quiet(on_message):
-        return building.push_image(os.fspath(image), uri, wanted, _environment(environ))
+        return building.push_image(os.fspath(image), uri, wanted, launching.environment_of(environ))
 
 
 class _Output:
@@ -253,10 +255,6 @@ class _Output:
 def _with_config(command: str, options: Mapping[str, Any]) -> tuple[dict[str, object], str]:
     config = options.get("config") or ""
     return values(command, {k: v for k, v in options.items() if k != "config"}), os.fspath(config)
-
-
-def _environment(environ: Mapping[str, str] | None) -> dict[str, str]:
-    return dict(os.environ if environ is None else environ)  # noqa: TID251 a caller's own
 
 
 def _metadata(

@@ -229,7 +229,7 @@ def stream(
     words, given = _command("exec", image, _program(command), options)
     child = spawn(
         words,
-        _environment(environ) | given,
+        environment_of(environ) | given,
         stdin=pipe if stdin is None else stdin,
         stdout=pipe if stdout is None else stdout,
         stderr=pipe if stderr is None else stderr,
@@ -252,7 +252,7 @@ def complete(
     pipe, data = subprocess.PIPE, how.input
     child = spawn(
         argv,
-        _environment(how.environ) | given,
+        environment_of(how.environ) | given,
         stdin=_source(how),
         stdout=pipe if how.stdout is None else how.stdout,
         stderr=pipe if how.stderr is None else how.stderr,
@@ -324,7 +324,8 @@ def _command(
     return [launcher, *outer, *command.split(), *inner, "--", os.fspath(image), *words], given
 
 
-def _environment(environ: Mapping[str, str] | None) -> dict[str, str]:
+def environment_of(environ: Mapping[str, str] | None) -> dict[str, str]:
+    """Return what a caller has given as the environment, or else the process's own."""
     return dict(os.environ if environ is None else environ)  # noqa: TID251 a caller's own
 
 

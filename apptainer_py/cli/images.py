@@ -7,6 +7,7 @@ import sys
 
 from apptainer_py.base import log
 from apptainer_py.base.errors import UsageError
+from apptainer_py.cli import environment
 from apptainer_py.cli.table import PROGRAM
 
 TYPE_CHECKING = False
@@ -21,14 +22,10 @@ _PASSWORD_BYTES = 1 << 16
 _SIGNALLED = 128
 
 
-def _environment() -> dict[str, str]:
-    return dict(os.environ)  # noqa: TID251 cli is where it is read
-
-
 def _around(parsed: Parsed) -> Surroundings:
     from apptainer_py.api.building import Surroundings
 
-    return Surroundings(environ=_environment(), config_file=parsed.config_file)
+    return Surroundings(environ=environment.of_caller(), config_file=parsed.config_file)
 
 
 def build(parsed: Parsed) -> int:
@@ -122,7 +119,7 @@ def push(parsed: Parsed) -> int:
     from apptainer_py.api import building
 
     path, uri = parsed.arguments
-    building.push_image(path, uri, parsed.options, _environment())
+    building.push_image(path, uri, parsed.options, environment.of_caller())
     return 0
 
 
@@ -132,7 +129,10 @@ def cache_list(parsed: Parsed) -> int:
 
     options: dict[str, Any] = dict(parsed.options)
     text = cache.cache_list(
-        _environment(), options["type"], verbose=options["verbose"], as_json=options["json"]
+        environment.of_caller(),
+        options["type"],
+        verbose=options["verbose"],
+        as_json=options["json"],
     )
     sys.stdout.write(text)
     return 0
@@ -152,7 +152,11 @@ def cache_clean(parsed: Parsed) -> int:
         return sys.stdin.readline().strip().lower() in ("y", "yes")
 
     lines = cache.cache_clean(
-        _environment(), options["type"], days=options["days"], dry_run=options["dry-run"], sure=sure
+        environment.of_caller(),
+        options["type"],
+        days=options["days"],
+        dry_run=options["dry-run"],
+        sure=sure,
     )
     for line in lines:
         log.info(line)
@@ -178,7 +182,7 @@ def registry_login(parsed: Parsed) -> int:
     file = registry.login(
         parsed.arguments[0],
         Account(username=name, password=password),
-        _environment(),
+        environment.of_caller(),
         authfile=str(options["authfile"]),
         https=not options["no-https"],
     )
@@ -191,7 +195,7 @@ def registry_logout(parsed: Parsed) -> int:
     from apptainer_py.verbs import registry
 
     file = registry.logout(
-        parsed.arguments[0], _environment(), authfile=str(parsed.options["authfile"])
+        parsed.arguments[0], environment.of_caller(), authfile=str(parsed.options["authfile"])
     )
     log.info(f"Token removed from {file}")
     log.info("Logout succeeded")
@@ -202,5 +206,7 @@ def registry_list(parsed: Parsed) -> int:
     """List registries with accounts."""
     from apptainer_py.verbs import registry
 
-    sys.stdout.write(registry.listing(_environment(), as_json=bool(parsed.options["json"])))
+    sys.stdout.write(
+        registry.listing(environment.of_caller(), as_json=bool(parsed.options["json"]))
+    )
     return 0

@@ -12,6 +12,7 @@ import sys
 from apptainer_py.base import log
 from apptainer_py.base.errors import ApptainerError
 from apptainer_py.base.record import Record
+from apptainer_py.cli import environment
 from apptainer_py.cli.table import COMMANDS as OWN
 from apptainer_py.cli.table import PROGRAM, SUPPORTED
 from apptainer_py.cli.values import plain
@@ -209,7 +210,7 @@ def _create(parsed: Parsed) -> int:
 def _compile(parsed: Parsed) -> int:
     from apptainer_py.verbs import plugin_source
 
-    environ = os.environ  # noqa: TID251 cli is where it is read
+    environ = environment.of_caller()
     made = plugin_source.compile(parsed.arguments[0], str(parsed.options["out"]), environ)
     log.info(f"{made} can be installed")
     return 0

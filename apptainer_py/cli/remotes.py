@@ -7,7 +7,7 @@ import sys
 
 from apptainer_py.base import log
 from apptainer_py.base.errors import ApptainerError, UsageError
-from apptainer_py.cli import ask
+from apptainer_py.cli import ask, environment
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,14 +24,10 @@ class TokenInvalid(ApptainerError):
     hint = "log in again: `{program} remote login`"
 
 
-def _environment() -> dict[str, str]:
-    return dict(os.environ)  # noqa: TID251 cli is where it is read
-
-
 def _path(parsed: Parsed) -> str:
     from apptainer_py.registry import remotes as files
 
-    return str(parsed.options.get("config") or "") or files.user_file(_environment())
+    return str(parsed.options.get("config") or "") or files.user_file(environment.of_caller())
 
 
 def _file(parsed: Parsed) -> File:
@@ -87,7 +83,7 @@ def _log_in(file: File, name: str, tokenfile: str, given: str = "") -> int:
     token = remote.token_in(tokenfile) if tokenfile else given or _asked_token(file, name)
     if not token:
         return 0
-    remote.login(file, name, token, _environment())
+    remote.login(file, name, token, environment.of_caller())
     log.info("Access Token Verified!")
     log.info(f"Token stored in {file.path}")
     return 0
@@ -190,7 +186,7 @@ def _status(parsed: Parsed) -> int:
     name = _name(parsed)
     log.info(f"Checking status of {f'remote: {name}' if name else 'default remote.'}")
     text, is_valid = remote.status(
-        _file(parsed), name, _environment(), as_json=bool(parsed.options["json"])
+        _file(parsed), name, environment.of_caller(), as_json=bool(parsed.options["json"])
     )
     sys.stdout.write(text)
     if not is_valid:
@@ -201,7 +197,7 @@ def _status(parsed: Parsed) -> int:
 def _get_login_password(parsed: Parsed) -> int:
     from apptainer_py.verbs import remote
 
-    sys.stdout.write(f"{remote.login_password(_environment())}\n")
+    sys.stdout.write(f"{remote.login_password(environment.of_caller())}\n")
     return 0
 
 
@@ -218,7 +214,7 @@ def _keyserver_add(parsed: Parsed) -> int:
     keyserver.add(
         "".join(name),
         uri,
-        _environment(),
+        environment.of_caller(),
         order=order if isinstance(order, int) and order != -1 else None,
         insecure=bool(parsed.options["insecure"]),
     )
@@ -231,7 +227,7 @@ def _keyserver_remove(parsed: Parsed) -> int:
     _check_root("keyserver configuration")
     _tell_of_command(parsed)
     *name, uri = parsed.arguments
-    keyserver.remove("".join(name), uri, _environment())
+    keyserver.remove("".join(name), uri, environment.of_caller())
     return 0
 
 
@@ -249,7 +245,7 @@ def _keyserver_login(parsed: Parsed) -> int:
     if not password and not parsed.options["password-stdin"]:
         password = ask.ask_hidden("Password / Token: ")
     account = Account(username=name, password=password)
-    keyserver.login(_path(parsed), _name(parsed), account, _environment())
+    keyserver.login(_path(parsed), _name(parsed), account, environment.of_caller())
     log.info(f"Token stored in {_path(parsed)}")
     return 0
 
@@ -266,7 +262,7 @@ def _keyserver_list(parsed: Parsed) -> int:
     from apptainer_py.verbs import keyserver
 
     as_json = bool(parsed.options["json"])
-    text = keyserver.listing(_path(parsed), _name(parsed), _environment(), as_json=as_json)
+    text = keyserver.listing(_path(parsed), _name(parsed), environment.of_caller(), as_json=as_json)
     sys.stdout.write(text)
     return 0
 
@@ -286,7 +282,7 @@ def _search(parsed: Parsed) -> int:
     options = parsed.options
     text = library.search(
         _name(parsed),
-        _environment(),
+        environment.of_caller(),
         arch=_arch(parsed),
         given=str(options["library"]),
         signed=bool(options["signed"]),
@@ -307,7 +303,7 @@ def _delete(parsed: Parsed) -> int:
             return 0
     library.delete(
         name,
-        _environment(),
+        environment.of_caller(),
         arch=machine,
         given=str(options["library"]),
         https=not options["no-https"],

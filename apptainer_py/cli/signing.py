@@ -6,7 +6,7 @@ import os
 import sys
 
 from apptainer_py.base import build, log
-from apptainer_py.cli import ask
+from apptainer_py.cli import ask, environment
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _TABLE = "ID  |GROUP   |LINK    |TYPE\n" + "-" * 48 + "\n"
 def _keys_folder(parsed: Parsed) -> str:
     from apptainer_py.api import signatures
 
-    environ = os.environ  # noqa: TID251 as in main: read here, once
+    environ = environment.of_caller()
     return signatures.keys_folder(environ, str(parsed.options.get("keysdir") or ""))
 
 
@@ -48,7 +48,7 @@ def _servers(parsed: Parsed) -> list[Place]:
     from apptainer_py.registry import active
 
     given = str(parsed.options.get("url") or "")
-    environ = dict(os.environ)  # noqa: TID251 as in main: read here, once
+    environ = environment.of_caller()
     return active.keyservers(environ, given=given, every=False)
 
 
@@ -68,7 +68,7 @@ def _asking() -> Asking:
         except ValueError as error:
             raise sign.SignFailed(reason=str(error)) from None
 
-    environ = dict(os.environ)  # noqa: TID251 as in main: read here, once
+    environ = environment.of_caller()
     return signatures.Asking(environ=environ, ask_hidden=ask.ask_hidden, choose=choose)
 
 
@@ -301,7 +301,7 @@ def _sif_del(parsed: Parsed) -> int:
 def _epoch() -> int | None:
     from apptainer_py.base import epoch
 
-    return epoch.of(os.environ)  # noqa: TID251 cli is where it is read
+    return epoch.of(environment.of_caller())
 
 
 def _sif_new(parsed: Parsed) -> int:

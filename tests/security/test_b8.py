@@ -351,17 +351,26 @@ def test_i05_a_layer_that_is_not_what_it_should_be(own, place, data, lies):
     assert sorted(os.listdir(place)) == before
 
 
-def test_i06_no_archive_of_others_is_unpacked_by_tarfile(repository):
+# Who may read or write archives of Python's own kinds, and why no name in one becomes a path.
+ARCHIVES = {
+    ("plugin_source.py", "zipfile"): "writes one",
+    ("plugin_content.py", "zipfile"): "reads bytes; every name is checked before it is a path",
+}
+UNPACKING = {"extract", "extractall", "unpack_archive"}
+
+
+def test_i06_no_archive_of_others_is_unpacked_by_python(repository):
     """Its filters were got around more than once; our own reader opens each name in the root."""
-    users = []
+    users, calls = set(), []
     for path in (repository / "apptainer_py").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = {alias.name for alias in node.names} | {getattr(node, "module", "")}
-                users += [path.name] if names & {"tarfile", "zipfile"} else []
-            if isinstance(node, ast.Attribute) and node.attr in ("extractall", "unpack_archive"):
-                users.append(path.name)
-    assert not users
+                users |= {(path.name, name) for name in names & {"tarfile", "zipfile"}}
+            if isinstance(node, ast.Attribute) and node.attr in UNPACKING:
+                calls.append(f"{path.name}:{node.lineno}")
+    assert users == set(ARCHIVES)
+    assert not calls
 
 
 def test_i06_a_chain_of_links_longer_than_a_path(own, place):
