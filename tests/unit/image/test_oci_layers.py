@@ -271,6 +271,13 @@ def test_a_file_that_ends_too_early(root: Path) -> None:
         unpack(root, data)
 
 
+def test_what_fills_the_last_block_may_be_missing(root: Path) -> None:
+    """As in the layers of umoci 0.4."""
+    whole = layer(member("a", b"a"), member("b", b"bc"))
+    unpack(root, whole[: 3 * 512 + 2])
+    assert (root / "b").read_bytes() == b"bc"
+
+
 def test_a_damaged_header(root: Path) -> None:
     data = bytearray(layer(member("file", b"x")))
     data[0] ^= 1
