@@ -22,9 +22,23 @@ static bool is_device(const struct launch *l, uint64_t number) {
     return number < LIMIT_FUSE_DEVICES && l->fuse_fds[number] >= 0;
 }
 
+/* Of a user namespace only those inside may be let in: that would shut the master out, which stays
+ * outside.  So what it looks into is the user's alone, and what the container's other ids need is
+ * theirs too. */
+static bool lets_others_in(const struct launch *l, enum fuse_reach reach) {
+    if (l->plan.flags & PLAN_SUBIDS)
+        return reach == REACH_INSIDE;
+    return reach != REACH_USER && l->flow != FLOW_USERNS && !fakeroot_wanted(l);
+}
+
+static bool synchronised(const struct launch *l, uint32_t flags) {
+    return flags & BIND_WRITABLE && flags & BIND_EXTFS &&
+           config_bool(&l->config, CONFIG_SYNC_WRITABLE_EXTFS);
+}
+
 /* A file system that a process of the user's serves; a detached mount, or -1 with errno. */
 int image_fuse(struct launch *l, uint64_t device, const char *source, uint32_t flags,
-               bool for_others) {
+               enum fuse_reach reach) {
     int fs = sys_fsopen("fuse");
     if (fs < 0)
         return -1;
@@ -38,9 +52,9 @@ int image_fuse(struct launch *l, uint64_t device, const char *source, uint32_t f
         set_number(fs, "user_id", fakeroot_wanted(l) ? 0 : l->uid) < 0 ||
         set_number(fs, "group_id", fakeroot_wanted(l) ? 0 : l->gid) < 0)
         result = -1;
-    /* In a user namespace this would shut the master out, which stays outside of it. */
-    if (result == 0 && for_others && l->flow != FLOW_USERNS && !fakeroot_wanted(l) &&
-        set_flag(fs, "allow_other") < 0)
+    if (result == 0 && lets_others_in(l, reach) && set_flag(fs, "allow_other") < 0)
+        result = -1;
+    if (result == 0 && synchronised(l, flags) && set_flag(fs, "sync") < 0)
         result = -1;
     /* What such a server answers for owners and modes, the kernel enforces. */
     if (result == 0 && flags & BIND_EXTFS && set_flag(fs, "default_permissions") < 0)
@@ -73,7 +87,9 @@ static int shown_again(struct launch *l, uint64_t device) {
 static int root_image(struct launch *l, uint64_t device, const char *source, uint32_t flags) {
     if (l->loan_mount >= 0 && device == 0 && flags == 0)
         return shown_again(l, device);
-    int mount_fd = image_fuse(l, device, source, flags, true);
+    /* What is written to directly is the container's root itself. */
+    enum fuse_reach reach = flags & BIND_WRITABLE ? REACH_INSIDE : REACH_OTHERS;
+    int mount_fd = image_fuse(l, device, source, flags, reach);
     if (mount_fd >= 0 && device == 0 && flags == 0)
         loan_spare(l, mount_fd);
     return mount_fd;
@@ -141,6 +157,8 @@ static int parse_loop(const struct launch *l, int device, uint32_t flags) {
             attributes |= MOUNT_ATTR_RDONLY;
         }
         (void)set_string(fs, "errors", flags & BIND_EXTFS ? "remount-ro" : "continue");
+        if (synchronised(l, flags))
+            (void)set_flag(fs, "sync");
         mount_fd = make_mount_with(CAP_BIT(CAP_SYS_ADMIN) | CAP_BIT(CAP_DAC_OVERRIDE), fs,
                                    attributes);
     }
@@ -294,7 +312,7 @@ int op_image_fuse(struct rpc *r, const struct op_request *q, struct op_reply *a,
         !is_free(r, q->num[0]) || !is_device(l, q->num[1]))
         return ERR_MALFORMED;
     const char *source = q->flags & BIND_EXTFS ? "fuse2fs" : "squashfuse_ll";
-    int mount_fd = image_fuse(l, q->num[1], source, q->flags, true);
+    int mount_fd = image_fuse(l, q->num[1], source, q->flags, REACH_OTHERS);
     if (mount_fd < 0)
         return answer(a, ERR_MOUNT, errno);
     return show_image(r, q->num[0], mount_fd, q->flags, a, fd_out);

@@ -123,13 +123,17 @@ static int overlay_served(struct rpc *r) {
     int below = layers_merge(r), fuse = fcntl(l->fuse_fds[device], F_DUPFD_CLOEXEC, 3);
     if (below < 0 || fuse < 0)
         return -1;
-    int mount_fd = image_fuse(l, device, "fuse-overlayfs", BIND_WRITABLE | BIND_EXTFS, true);
-    const int order[] = {below, fuse, r->upper_fd, r->work_fd};
-    int result = mount_fd < 0 ? -1 : 0;
-    for (size_t i = 0; i < ARRAY_SIZE(order) && result == 0; i++)
+    int mount_fd = image_fuse(l, device, "fuse-overlayfs", BIND_WRITABLE | BIND_EXTFS,
+                              REACH_INSIDE);
+    int inside = fakeroot_wanted(l) ? open("/proc/self/ns/user", O_RDONLY | O_CLOEXEC) : -1;
+    const int order[] = {below, fuse, r->upper_fd, r->work_fd, inside};
+    int result = mount_fd < 0 || (fakeroot_wanted(l) && inside < 0) ? -1 : 0;
+    for (size_t i = 0; i < ARRAY_SIZE(order) && result == 0 && order[i] >= 0; i++)
         result = wire_send(l->overlay_socket[0], "L", 1, order[i]);
     int error = errno;
     close(fuse);
+    if (inside >= 0)
+        close(inside);
     close(l->overlay_socket[0]);
     l->overlay_socket[0] = -1;
     errno = error;

@@ -22,8 +22,9 @@ MUST_USE int open_judged(const struct op_request *q, uint64_t flags, struct op_r
 MUST_USE int clone_tree(int fd, uint64_t set, uint64_t clear, bool recursive);
 uint64_t bind_attributes(const struct launch *l, uint32_t flags);
 /* images.c */
+enum fuse_reach { REACH_USER, REACH_OTHERS, REACH_INSIDE };
 MUST_USE int image_fuse(struct launch *l, uint64_t device, const char *source, uint32_t flags,
-                        bool for_others);
+                        enum fuse_reach reach);
 /* mounts.c */
 MUST_USE int open_target(const struct rpc *r, const char *path);
 const char *without_slash(const char *path);

@@ -67,6 +67,20 @@ pid_t server_start_extfs(const struct launch *l, int image_fd, int fuse_fd,
     return pid;
 }
 
+/* With --fakeroot owners are those of the container's user namespace, which nobody outside can
+ * give a file; one more message has it. */
+static void go_inside(int socket) {
+    int space = -1;
+    char byte;
+    if (wire_receive(socket, &byte, 1, &space) != 1 || space < 0)
+        _exit(0);
+    /* SAFE: takes no privilege: the user owns that namespace, and is root of it as before; the
+     * rights are worth what they are worth to the payload, and the program cannot be traced. */
+    if (privs_enter_inner_userns(space) < 0)
+        _exit(255);
+    close(space);
+}
+
 /* Device, what lies below, upper and work: one message each, from rpc. */
 NO_RETURN static void overlay_main(const struct launch *l, int socket) {
     static char program[] = "fuse-overlayfs", target[] = "/", foreground[] = "-f", o[] = "-o";
@@ -78,6 +92,8 @@ NO_RETURN static void overlay_main(const struct launch *l, int socket) {
     for (int i = 0; i < MOST_FDS; i++)
         if (wire_receive(socket, &byte, 1, &fds[i]) != 1 || fds[i] < 0)
             _exit(0); /* the launch has failed, or ended */
+    if (fakeroot_wanted(l))
+        go_inside(socket);
     if (arrange(fds, MOST_FDS) < 0)
         _exit(255);
     char *const argv[] = {program, foreground, o, options, target, NULL};

@@ -132,6 +132,7 @@ MUST_USE int privs_map_ids(pid_t pid, const char *uid_map, const char *gid_map, 
 MUST_USE int privs_map_self(uid_t uid, gid_t gid);
 void privs_show_maps(bool shown);
 MUST_USE int privs_become_inner_root(void);
+MUST_USE int privs_enter_inner_userns(int space);
 MUST_USE int privs_enter_layer_userns(void);
 MUST_USE int privs_map_layer_userns(int process);
 void privs_new_keyring(void);

@@ -25,7 +25,7 @@ int op_user_fuse(struct rpc *r, const struct op_request *q, struct op_reply *a, 
      * else. */
     int mount_fd = device < 0 ? -1
                               : image_fuse(l, q->num[0], "fuse", BIND_WRITABLE,
-                                           l->flow == FLOW_ROOT);
+                                           l->flow == FLOW_ROOT ? REACH_OTHERS : REACH_USER);
     int code = mount_fd < 0 || attach(mount_fd, target) < 0 ? answer(a, ERR_MOUNT, errno) : ERR_OK;
     close(target);
     if (mount_fd >= 0)

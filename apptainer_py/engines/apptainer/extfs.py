@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 
 from apptainer_py.base import build
-from apptainer_py.base.errors import LaunchError, NotSupported
+from apptainer_py.base.errors import LaunchError
 from apptainer_py.model import protocol
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from apptainer_py.engines.apptainer.prepare import Prepared
     from apptainer_py.image.detect import OpenImage
     from apptainer_py.runtime.contexts import Facts
 
@@ -50,16 +49,6 @@ def kernel_may_mount(facts: Facts) -> bool:
     return bool(facts.configuration["allow setuid-mount extfs"])
 
 
-def check_namespace(prepared: Prepared, *, writable: bool) -> None:
-    """Refuse what a server outside of --fakeroot's user namespace would write as somebody else.
-
-    Raises:
-        NotSupported: always, where that was asked for.
-    """
-    if writable and prepared.inner:
-        raise NotSupported(what="a writable ext3 image together with --fakeroot")
-
-
 def prepare(
     image: OpenImage, place: tuple[int, int], facts: Facts, *, writable: bool
 ) -> tuple[int, bool]:
@@ -68,7 +57,6 @@ def prepare(
     Raises:
         ExtfsUnusable: the file system is damaged or larger than its place, or in use.
         ServerMissing: nothing here can mount it.
-        NotSupported: the administrator wants what is written synchronised.
     """
     offset, size_bytes = place
     _check_size(image, offset, size_bytes)
@@ -76,8 +64,6 @@ def prepare(
         raise ServerMissing(path=SERVER, package="fuse2fs")
     fd = -1
     if writable:
-        if facts.configuration["sync writable extfs"]:
-            raise NotSupported(what="`sync writable extfs = yes` in the configuration")
         fd = _open_for_writing(image)
     writable = fd >= 0
     if fd < 0:

@@ -27,7 +27,11 @@ def show(creation: Creation) -> None:
         root = _mount(creation, shown)
         if shown.overlay:
             if shown.writable and shown.fs == "ext3":
-                layers.make_upper(root, shown.image.realpath, shown.image.path)
+                degree = creation.prepared.fakeroot
+                layers.make_upper(
+                    root, shown.image.realpath, shown.image.path,
+                    by_root=degree is not None and degree.subids,
+                )  # fmt: skip
             _lay(creation, shown)
         else:
             _find_sources(creation, shown, root)

@@ -160,7 +160,6 @@ def of_file(  # noqa: PLR0913
     """
     fd, device = image.fd, -1
     if fs == "ext3":
-        extfs.check_namespace(prepared, writable=writable)
         fd, writable = extfs.prepare(image, place, facts, writable=writable)
         kernel = extfs.kernel_may_mount(facts)
     elif fs == "squashfs":
@@ -205,8 +204,11 @@ def _add(prepared: Prepared, shown: Shown, action: ActionRequest) -> None:
     prepared.shown.append(shown)
 
 
-def make_upper(fd: int, where: str, given: str) -> None:
-    """Make the two directories of an overlay that can be written, as the user."""
+def make_upper(fd: int, where: str, given: str, *, by_root: bool = False) -> None:
+    """Make the two directories of an overlay that can be written, as the user.
+
+    `by_root`: whoever writes there is root of ids that are more than the user's own.
+    """
     for name in ("upper", "work"):
         path = f"{where}/{name}"
         try:
@@ -224,7 +226,7 @@ def make_upper(fd: int, where: str, given: str) -> None:
             raise UpperUnusable(reason=reason, path=given) from None
         if not stat.S_ISDIR(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode):
             raise UpperUnusable(reason=f"{path} is not a directory", path=given)
-        if not os.access(name, os.W_OK | os.X_OK, dir_fd=fd):
+        if not by_root and not os.access(name, os.W_OK | os.X_OK, dir_fd=fd):
             raise UpperUnusable(reason=f"{path} is not writable", path=given)
 
 

@@ -483,7 +483,6 @@ def choose_extfs(prepared: Prepared, action: ActionRequest, facts: Facts) -> Non
     image = prepared.image
     place = (prepared.offset, prepared.size_bytes)
     writable = action.writable and image.kind == "ext3"
-    extfs.check_namespace(prepared, writable=writable)
     prepared.root_fd, prepared.writable_root = extfs.prepare(image, place, facts, writable=writable)
     if writable and not prepared.writable_root:
         raise extfs.not_writable(image)
