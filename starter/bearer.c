@@ -98,6 +98,26 @@ static int send_filter(const struct launch *l) {
     return result;
 }
 
+/* Its answer: the kernel may refuse the label, and then there is no payload. */
+static int send_label(const struct launch *l) {
+    static bool sent;
+    struct bearer_request q = {.part = BEARER_LABEL};
+    struct bearer_reply a = {.error = EIO};
+    size_t size;
+    const void *text = label_get(&size, &q.number);
+    if (size == 0 || sent)
+        return 0;
+    int fd = memfd_create("apptainer-py label", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    if (fd < 0 || write(fd, text, size) != (ssize_t)size ||
+        fcntl(fd, F_ADD_SEALS, REQUEST_SEALS) < 0 || send_part(l, q, fd) < 0 ||
+        wire_receive(l->bearer_socket[0], &a, sizeof(a), NULL) != (ssize_t)sizeof(a))
+        a.error = errno ? errno : EIO;
+    close_fd(&fd);
+    sent = a.error == 0;
+    errno = a.error;
+    return sent ? 0 : -1;
+}
+
 /* Ends stage 2 when bearer has become the payload, or has ended; else the errno. */
 int bearer_ask(const struct launch *l, const char *path, char *const argv[],
                char *const envp[]) {
@@ -106,6 +126,11 @@ int bearer_ask(const struct launch *l, const char *path, char *const argv[],
     char *name = NULL;
     memcpy(&name, &path, sizeof(name)); /* argv is not const-correct */
     step_begin(STEP_ASK_BEARER);
+    if (send_label(l) < 0) {
+        int error = errno;
+        bearer_dismiss(l);
+        fail("failed to apply security configuration: the label", error);
+    }
     if (send_surroundings(l) < 0 || send_filter(l) < 0)
         return errno;
     mode_t mask = umask(0);
@@ -208,6 +233,7 @@ static void run_program(const struct launch *l, const struct bearer_request *q, 
     close(fd);
     (void)umask(q->number);
     step_begin(STEP_EXEC_PAYLOAD);
+    label_check(l);
     sanitize_restore_for_payload(l);
     if (!stage_keeper_lives(l)) /* its death comes by way of the shim's, if there is one */
         _exit(255);
@@ -228,6 +254,16 @@ static void take_filter(const struct bearer_request *q, int fd) {
     close(fd);
 }
 
+static void take_label(const struct bearer_request *q, int fd, int socket) {
+    static char text[LIMIT_LABEL_BYTES];
+    struct stat st;
+    if (request_check_seals(fd, &st) < 0 || st.st_size < 1 || st.st_size >= LIMIT_LABEL_BYTES ||
+        pread(fd, text, sizeof(text), 0) != (ssize_t)st.st_size)
+        malformed();
+    close(fd);
+    answer(socket, label_write(q->number, text, (size_t)st.st_size));
+}
+
 static void take_part(const struct launch *l, const struct bearer_request *q, int fd,
                       int socket) {
     bool plain = q->argc == 0 && q->envc == 0 && fd >= 0;
@@ -246,6 +282,11 @@ static void take_part(const struct launch *l, const struct bearer_request *q, in
         if (!plain)
             malformed();
         take_filter(q, fd);
+        break;
+    case BEARER_LABEL:
+        if (!plain)
+            malformed();
+        take_label(q, fd, socket);
         break;
     case BEARER_PROGRAM:
         run_program(l, q, fd, socket);

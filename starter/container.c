@@ -160,6 +160,7 @@ NO_RETURN static void become_stage2(struct launch *l) {
     close_fuse(l);
     if (chdir("/") < 0) /* pivot_root moves only those whose directory is the root itself */
         _exit(255);
+    label_open(l);
     if (bearer_needed(l))
         bearer_split(l);
     stage_run(l, STAGE_START);

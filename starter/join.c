@@ -259,6 +259,7 @@ NO_RETURN static void joiner_main(struct launch *l, struct instance *in) {
     (void)prctl(PR_SET_PDEATHSIG, SIGKILL);
     container_close_outer_ends(l);
     step_begin(STEP_JOIN_SPACES);
+    label_open(l);
     if (enter_spaces(in) < 0)
         fail("the namespaces of the instance cannot be entered", errno);
     /* SAFE: root of a namespace that is the caller's own, as its first process became it. */

@@ -76,7 +76,7 @@ static bool whole_grant(const struct container_plan *plan) {
  * nothing: what it enters is found out from that process alone (join.c). */
 static bool fits_instance(const struct launch *l, const struct container_plan *plan) {
     const uint32_t joining = PLAN_JOIN | PLAN_NO_NEW_PRIVS | PLAN_FAKEROOT | PLAN_SHARED |
-                             PLAN_BOOTED;
+                             PLAN_BOOTED | PLAN_LABEL;
     /* Whose first process is none of ours is root's alone, to start and to join. */
     if (plan->flags & PLAN_BOOTED && (l->uid != 0 || !(plan->flags & PLAN_JOIN)))
         return false;
@@ -122,7 +122,7 @@ int policy_plan(const struct launch *l, const struct container_plan *plan) {
                            PLAN_NO_NEW_PRIVS | PLAN_METHODS | PLAN_SETUID | PLAN_USER_LAYER |
                            PLAN_SERVED_LAYER | PLAN_KERNEL_EXTFS | PLAN_GROUPS | PLAN_FAKEROOT |
                            PLAN_SUBIDS | PLAN_INSTANCE | PLAN_JOIN | PLAN_JOIN_NET |
-                           PLAN_SHARED | PLAN_BOOTED;
+                           PLAN_SHARED | PLAN_BOOTED | PLAN_LABEL;
     const struct config *c = &l->config;
     if ((plan->spaces & ~spaces) || (plan->flags & ~flags) ||
         plan->fuse_count > LIMIT_FUSE_DEVICES ||

@@ -79,6 +79,10 @@ enum trace_kind {
 #include "rows.h"
 };
 
+enum label_kind {
+#define LABELKIND(name, number) LABEL_##name = (number),
+#include "rows.h"
+};
 enum bearer_part {
 #define BEARERPART(name, number) BEARER_##name = (number),
 #include "rows.h"
@@ -199,6 +203,8 @@ struct stage_info {
     int (*exec_payload)(const char *path, char *const argv[], char *const envp[]);
     /* stage 2, before it: the seccomp filter that is loaded with the payload; 0 or -1 */
     int (*set_filter)(const void *code, size_t size, uint32_t flags);
+    /* ... and its label, of enum label_kind; 0 or errno */
+    int (*set_label)(uint32_t kind, const char *text, size_t size);
 };
 
 #endif

@@ -53,6 +53,9 @@
 #ifndef TRACEKIND
 #define TRACEKIND(...)
 #endif
+#ifndef LABELKIND
+#define LABELKIND(...)
+#endif
 #ifndef BEARERPART
 #define BEARERPART(...)
 #endif
@@ -79,4 +82,5 @@
 #undef STEP
 #undef TRACEKIND
 #undef BEARERPART
+#undef LABELKIND
 #undef CAPABILITY

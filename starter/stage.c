@@ -253,6 +253,7 @@ static int exec_payload(const char *path, char *const argv[], char *const envp[]
     if (stage_launch->bearer_socket[0] >= 0)
         return bearer_ask(stage_launch, path, argv, envp);
     step_begin(STEP_EXEC_PAYLOAD);
+    label_check(stage_launch);
     sanitize_restore_for_payload(stage_launch);
     /* Behind a shim keeper's death comes by way of the shim's, and that may take a while. */
     if (!stage_keeper_lives(stage_launch))
@@ -260,6 +261,10 @@ static int exec_payload(const char *path, char *const argv[], char *const envp[]
     filter_load();
     (void)execve(path, argv, envp);
     return errno;
+}
+
+static int set_label(uint32_t kind, const char *text, size_t size) {
+    return label_set(stage_launch, kind, text, size);
 }
 
 /* Nothing of a launch may outlive keeper, and a change of credentials takes the signal away. */
@@ -311,6 +316,7 @@ static struct stage_info describe(const struct launch *l, enum stage stage) {
         .trace_fd = trace_fd, .permitted = l->permitted, .enter_hook = enter_hook,
         .leave_hook = leave_hook, .at_step = at_step, .wait_for_go = wait_for_go,
         .exec_payload = exec_payload, .set_filter = filter_set,
+        .set_label = set_label,
     };
     return info;
 }

@@ -312,6 +312,13 @@ MUST_USE int filter_set(const void *code, size_t size, uint32_t flags);
 const void *filter_get(size_t *size, uint32_t *flags);
 void filter_load(void);
 
+/* label.c: the payload's AppArmor profile or SELinux context */
+void label_open(const struct launch *l);
+MUST_USE int label_set(const struct launch *l, uint32_t kind, const char *text, size_t size);
+MUST_USE int label_write(uint32_t kind, const char *text, size_t size);
+const void *label_get(size_t *size, uint32_t *kind);
+void label_check(const struct launch *l);
+
 /* bearer.c: becomes the payload where that has capabilities that Python must not have */
 bool bearer_needed(const struct launch *l);
 void bearer_split(struct launch *l);

@@ -27,6 +27,17 @@ _MACHINES = {
     "riscv64": ("SCMP_ARCH_RISCV64", "riscv64"),
     "loongarch64": ("SCMP_ARCH_LOONGARCH64", "loong64"),
 }
+# What Docker's form and that of config.json have; another name may be one of these, misspelt.
+_REMARKS = ("comment", "$schema")
+_KEYS = {
+    "the profile": ("defaultAction", "defaultErrnoRet", "defaultErrno", "flags", "architectures",
+                    "archMap", "syscalls", "listenerPath", "listenerMetadata"),
+    "archMap": ("architecture", "subArchitectures"),
+    "syscalls": ("name", "names", "action", "errnoRet", "errno", "args", "includes", "excludes"),
+    "args": ("index", "value", "valueTwo", "op"),
+    "includes": ("arches", "caps", "minKernel"),
+    "excludes": ("arches", "caps", "minKernel"),
+}  # fmt: skip
 
 
 def read(path: str) -> object:
@@ -90,6 +101,11 @@ def _wrong(name: str) -> SeccompError:
 def _object(value: object, name: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise _wrong(name)
+    if extra := value.keys() - {*_KEYS[name], *_REMARKS}:
+        word = min(extra)
+        known = next((key for key in _KEYS[name] if key.lower() == word.lower()), "")
+        text = f"decoding seccomp profile failed: {word} in {name} is unknown"
+        raise SeccompError(text=f"{text}: it is {known}" if known else text)
     return value
 
 
@@ -149,10 +165,6 @@ def _architectures(whole: Mapping[str, Any], machine: str) -> list[str]:
 def _applies(rule: Mapping[str, Any], capabilities: frozenset[str], word: str) -> bool:
     includes = _object(rule.get("includes") or {}, "includes")
     excludes = _object(rule.get("excludes") or {}, "excludes")
-    for condition in (includes, excludes):
-        if extra := condition.keys() - {"arches", "caps", "minKernel"}:
-            text = f"decoding seccomp profile failed: unknown condition {min(extra)}"
-            raise SeccompError(text=text)
     arches, caps = _texts(includes, "arches"), _texts(includes, "caps")
     if (arches and word not in arches) or not capabilities.issuperset(caps):
         return False

@@ -82,6 +82,7 @@ cdef extern from "protocol.h":
         int (*wait_for_go)() nogil
         int (*exec_payload)(const char *path, char **argv, char **envp)
         int (*set_filter)(const void *code, size_t size, uint32_t flags)
+        int (*set_label)(uint32_t kind, const char *text, size_t size)
 
 
 cdef extern from *:
@@ -251,6 +252,11 @@ def set_filter(bytes code not None, unsigned int flags):
     """Have the payload start under this seccomp filter; ValueError: it is none."""
     if _info().set_filter(<const void *>PyBytes_AS_STRING(code), len(code), flags) < 0:
         raise ValueError("this is no seccomp filter")
+
+
+def set_label(unsigned int kind, bytes text not None):
+    """Have the payload start with this security label; returns 0 or errno."""
+    return _info().set_label(kind, PyBytes_AS_STRING(text), len(text))
 
 
 def _check_request_part(bytes data, uint32_t start, uint32_t end, Py_ssize_t count):

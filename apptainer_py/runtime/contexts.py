@@ -256,6 +256,10 @@ class StartContext:
         """Have the payload start under this seccomp filter, or not at all."""
         _starter.set_filter(program, flags)
 
+    def label(self, kind: int, text: bytes) -> int:
+        """Have the payload start with this security label; returns 0 or errno."""
+        return _starter.set_label(kind, text)
+
     def execve(self, path: bytes, arguments: list[bytes], environment: list[bytes]) -> OSError:
         """Become the payload; returns, with the reason, only if that fails."""
         # What fails here is told to whoever has called, who has these streams still.

@@ -83,6 +83,9 @@ class Instance(Record):
     booted: bool = False
     # What it has of --fakeroot: namespace, subids, command.
     fakeroot: tuple[str, ...] = ()
+    # What each of its payloads is bound by: label and filter, as stage 2's message has them.
+    label: tuple[bytes, ...] = ()
+    filter: tuple[bytes, ...] = ()
 
 
 class Process(Record):
@@ -318,6 +321,8 @@ def _encoded(instance: Instance) -> bytes:
         "stopSignal": instance.stop_signal,
         "fakeroot": list(instance.fakeroot),
         "booted": instance.booted,
+        "label": [os.fsdecode(item) for item in instance.label],
+        "filter": [os.fsdecode(item) for item in instance.filter],
     }
     return json.dumps(fields, separators=(",", ":")).encode("utf-8", "surrogateescape")
 
@@ -361,8 +366,19 @@ def _read_record(folder: int, file: str, owner: Owner) -> Instance | None:
     fields["fakeroot"] = tuple(
         part for part in FAKEROOT_PARTS if isinstance(parts, list) and part in parts
     )
+    fields["label"] = _pair(found.get("label"))
+    fields["filter"] = _pair(found.get("filter"))
     fields["sharens"] = found.get("sharensMode") is True
     return Instance(name=file.removesuffix(".json"), user=owner.name, **fields)  # type: ignore[arg-type]
+
+
+def _pair(found: object) -> tuple[bytes, ...]:
+    """Return two strings; nothing for what is neither none nor two."""
+    if not isinstance(found, list) or len(found) != 2:
+        return ()
+    if not all(isinstance(item, str) for item in found):
+        return ()
+    return tuple(item.encode("utf-8", "surrogateescape") for item in found)
 
 
 # ---- processes ----

@@ -30,6 +30,14 @@ class Joining:
         """Make a directory of the container its own; returns 0 or the number of the error."""
         return self._ask(protocol.BEARERPART_PLACE, 0, (directory,), 0, 0)
 
+    def label(self, kind: int, text: bytes) -> int:
+        """Have it become the payload with this label; returns 0 or the number of the error."""
+        return self._send(protocol.BEARERPART_LABEL, kind, text)
+
+    def filter_calls(self, program: bytes, flags: int) -> None:
+        """Have it become the payload under this seccomp filter, or not at all."""
+        self._send(protocol.BEARERPART_FILTER, flags, program, answers=False)
+
     def execute(
         self, path: bytes, arguments: Sequence[bytes], environment: Sequence[bytes], umask: int
     ) -> int:
@@ -47,10 +55,24 @@ class Joining:
             return
 
     def _ask(self, part: int, number: int, strings: Sequence[bytes], argc: int, envc: int) -> int:
-        fd = _starter.sealed_file(b"".join(text + b"\0" for text in strings))
+        data = b"".join(text + b"\0" for text in strings)
+        return self._send(part, number, data, (argc, envc))
+
+    def _send(
+        self,
+        part: int,
+        number: int,
+        data: bytes,
+        count: tuple[int, int] = (0, 0),
+        *,
+        answers: bool = True,
+    ) -> int:
+        fd = _starter.sealed_file(data)
+        answer = b""
         try:
-            _starter.send_bytes(self._fd, _frame(part, number, argc, envc), fd)
-            answer = _starter.receive_bytes(self._fd, _REPLY_BYTES)[0]
+            _starter.send_bytes(self._fd, _frame(part, number, *count), fd)
+            if answers:
+                answer = _starter.receive_bytes(self._fd, _REPLY_BYTES)[0]
         except OSError:
             answer = b""
         os.close(fd)

@@ -115,6 +115,7 @@ def test_dockers_form_is_understood(run, profile):
 WRONG = {
     "no JSON": "rubbish",
     "a list": [],
+    "a misspelt key": {**NO_CHMOD, "syscall": []},
     "nothing": {},
     "no such action": {"defaultAction": "SCMP_ACT_NONSENSE"},
     "a wrong type": {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": "chmod"}]},
@@ -221,6 +222,27 @@ def test_a_label_that_cannot_be_applied_starts_nothing(run, key):
     done = run("--security", f"{key}:unconfined", line="echo started")
     assert (done.returncode, done.stdout) == (255, "")
     assert key in done.stderr
+
+
+def test_both_labels_start_nothing(own, sif):
+    done = own.run("exec", "--security", "apparmor:x,selinux:y", sif, "echo", "started")
+    assert (done.returncode, done.stdout) == (255, "")
+    assert "can't specify both an apparmor profile and a SELinux label" in done.stderr
+
+
+@pytest.mark.parametrize("flow", sorted(FLOWS))
+def test_who_joins_an_instance_has_its_filter(own, sif, profile, flow):
+    options, root = FLOWS[flow]
+    name = f"filtered-{flow}"
+    words = ["--security", profile(NO_CHMOD), sif, name]
+    done = own.run("instance", "start", *options, *words, root=root)
+    try:
+        assert done.returncode == 0, done.stderr
+        done = own.run("exec", f"instance://{name}", "sh", "-c", f"{SHOW}; {TRY}", root=root)
+        assert status(done.stdout)["Seccomp"] == ["2"], done.stderr
+        assert "No space left on device" in done.stderr
+    finally:
+        own.run("instance", "stop", name, root=root)
 
 
 @pytest.mark.parametrize(

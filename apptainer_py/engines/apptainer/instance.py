@@ -62,6 +62,7 @@ class Service:
         self.fakeroot = fakeroot
         self.limited = limited
         self.booted = action.boot
+        self.guards: tuple[list[bytes], list[bytes]] = ([], [])
         self.place = self._reserve()
         self.logs = instances.logs_of(self.owner, self.name)
         null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
@@ -111,6 +112,8 @@ class Service:
                 fakeroot=self.fakeroot,
                 cgroup=self.limited,
                 booted=self.booted,
+                label=tuple(self.guards[0]),
+                filter=tuple(self.guards[1]),
             )
         )
         log.info("instance started successfully")

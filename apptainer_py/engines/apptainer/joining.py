@@ -14,6 +14,7 @@ from apptainer_py.base import log
 from apptainer_py.base.errors import LaunchError
 from apptainer_py.engines.apptainer import environ, mounts, process
 from apptainer_py.engines.apptainer.instance import check_flow
+from apptainer_py.engines.apptainer.message import refused_label
 from apptainer_py.model import protocol
 from apptainer_py.model.plan import ContainerPlan
 from apptainer_py.runtime import instances
@@ -28,8 +29,9 @@ if TYPE_CHECKING:
 
 PREFIX = "instance://"
 _SHELLS = (b"/bin/sh", b"/bin/bash")
+_SYS_ADMIN = 1 << 21
 _WHERE = "While setting image/instance: "
-_KEPT = protocol.PLANFLAG_NO_NEW_PRIVS | protocol.PLANFLAG_FAKEROOT
+_KEPT = protocol.PLANFLAG_NO_NEW_PRIVS | protocol.PLANFLAG_FAKEROOT | protocol.PLANFLAG_LABEL
 _RUNSCRIPT = b"/.singularity.d/runscript"
 # What these promise would not hold; other options that shape a container are without effect here,
 # as they are with Apptainer.
@@ -62,6 +64,9 @@ class Joined:
 
     def __init__(self, lists: dict[bytes, list[bytes]]) -> None:
         self.lists = lists
+        # What binds each payload of this instance, as its record says.
+        self.label: tuple[bytes, ...] = ()
+        self.filter: tuple[bytes, ...] = ()
         self.directory = b"/"
 
     def create(self, context: CreateContext) -> None:
@@ -72,11 +77,21 @@ class Joined:
         """
         joining = context.joining
         try:
+            self._bind(joining)
             self._enter(joining)
             self._become(joining)
         except LaunchError:
             joining.dismiss()
             raise
+
+    def _bind(self, joining: Joining) -> None:
+        if self.label:
+            kind, text = int(self.label[0]), self.label[1]
+            number = joining.label(kind, text)
+            if number:
+                raise NotStarted(text=refused_label(kind, os.fsdecode(text), number))
+        if self.filter:
+            joining.filter_calls(bytes.fromhex(self.filter[0].decode()), int(self.filter[1]))
 
     def _enter(self, joining: Joining) -> None:
         candidates = self.lists[b"cwd"]
@@ -171,6 +186,7 @@ def prepare(context: PrepareContext, flags: int, caps: Capabilities) -> Joined:
         caps = degree.capabilities(action)
         flags = degree.flags & ~protocol.PLANFLAG_SUBIDS
     booted = found.booted and facts.uid == 0
+    flags |= bound(found, caps)
     joining = protocol.PLANFLAG_JOIN | (protocol.PLANFLAG_BOOTED if booted else 0)
     context.plan(
         ContainerPlan(
@@ -178,7 +194,31 @@ def prepare(context: PrepareContext, flags: int, caps: Capabilities) -> Joined:
             caps=caps, flags=joining | flags & _KEPT,
         )
     )  # fmt: skip
-    return Joined(lists)
+    joined = Joined(lists)
+    joined.label, joined.filter = found.label, found.filter
+    return joined
+
+
+def bound(found: instances.Instance, caps: Capabilities) -> int:
+    """Return what the plan says of the instance's label and filter, if it has any.
+
+    Raises:
+        LaunchError: the record says what is neither.
+    """
+    numbers = [*found.label[:1], *found.filter[1:]]
+    try:
+        code = bytes.fromhex("".join(item.decode("ascii") for item in found.filter[:1]))
+    except ValueError:
+        code = b""
+    if not all(number.isdigit() and len(number) < 10 for number in numbers) or (
+        found.filter and not code
+    ):
+        raise LaunchError(text="the record of the instance is damaged: stop the instance")
+    flags = protocol.PLANFLAG_LABEL if found.label else 0
+    # Else the kernel would take no filter from this payload (seccomp(2)).
+    if found.filter and not caps[0] & _SYS_ADMIN:
+        flags |= protocol.PLANFLAG_NO_NEW_PRIVS
+    return flags
 
 
 def find_degree(action: ActionRequest, found: instances.Instance) -> Degree | None:

@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
+from apptainer_py.model import protocol
+
 # What a program that exists and cannot be executed lacks; both stages say it.
 LIBRARY_MISSING = "a shared library is likely missing in the image"
+
+
+def refused_label(kind: int, text: str, number: int) -> str:
+    """Return why the kernel does not take the payload's label; both stages may have to say it."""
+    word, reason = "SELinux context", os.strerror(number).lower()
+    if kind == protocol.LABELKIND_APPARMOR:
+        word = "AppArmor profile"
+        reason = "no profile of this name is loaded" if number == errno.ENOENT else reason
+    elif number == errno.EINVAL:
+        reason = "the policy knows no such context"
+    return f"failed to apply security configuration: {word} {text}: {reason}"
 
 
 def pack(lists: dict[bytes, list[bytes]]) -> bytes:

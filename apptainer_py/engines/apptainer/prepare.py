@@ -95,6 +95,7 @@ class Prepared:
         "image",
         "janitor",
         "joined",
+        "label",
         "layer",
         "limits",
         "links",
@@ -127,6 +128,7 @@ class Prepared:
         self.size_bytes = 0
         self.fuse = False
         self.filter: list[bytes] = []
+        self.label: list[bytes] = []
         self.fuse_count = 0
         self.fuses: Fuses | None = None
         # Where the image is mounted on the host, by fusermount3.
@@ -266,6 +268,8 @@ def judge(
         from apptainer_py.engines.apptainer.security import apply
 
         plan = apply(security, plan, prepared, action, facts)
+        if prepared.service:
+            prepared.service.guards = (prepared.label, prepared.filter)
     fake_devices(prepared, action)
     binds = mounts.plan(prepared, action, context)
     plan = plan.replace(flags=plan.flags | number_devices(prepared, facts))

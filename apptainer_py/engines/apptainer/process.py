@@ -349,6 +349,7 @@ def spec(
     if _has_console(prepared):
         found[b"console"] = [b"yes"]
     found[b"filter"] = prepared.filter
+    found[b"label"] = prepared.label
     found[b"fuses"] = prepared.fuses.message() if prepared.fuses else []
     return pack(found)
 
@@ -398,6 +399,7 @@ def lists(  # noqa: PLR0913 one thing each
         b"umask": [b"%d" % (0o022 if action.no_umask else context.facts.umask)],
         b"console": [],
         b"filter": [],
+        b"label": [],
         b"fuses": [],
         b"level": [b"%d" % action.message_level],
     }

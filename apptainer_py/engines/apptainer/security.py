@@ -50,6 +50,7 @@ class Security(Record):
     uid: int | None = None
     gids: tuple[int, ...] = ()
     seccomp: str = ""
+    label: tuple[int, str] | None = None
 
     @property
     def changes_identity(self) -> bool:
@@ -74,8 +75,7 @@ def read(words: tuple[str, ...], facts: Facts) -> Security:
             raise SecurityWrong(text=f"--security: {key} is there twice")
         given[key] = value
     uid, gids = _identity(given, facts)
-    _check_labels(given)
-    return Security(uid=uid, gids=gids, seccomp=given.get("seccomp", ""))
+    return Security(uid=uid, gids=gids, seccomp=given.get("seccomp", ""), label=_label(given))
 
 
 def _identity(given: dict[str, str], facts: Facts) -> tuple[int | None, tuple[int, ...]]:
@@ -105,19 +105,38 @@ def _number(text: str, kind: str) -> int:
     )
 
 
-def _check_labels(given: dict[str, str]) -> None:
-    """Refuse a label: without it, or with another one, the payload would not be what was meant."""
-    for key, sign in (
-        ("apparmor", "/sys/kernel/security/apparmor"),
-        ("selinux", "/sys/fs/selinux/enforce"),
-    ):
-        if key not in given:
-            continue
-        if not os.path.exists(sign):
-            raise NotApplied(
-                reason=f"{key} requested, but is not enabled or supported on this system"
-            )
-        raise NotSupported(what=f"--security {key}:")
+def _label(given: dict[str, str]) -> tuple[int, str] | None:
+    """Return the label; without it the payload would not be what was meant."""
+    wanted = [(key, kind, is_on) for key, kind, is_on in _LABELS if key in given]
+    if not wanted:
+        return None
+    if len(wanted) > 1:
+        raise NotApplied(reason="you can't specify both an apparmor profile and a SELinux label")
+    key, kind, is_on = wanted[0]
+    if not is_on():
+        raise NotApplied(reason=f"{key} requested, but is not enabled or supported on this system")
+    text = given[key]
+    if len(os.fsencode(text)) >= protocol.LIMIT_LABEL_BYTES or not text.isprintable():
+        raise SecurityWrong(text=f"--security {key}: this is no label")
+    return (kind, text)
+
+
+def _apparmor_is_on() -> bool:
+    try:
+        with open("/sys/module/apparmor/parameters/enabled", "rb") as answer:
+            return answer.read(1) == b"Y"
+    except OSError:
+        return False
+
+
+def _selinux_is_on() -> bool:
+    return os.path.exists("/sys/fs/selinux/enforce")
+
+
+_LABELS = (
+    ("apparmor", protocol.LABELKIND_APPARMOR, _apparmor_is_on),
+    ("selinux", protocol.LABELKIND_SELINUX, _selinux_is_on),
+)
 
 
 def capabilities_of(action: ActionRequest, facts: Facts) -> Capabilities:
@@ -153,12 +172,20 @@ def apply(
             flags=plan.flags | held,
         )
         prepared.user = _account(prepared.user, plan.uid, plan.gid)
+    if security.label:
+        prepared.label = packed(security.label)
+        plan = plan.replace(flags=plan.flags | protocol.PLANFLAG_LABEL)
     if security.seccomp:
         prepared.filter = program(security, plan.caps)
         # Else the kernel would take no filter from this payload (seccomp(2)).
         if not plan.caps[0] & _SYS_ADMIN:
             plan = plan.replace(flags=plan.flags | protocol.PLANFLAG_NO_NEW_PRIVS)
     return plan
+
+
+def packed(label: tuple[int, str]) -> list[bytes]:
+    """Return a label for stage 2's message."""
+    return [b"%d" % label[0], os.fsencode(label[1])]
 
 
 def _account(user: User, uid: int, gid: int) -> User:

@@ -10,7 +10,7 @@ import time
 from apptainer_py.base import log
 from apptainer_py.base.errors import ImageGone, LaunchError, is_gone
 from apptainer_py.engines.apptainer import dockerenv
-from apptainer_py.engines.apptainer.message import LIBRARY_MISSING, unpack
+from apptainer_py.engines.apptainer.message import LIBRARY_MISSING, refused_label, unpack
 from apptainer_py.engines.apptainer.shellenv import NotSimple, environment
 
 TYPE_CHECKING = False
@@ -54,6 +54,8 @@ def start(context: StartContext) -> None:
     _enter_directory(message[b"cwd"], required=bool(message[b"cwd_required"]))
     if message[b"console"]:
         _take_console()
+    if message[b"label"]:
+        _take_label(context, *message[b"label"])
     if message[b"filter"]:
         code, number = message[b"filter"]
         context.filter_calls(bytes.fromhex(code.decode()), int(number))
@@ -74,6 +76,12 @@ def start(context: StartContext) -> None:
         if message[b"action"][0] != b"exec":
             raise NotStarted(text=_explain(shell, problem))
     _start_without_shell(context, message, directory)
+
+
+def _take_label(context: StartContext, kind: bytes, text: bytes) -> None:
+    number = context.label(int(kind), text)
+    if number:
+        raise NotStarted(text=refused_label(int(kind), os.fsdecode(text), number))
 
 
 def _serve_fuses(context: StartContext, message: dict[bytes, list[bytes]]) -> None:
