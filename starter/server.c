@@ -10,7 +10,7 @@
 
 #include "starter.h"
 
-#define SERVER_PROGRAM APY_LIBEXECDIR "/bin/squashfuse_ll"
+static const char server_program[] = APY_LIBEXECDIR "/bin/squashfuse_ll";
 #define SERVER_UNPACK APY_LIBEXECDIR "/bin/unpack.so"
 enum { SERVER_IMAGE_FD = 3, SERVER_FUSE_FD = 4, LOOK_PATIENCE_MS = 5000 };
 
@@ -41,7 +41,8 @@ NO_RETURN static void serve(const struct launch *l, int image_fd, int fuse_fd, u
     /* Root's file, as the program is; a loader that cannot have it serves without. */
     static char preload[] = "LD_PRELOAD=" SERVER_UNPACK;
     char *const envp[] = {preload, NULL};
-    execve(SERVER_PROGRAM, argv, envp);
+    server_filter(server_program);
+    execve(server_program, argv, envp);
     _exit(127);
 }
 

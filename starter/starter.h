@@ -295,6 +295,8 @@ struct extfs_place {
 MUST_USE pid_t server_start_extfs(const struct launch *l, int image_fd, int fuse_fd,
                                   const struct extfs_place *place);
 MUST_USE pid_t server_start_overlay(struct launch *l);
+/* server_filter.c */
+void server_filter(const char *path);
 /* Waits for its image and its device, from the other end of a socket. */
 NO_RETURN void server_wait(const struct launch *l, int socket);
 MUST_USE pid_t server_start(const struct launch *l, int image_fd, int fuse_fd, uint64_t offset);

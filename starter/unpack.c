@@ -9,6 +9,8 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "unpack.h"
+
 /* Of zlib.h, libdeflate.h and zstd.h, whose packages nothing else here needs. */
 enum { UNPACKED = 0, ZLIB_DATA_ERROR = -3 };
 typedef int zlib_function(unsigned char *, unsigned long *, const unsigned char *, unsigned long);
@@ -104,6 +106,12 @@ static void find_deflate(void) {
     deflate.unpack = (deflate_function *)dlsym(library, "libdeflate_zlib_decompress");
     if (make != NULL && deflate.unpack != NULL)
         deflate.context = make();
+}
+
+void unpack_prepare(bool is_gzip) {
+    if (is_gzip && !deflate.tried)
+        find_deflate();
+    deflate.tried = 1;
 }
 
 static void find_zstd(void) {

@@ -11,6 +11,8 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "unpack.h"
+
 /* Of fuse_common.h and fuse_lowlevel.h, libfuse 3. */
 struct fuse_file_info {
     int flags;
@@ -159,8 +161,17 @@ static void begin(void *data, struct fuse_conn_info *connection) {
 /* In the superblock: where the table of attributes begins, or all ones. */
 static uint64_t image_offset;
 
+enum { IMAGE_FD = 3 };
+
+bool image_is_gzip(void) {
+    enum { COMPRESSION_AT = 20, GZIP = 1 };
+    uint16_t kind;
+    return pread(IMAGE_FD, &kind, sizeof(kind), (off_t)(image_offset + COMPRESSION_AT)) ==
+               (ssize_t)sizeof(kind) && kind == GZIP;
+}
+
 static bool has_attributes(void) {
-    enum { IMAGE_FD = 3, TABLE_AT = 56 };
+    enum { TABLE_AT = 56 };
     uint64_t table;
     return pread(IMAGE_FD, &table, sizeof(table), (off_t)(image_offset + TABLE_AT)) !=
                (ssize_t)sizeof(table) || table != UINT64_MAX;
