@@ -101,9 +101,10 @@ class Installation:
             print(f"install: {target} is kept; the new default is {target}.new")
 
     def place_link(self, target: str, link: str) -> None:
-        """Let a name lead to what is installed, unless somebody else's file has that name."""
-        if os.path.lexists(link) and not os.path.islink(link):
+        """Let a name lead to what is installed, unless somebody else's file or link has it."""
+        if os.path.lexists(link) and not leads_to(link, target):
             print(f"install: warning: {link} is not ours; it stays as it is")
+            self.before.files.pop(link, None)
             return
         above = os.path.dirname(link)
         missing = []
@@ -134,6 +135,13 @@ class Installation:
         stale.configs = {path: d for path, d in self.before.configs.items() if path not in kept}
         stale.directories = self.before.directories - self.now.directories
         remove(stale)
+
+
+def leads_to(link: str, target: str) -> bool:
+    """Return whether a name is a symbolic link to that target, which need not be there."""
+    if not os.path.islink(link):
+        return False
+    return os.path.normpath(os.path.join(os.path.dirname(link), os.readlink(link))) == target
 
 
 def remove(listed: Manifest) -> list[str]:

@@ -119,7 +119,9 @@ class Instance:
         Raises:
             UsageError: it has ended.
         """
-        return instance_stats.usage_now(self.name, user=self._user, uid=os.getuid())
+        return instance_stats.usage_now(
+            self.name, launching.environment_of(None), user=self._user, uid=os.getuid()
+        )
 
     def stop(self, *, signal: str = "", force: bool = False, timeout: int = 10) -> None:
         """End it: with a signal, by default the image's own, and SIGKILL some seconds later.
@@ -149,7 +151,8 @@ def found(pattern: str, *, user: str = "", all: bool = False) -> list[records.In
     Raises:
         ApptainerError: another user's are asked for, and the caller is not root.
     """
-    return instance_list.matching(pattern, user=user, uid=os.getuid(), with_shared=all)
+    environ = launching.environment_of(None)
+    return instance_list.matching(pattern, environ, user=user, uid=os.getuid(), with_shared=all)
 
 
 def stop(pattern: str = "", **options: object) -> None:
@@ -160,7 +163,8 @@ def stop(pattern: str = "", **options: object) -> None:
     """
     wanted: dict[str, Any] = values("instance stop", options)
     instance_stop.instance_stop(
-        pattern=pattern,
+        pattern,
+        launching.environment_of(None),
         everything=wanted["all"],
         user=wanted["user"],
         uid=os.getuid(),

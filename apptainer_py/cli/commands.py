@@ -131,11 +131,13 @@ def _instance_list(parsed: Parsed) -> int:
 def _instance_stats(parsed: Parsed) -> int:
     import os
 
+    from apptainer_py.cli.environment import of_caller
     from apptainer_py.verbs import instance_stats
 
     options = parsed.options
     pages = instance_stats.instance_stats(
-        name=parsed.arguments[0],
+        parsed.arguments[0],
+        of_caller(),
         user=str(options["user"]),
         uid=os.getuid(),
         as_json=bool(options["json"]),

@@ -129,8 +129,7 @@ class _Folder:
         import fcntl
         import tempfile
 
-        self._instance = instance
-
+        self._instance, self._environ = instance, environ
         named = next(filter(None, (environ.get(name, "") for name in _VARIABLES)), "/tmp")
         above = f"{os.path.abspath(named)}/apptainer-py-unsquash-{os.geteuid()}"
         own_directory(above)
@@ -223,7 +222,7 @@ class _Folder:
 
         from apptainer_py.runtime import instances
 
-        owner = instances.owner_asked("", os.getuid())
+        owner = instances.owner_asked("", os.getuid(), self._environ)
         # Where the start was cut off, the keeper may be about to write its record.
         for _ in range(1 if in_order else _TRIES):
             found = instances.find(owner, self._instance)
@@ -260,7 +259,10 @@ class _Folder:
         from apptainer_py.runtime import instances
 
         above = os.path.dirname(os.path.dirname(os.path.realpath(self.root)))
-        used = {one.image for one in instances.every(instances.owner_asked("", os.getuid()))}
+        used = {
+            one.image
+            for one in instances.every(instances.owner_asked("", os.getuid(), self._environ))
+        }
         for name in os.listdir(self._above):
             if name == self._name or not name.startswith("rootfs-"):
                 continue

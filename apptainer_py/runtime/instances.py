@@ -118,14 +118,13 @@ def owner(who: str | int, environ: Mapping[str, str] | None = None) -> Owner:
     return Owner(name=entry.pw_name, uid=entry.pw_uid, above=above, folder=folder)
 
 
-def owner_asked(user: str, uid: int) -> Owner:
+def owner_asked(user: str, uid: int, environ: Mapping[str, str]) -> Owner:
     """Return whose instances a command is about: a user's that is named, or the caller's own.
 
     Raises:
         NoAccount: there is no such user.
     """
-    # A command without a container: nothing else hands the environment on to here.
-    return owner(user) if user else owner(uid, os.environ)  # noqa: TID251
+    return owner(user) if user else owner(uid, environ)
 
 
 def is_name(name: str) -> bool:

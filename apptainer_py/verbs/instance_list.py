@@ -7,7 +7,7 @@ from apptainer_py.runtime import instances
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 _GAP = 4
 
@@ -20,7 +20,9 @@ class ListForRoot(ApptainerError):
     message = "Only root user can list user's instances"
 
 
-def matching(pattern: str, *, user: str, uid: int, with_shared: bool) -> list[instances.Instance]:
+def matching(
+    pattern: str, environ: Mapping[str, str], *, user: str, uid: int, with_shared: bool
+) -> list[instances.Instance]:
     """Return the instances whose names match, of the caller or of another user.
 
     Raises:
@@ -33,7 +35,7 @@ def matching(pattern: str, *, user: str, uid: int, with_shared: bool) -> list[in
         raise ListForRoot
     return [
         instance
-        for instance in instances.every(instances.owner_asked(user, uid))
+        for instance in instances.every(instances.owner_asked(user, uid, environ))
         if fnmatch.fnmatchcase(instance.name, pattern or "*")
         and (with_shared or not instance.sharens)
     ]

@@ -46,8 +46,15 @@ class Usage(Record):
     pids: int
 
 
-def instance_stats(
-    *, name: str, user: str, uid: int, as_json: bool, once: bool, clear: bool
+def instance_stats(  # noqa: PLR0913 an option each
+    name: str,
+    environ: Mapping[str, str],
+    *,
+    user: str,
+    uid: int,
+    as_json: bool,
+    once: bool,
+    clear: bool,
 ) -> Iterator[str]:
     """Yield pages until the instance ends, or one.
 
@@ -55,30 +62,32 @@ def instance_stats(
         StatsForRoot: somebody else's instance is asked for.
         UsageError: there is no such instance.
     """
-    found, folder = _running(name, user, uid)
+    found, folder = _running(name, user, uid, environ)
     if as_json and not once:
         log.warning("JSON output is only available for a single timepoint (--no-stream)")
     log.info(f"Stats for {found.name} instance of {found.image} (PID={found.pid})")
     return _pages(found, folder, as_json=as_json, once=once or as_json, clear=clear)
 
 
-def usage_now(name: str, *, user: str, uid: int) -> Usage:
+def usage_now(name: str, environ: Mapping[str, str], *, user: str, uid: int) -> Usage:
     """Return what an instance uses at this moment.
 
     Raises:
         StatsForRoot, UsageError: as `instance_stats`.
         NoLibrary: the library that looks into processes is missing.
     """
-    found, folder = _running(name, user, uid)
+    found, folder = _running(name, user, uid, environ)
     os.close(folder)
     return measure(found)
 
 
-def _running(name: str, user: str, uid: int) -> tuple[instances.Instance, int]:
+def _running(
+    name: str, user: str, uid: int, environ: Mapping[str, str]
+) -> tuple[instances.Instance, int]:
     """Return the record of an instance that runs, and its directory of /proc."""
     if user and uid != 0:
         raise StatsForRoot
-    owner = instances.owner_asked(user, uid)
+    owner = instances.owner_asked(user, uid, environ)
     found = instances.find(owner, name) if instances.is_name(name) else None
     folder = -1 if found is None else instances.open_running(found, owner)
     if found is None or folder < 0:

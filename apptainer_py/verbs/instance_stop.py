@@ -14,6 +14,10 @@ from apptainer_py.base import log
 from apptainer_py.base.errors import ApptainerError, UsageError
 from apptainer_py.runtime import instances
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
 _LAST_WORDS_S = 5.0
 # What the init programs themselves say ends all that they have started.
 _OF_INITS = {"systemd": "SIGRTMIN+3", "busybox": "SIGUSR2", "openrc-init": "SIGPWR"}
@@ -54,7 +58,15 @@ class _Target:
 
 
 def instance_stop(  # noqa: PLR0913 an option each
-    *, pattern: str, everything: bool, user: str, uid: int, number: str, force: bool, timeout_s: int
+    pattern: str,
+    environ: Mapping[str, str],
+    *,
+    everything: bool,
+    user: str,
+    uid: int,
+    number: str,
+    force: bool,
+    timeout_s: int,
 ) -> None:
     """Stop the instances whose names match; returns when they have ended.
 
@@ -69,7 +81,7 @@ def instance_stop(  # noqa: PLR0913 an option each
     if user and uid != 0:
         raise StopForRoot
     wanted = signal.SIGKILL if force else signal_number(number) if number else 0
-    owner = instances.owner_asked(user, uid)
+    owner = instances.owner_asked(user, uid, environ)
     targets = []
     for instance in instances.every(owner):
         if everything or fnmatch.fnmatchcase(instance.name, pattern):
