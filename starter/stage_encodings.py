@@ -9,9 +9,8 @@ import sys
 
 from . import utf_8
 
-__path__[:] = [
-    f"{sys.prefix}/lib/python{sys.version_info.major}.{sys.version_info.minor}/encodings"
-]
+# The core of the interpreter, which a stage begins with, has no sys.prefix yet.
+__path__[:] = [f"/usr/lib/python{sys.version_info.major}.{sys.version_info.minor}/encodings"]
 _ENTRY = utf_8.getregentry()
 
 

@@ -54,7 +54,8 @@ def __getattr__(wanted):
     own = globals()
     own.pop("__getattr__", None)
     version = sys.version_info
-    source = f"{sys.prefix}/lib/python{version.major}.{version.minor}/os.py"
+    # The core of the interpreter, which a stage begins with, has no sys.prefix yet.
+    source = f"/usr/lib/python{version.major}.{version.minor}/os.py"
     with builtins.open(source, "rb") as file:
         exec(compile(file.read(), source, "exec"), own)
     try:

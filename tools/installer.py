@@ -281,6 +281,9 @@ def place_all(installation: Installation, built: Path, *, setuid: bool) -> None:
         if source.suffix in (".py", ".pyc", ".pyi", ".so") or source.name == "py.typed":
             name = source.relative_to(package)
             installation.place(source, f"{installation.library}/{name}", 0o644)
+    # `config global` and `confgen` write the administrator's file anew from this one.
+    shipped = CHECKOUT / "etc/apptainer-py.conf"
+    installation.place(shipped, f"{installation.library}/apptainer-py.conf", 0o644)
     for source in sorted((CHECKOUT / "etc").rglob("*")):
         if source.is_file():
             name = source.relative_to(CHECKOUT / "etc")

@@ -75,7 +75,13 @@ def _thread_number() -> int:
 
 def _printable(text: str) -> str:
     # A name that an image or a user chose must not move the cursor or start a second line.
-    return "".join(c if c.isprintable() or c == "\t" else ascii(c)[1:-1] for c in text)
+    # A byte that is no UTF-8 comes as half of a surrogate pair.
+    return "".join(c if c.isprintable() or c == "\t" else _escaped(c) for c in text)
+
+
+def _escaped(c: str) -> str:
+    code = ord(c)
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else ascii(c)[1:-1]
 
 
 def _emit(kind: int, text: str) -> None:

@@ -31,6 +31,7 @@ MODES = {
     "libexec/apptainer-py/bin/gpgv": 0o711,
     "libexec/apptainer-py/bin/squashfuse_ll": 0o711,
     "libexec/apptainer-py/bin/unpack.so": 0o644,
+    "lib/apptainer-py/apptainer-py.conf": 0o644,
     "lib/apptainer-py/apptainer_py/__init__.py": 0o644,
 }
 PYC_UNCHECKED_HASH = 0b01
@@ -115,6 +116,22 @@ def test_every_module_is_compiled_and_trusted_without_its_source(installed):
         assert int.from_bytes(content[4:8], "little") == PYC_UNCHECKED_HASH, compiled
         if sys.version_info[:2] == (3, 11):
             assert marshal.loads(content[16:]).co_filename == str(source)
+
+
+def test_the_administrators_file_is_changed_by_command(installed):
+    """Both commands write the file anew from the one that was installed beside the modules."""
+    program, conf = (
+        installed.prefix / "bin/apptainer-py",
+        installed.sysconfdir / "apptainer-py.conf",
+    )
+    before = conf.read_bytes()
+    argv = [program, "config", "global", "--set", "mount proc", "no"]
+    subprocess.run(argv, check=True)
+    assert "\nmount proc = no\n" in conf.read_text()
+    subprocess.run([program, "config", "global", "--reset", "mount proc"], check=True)
+    subprocess.run([program, "confgen", conf, installed.place / "new"], check=True)
+    assert (installed.place / "new").read_bytes() == conf.read_bytes()
+    conf.write_bytes(before)
 
 
 def test_prefix_is_compiled_in(installed):

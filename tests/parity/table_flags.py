@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.parity.rows import BOTH, ROOT, SETUID, Case, environment, payload
 
 WORDS = "the words are our own, the status is the same"
+ESCAPED = "a byte that is no text is shown by its number"
 ONE_LINE = "what is wrong is said in the same line"
 EMPTY = "an empty word is a mistake, and said to be one"
 MADE = "a target that the image lacks is made"
@@ -106,12 +107,18 @@ BAD = [
     usage("exec --env-file {env},/nonexistent {sif} true"),
     usage("exec --app '' {sif} true"),
     usage("exec --app ../foo {sif} true"),
+    usage("exec --app '\udcff' {sif} true"),
+    usage("exec --cwd '\udcff' {sif} true", differs={"said": ESCAPED}),
+    usage("exec --pem-path /nonexistent {sif} true"),
+    usage("exec --pem-path /etc/hostname {sandbox} true"),
+    usage("exec {sif} true", env={"APPTAINER_ENCRYPTION_PEM_PATH": "/nonexistent"}),
     usage("exec --cwd '' {sif} true"),
     usage("exec --home '' {sif} true", differs={"status": NOTHING, "said": NOTHING}),
     usage("exec --home relative {sif} true"),
     usage("exec --home {data}: {sif} true"),
     usage("exec --home :/h {sif} true", differs={"status": EMPTY, "said": EMPTY}),
     usage("exec --home {data}/file {sif} true", differs={"said": WORDS}),
+    usage("exec --home /dev/null {sif} true", differs={"said": WORDS}),
     usage("exec --hostname '' {sif} uname -n"),
     usage("exec --hostname " + "a" * 70 + " {sif} true", differs={"said": WORDS}),
     usage("exec --no-mount '' {sif} true"),

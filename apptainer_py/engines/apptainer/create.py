@@ -190,10 +190,10 @@ class Creation:
 
     def session_full(self, error: OSError) -> LaunchError:
         """Return the exception for a session directory that takes no more."""
-        return LaunchError(
-            text=f"the session directory cannot hold the container's own files: {error.strerror}; "
-            "the administrator sets its size with `sessiondir max size`"
-        )
+        text = f"the session directory cannot hold the container's own files: {error.strerror}"
+        if error.errno == errno.ENOSPC:
+            text += "; the administrator sets its size with `sessiondir max size`"
+        return LaunchError(text=text)
 
     def read_image_file(self, path: str) -> bytes | None:
         """Read a small regular file of the image; None where there is no such file."""

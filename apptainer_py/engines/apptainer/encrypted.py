@@ -111,6 +111,19 @@ def find_key(action: ActionRequest, environment: Mapping[str, str]) -> tuple[str
     raise KeyMissing
 
 
+def check_named(action: ActionRequest, environment: Mapping[str, str]) -> None:
+    """Check the key that a caller names for an image that needs none.
+
+    Raises:
+        LaunchError: it is not there, or no key.
+    """
+    path = action.pem_path or environment.get("APPTAINER_ENCRYPTION_PEM_PATH", "")
+    if path and b"-----BEGIN " not in _read(path):
+        raise LaunchError(
+            text=f"Invalid encryption private key: could not read {path}: no PEM data"
+        )
+
+
 def _read(path: str) -> bytes:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)

@@ -54,7 +54,7 @@ def plan(prepared: Prepared, context: PrepareContext) -> None:
                 f"only root can read this image; with user_allow_other in {_FUSE_CONFIG}, which is "
                 "the administrator's, the container's other ids can"
             )
-    context.tell_host(b"\0".join((os.fsencode(folder), options.encode())))
+    context.tell_host(b"\0".join((os.fsencode(folder), os.fsencode(options))))
 
 
 def _program() -> str | None:

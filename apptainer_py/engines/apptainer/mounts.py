@@ -426,12 +426,13 @@ def _home(p: Plan) -> None:
         log.warning("Not mounting home directory: it is /")
         return
     if not action.contain or action.home:
-        if action.home and os.path.isfile(user.home_source):
+        missing = not os.path.isdir(user.home_source)
+        if action.home and missing and os.path.exists(user.home_source):
             raise LaunchError(
                 text=f"container creation failed: home {user.home_source} is a file, not a "
                 "directory"
             )
-        if not os.path.isdir(user.home_source):
+        if missing:
             log.warning(f"Not mounting home directory {user.home_source}: it does not exist")
             return
         p.bind(os.path.abspath(user.home_source), user.home, HOME, create="directory")

@@ -442,6 +442,10 @@ def open_file(action: ActionRequest) -> OpenImage:
 
 def choose_root(prepared: Prepared, action: ActionRequest, context: PrepareContext) -> None:
     """Find the root file system, and who may mount it: the kernel, or an image server."""
+    if action.pem_path or "APPTAINER_ENCRYPTION_PEM_PATH" in context.environment:
+        from apptainer_py.engines.apptainer import encrypted
+
+        encrypted.check_named(action, context.environment)
     image, facts = prepared.image, context.facts
     prepared.what = f"cannot mount {image.path}"
     prepared.size_bytes = image.size_bytes

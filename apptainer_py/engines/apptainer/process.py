@@ -388,7 +388,7 @@ def lists(  # noqa: PLR0913 one thing each
         b"script": [os.fsencode(script(action, environment, prefix or []))],
         b"values": [os.fsencode(environ.injection(environment, evaluate=evaluate))],
         b"paths": [os.fsencode(environ.path_lines(environment, evaluate=evaluate))],
-        b"app": [action.app.encode()] if action.app else [],
+        b"app": [os.fsencode(action.app)] if action.app else [],
         b"environment": _entries(early),
         b"forwarded": _entries(late),
         b"plain": _entries(plain),

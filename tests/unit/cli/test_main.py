@@ -35,6 +35,11 @@ def plain_build(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log, "colour", False)
 
 
+def test_messages_show_what_is_no_text(capsys: pytest.CaptureFixture[str]) -> None:
+    log.warning("é\tb\nc\x1b\udcff\u202e")
+    assert capsys.readouterr().err == "WARNING: é\tb\\nc\\x1b\\xff\\u202e\n"
+
+
 def run(capsys: pytest.CaptureFixture[str], *words: str, **environ: str) -> tuple[int, str, str]:
     status = main.main(["apptainer-py", *words], environ)
     shown = capsys.readouterr()
