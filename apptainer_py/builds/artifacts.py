@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import threading
 
 from apptainer_py.base import log
 from apptainer_py.base.errors import ApptainerError
@@ -16,10 +17,12 @@ from apptainer_py.registry.client import OCI_MANIFEST, digest_of
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from types import TracebackType
 
     from apptainer_py.builds.fetching import Fetching
     from apptainer_py.cache.store import Cache
     from apptainer_py.image.oci_layout import Object
+    from apptainer_py.registry.client import Registry
     from apptainer_py.registry.reference import Reference
 
 ORAS = "oras"
@@ -28,7 +31,7 @@ LAYER_KIND = "application/vnd.sylabs.sif.layer.v1.sif"
 _LAYER_KINDS = (LAYER_KIND, "appliciation/vnd.sylabs.sif.layer.tar")  # older writers' own spelling
 _TITLE = "org.opencontainers.image.title"
 _CONFIG = b"{}"
-_CHUNK = 4 << 20
+_CHUNK = 1 << 20
 
 
 class NoSif(ApptainerError):
@@ -45,7 +48,11 @@ def find(reference: Reference, how: Fetching, environ: Mapping[str, str]) -> tup
         ApptainerError: there is none of that name.
     """
     with registry_of(reference, how, environ) as registry:
-        named = look_up(registry, reference, how)
+        return _found(registry, reference, how)
+
+
+def _found(registry: Registry, reference: Reference, how: Fetching) -> tuple[Named, Object]:
+    named = look_up(registry, reference, how)
     if len(named.layers) != 1:
         reason = f"it has {len(named.layers)} layers, not one"
         raise NoSif(reference=reference, reason=reason)
@@ -67,15 +74,15 @@ def fetch(
     Raises:
         ApptainerError: it cannot be had.
     """
-    named, layer = find(reference, how, environ)
+    with registry_of(reference, how, environ) as registry:
+        named, layer = _found(registry, reference, how)
 
-    def make(path: str) -> None:
-        log.info("Downloading oras image")
-        with registry_of(reference, how, environ) as registry:
+        def make(path: str) -> None:
+            log.info("Downloading oras image")
             with report.counting("Downloading", layer.size_bytes) as told:
                 download(registry, named.reference, layer, path, told)
 
-    return cache.get(ORAS, layer.digest, f"oras://{reference}", make)
+        return cache.get(ORAS, layer.digest, f"oras://{reference}", make)
 
 
 def push(
@@ -92,13 +99,14 @@ def push(
         OSError: it cannot be read.
     """
     with open(path, "rb") as file, registry_of(reference, how, environ) as registry:
-        digest, size = _digest_of(file.fileno())
+        # The registry is asked for the first things while a thread reads all of the file.
+        with _Digesting(file.fileno()) as digesting:
+            config = digest_of(_CONFIG)
+            if not registry.has_blob(reference, config):
+                registry.put_blob(reference, config, len(_CONFIG), io.BytesIO(_CONFIG))
+            digest, size = digesting.wait()
         if not registry.has_blob(reference, digest):
-            file.seek(0)
             registry.put_blob(reference, digest, size, file)
-        config = digest_of(_CONFIG)
-        if not registry.has_blob(reference, config):
-            registry.put_blob(reference, config, len(_CONFIG), io.BytesIO(_CONFIG))
         manifest = _manifest(os.path.basename(path), digest, size, annotations)
         return registry.put_manifest(reference, OCI_MANIFEST, manifest)
 
@@ -121,9 +129,47 @@ def _manifest(title: str, digest: str, size: int, annotations: Mapping[str, str]
     return json.dumps(manifest, separators=(",", ":")).encode()
 
 
-def _digest_of(fd: int) -> tuple[str, int]:
-    found, place = hashlib.sha256(), 0
-    while data := os.pread(fd, _CHUNK, place):
-        found.update(data)
-        place += len(data)
-    return f"sha256:{found.hexdigest()}", place
+class _Digesting:
+    """Finds a file's digest and size in a thread; whoever goes away ends it."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._hash = hashlib.sha256()
+        self._size_bytes = 0
+        self._error: OSError | None = None
+        self._stopped = False
+        self._thread = threading.Thread(target=self._work, daemon=True)
+
+    def __enter__(self) -> _Digesting:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stopped = True
+        self._thread.join()
+
+    def wait(self) -> tuple[str, int]:
+        """Return what it has found.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return f"sha256:{self._hash.hexdigest()}", self._size_bytes
+
+    def _work(self) -> None:
+        buffer = bytearray(_CHUNK)
+        view = memoryview(buffer)
+        try:
+            while not self._stopped and (size := os.preadv(self._fd, [buffer], self._size_bytes)):
+                self._hash.update(view[:size])
+                self._size_bytes += size
+        except OSError as error:
+            self._error = error

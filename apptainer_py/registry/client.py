@@ -13,7 +13,6 @@ from urllib.parse import urlencode, urlsplit
 from apptainer_py.base.record import Record
 from apptainer_py.registry.server import (
     CLIENT,
-    TIMEOUTS_S,
     TOKEN_BYTES,
     Interrupted,
     NotAllowed,
@@ -216,14 +215,8 @@ class Registry(Server):
                     "refresh_token": account.token,
                     "client_id": CLIENT,
                 }
-                answer = self._session.post(
-                    realm,
-                    data=form,
-                    stream=True,
-                    allow_redirects=False,
-                    timeout=TIMEOUTS_S,
-                    proxies=self._proxies(realm),
-                )
+                kind = {"Content-Type": "application/x-www-form-urlencoded"}
+                answer = self._sent("POST", realm, kind, urlencode(form).encode())
             else:
                 headers: dict[str, str] = {}
                 if account is not None:

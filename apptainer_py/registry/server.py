@@ -7,21 +7,25 @@ carries an account to another host, and never leads from HTTPS to HTTP.
 from __future__ import annotations
 
 import os
+import sys
 import time
 import zlib
+from http.client import HTTPException, InvalidURL
 from urllib.parse import urljoin, urlsplit
-
-import requests
 
 from apptainer_py.base import log
 from apptainer_py.base.errors import ApptainerError
-from apptainer_py.registry import watch
+from apptainer_py.registry import direct, watch
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from ssl import SSLContext
     from types import TracebackType
     from typing import Any, Self
+
+    from apptainer_py.registry import proxied
+    from apptainer_py.registry.direct import Answer
 
 TOKEN_BYTES = 1 << 20
 _CHUNK = 1 << 18
@@ -35,6 +39,7 @@ _AGAIN = (408, 425, 429, 500, 502, 503, 504)
 _NO_HEAD = (403, 405, 501)
 _MOVED = (301, 302, 303, 307, 308)
 CLIENT = "apptainer-py"
+_HEADERS = {"User-Agent": CLIENT, "Accept-Encoding": "identity", "Accept": "*/*"}
 _TOO_SLOW = "it does not answer in time"
 
 
@@ -75,17 +80,10 @@ class Server:
         self._server = server
         self._base = self._checked(f"{'https' if https else 'http'}://{server}", "")
         self._environ = dict(environ or {})
-        self._session = requests.Session()
-        # To find out where an answer leads to, it would read all that comes with it.
-        self._session.get_redirect_target = lambda answer: None
-        # No ~/.netrc: an account comes from where the caller was told it comes from.
-        self._session.trust_env = False
-        self._session.verify = self._certificates() if checked else False
-        self._session.headers["User-Agent"] = CLIENT
-        self._session.headers["Accept-Encoding"] = "identity"
-        adapter = watch.Adapter(pool_connections=8, pool_maxsize=8)
-        self._session.mount("https://", adapter)
-        self._session.mount("http://", adapter)
+        self._verify = self._certificates() if checked else False
+        self._context: SSLContext | None = None
+        self._direct = direct.Connections(self._tls, TIMEOUTS_S)
+        self._proxied: proxied.Connections | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -96,7 +94,9 @@ class Server:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._session.close()
+        self._direct.close()
+        if self._proxied is not None:
+            self._proxied.close()
 
     def _certificates(self) -> str | bool:
         for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "SSL_CERT_DIR"):
@@ -105,6 +105,22 @@ class Server:
                     raise RegistryError(host=self._server, reason=f"{name}: there is no {path}")
                 return path
         return True
+
+    def _tls(self) -> SSLContext:
+        if self._context is None:
+            import ssl
+
+            named = self._verify if isinstance(self._verify, str) else None
+            is_folder = named is not None and os.path.isdir(named)
+            context = ssl.create_default_context(
+                cafile=None if is_folder else named, capath=named if is_folder else None
+            )
+            context.set_alpn_protocols(["http/1.1"])
+            if not self._verify:
+                context.check_hostname = False
+                context.verify_mode = ssl.CERT_NONE
+            self._context = context
+        return self._context
 
     # -- any file of its host
 
@@ -131,14 +147,14 @@ class Server:
         self._judge(answer, path, is_file=True)
         return self._pieces(answer)
 
-    def _pieces(self, answer: requests.Response) -> Iterator[bytes]:
-        clock = watch.of(answer)
+    def _pieces(self, answer: Answer) -> Iterator[bytes]:
+        clock = answer.watch
         try:
             with answer:
                 while True:
                     if clock is not None:
                         clock.give(_PIECE_S)
-                    if not (piece := answer.raw.read(_CHUNK)):
+                    if not (piece := answer.read(_CHUNK)):
                         break
                     if clock is not None:
                         # What the caller does with it is not the server's time.
@@ -164,7 +180,7 @@ class Server:
         scope: str,
         headers: Mapping[str, str] | None = None,
         body: Any = None,
-    ) -> requests.Response:
+    ) -> Answer:
         """Ask until there is an answer that is worth judging; the caller closes it."""
         url = path if "://" in path else f"{self._base}{path}"
         # Another host, which an upload goes to, is told nothing of the account.
@@ -199,23 +215,12 @@ class Server:
             self._wait(attempt, answer.headers.get("Retry-After"))
         raise self._wrong("it does not answer")
 
-    def _follow(
-        self, method: str, url: str, headers: dict[str, str], body: Any
-    ) -> requests.Response:
+    def _follow(self, method: str, url: str, headers: dict[str, str], body: Any) -> Answer:
         host = urlsplit(url).netloc
         for _ in range(_REDIRECTIONS):
             if hasattr(body, "seek"):
                 body.seek(0)
-            answer = self._session.request(
-                method,
-                url,
-                headers=headers,
-                data=body,
-                stream=True,
-                allow_redirects=False,
-                timeout=TIMEOUTS_S,
-                proxies=self._proxies(url),
-            )
+            answer = self._sent(method, url, headers, body)
             if answer.status_code not in _MOVED or "Location" not in answer.headers:
                 return answer
             answer.close()
@@ -224,12 +229,29 @@ class Server:
                 headers = {k: v for k, v in headers.items() if k != "Authorization"}
         raise self._wrong("it leads from one place to the next without end")
 
+    def _sent(self, method: str, url: str, headers: Mapping[str, str], body: Any) -> Answer:
+        sent = {**_HEADERS, **headers}
+        proxies = self._proxies(url)
+        if not proxies:
+            return self._direct.ask(method, url, sent, body)
+        from apptainer_py.registry import proxied
+
+        if self._proxied is None:
+            self._proxied = proxied.Connections(verify=self._verify, timeouts_s=TIMEOUTS_S)
+        return self._proxied.ask(method, url, sent, body, proxies)
+
     def _is_own(self, url: str) -> bool:
         return _origin(url) == _origin(self._base)
 
     def _proxies(self, url: str) -> dict[str, str]:
         """Return what the environment wants to be asked in place of a host."""
-        found = dict(requests.utils.get_environ_proxies(url) or {})
+        # Where the library looks that knows which of them an address goes through.
+        names = os.environ  # noqa: TID251 a proxy is no choice of the command line
+        if not any(name.lower().endswith("_proxy") for name in names):
+            return {}
+        from apptainer_py.registry import proxied
+
+        found = proxied.proxies_for(url)
         for name, proxy in found.items():
             address = proxy if "://" in proxy else f"http://{proxy}"
             try:
@@ -269,12 +291,12 @@ class Server:
         log.verbose(f"{self._server}: trying again in {wait:g} s")
         time.sleep(wait)
 
-    def _small(self, answer: requests.Response, limit: int) -> bytes:
-        clock = watch.of(answer)
+    def _small(self, answer: Answer, limit: int) -> bytes:
+        clock = answer.watch
         if clock is not None:
             clock.give(_ANSWER_S)
         try:
-            data: bytes = answer.raw.read(limit + 1, decode_content=False)
+            data = answer.read(limit + 1)
             if answer.headers.get("Content-Encoding", "") in ("gzip", "x-gzip"):
                 # Not asked for.  The library would unpack without a limit.
                 data = zlib.decompressobj(16 + zlib.MAX_WBITS).decompress(data, limit + 1)
@@ -291,7 +313,7 @@ class Server:
             raise self._wrong(f"an answer has more than {limit} bytes")
         return data
 
-    def _judge(self, answer: requests.Response, what: str, *, is_file: bool = False) -> None:
+    def _judge(self, answer: Answer, what: str, *, is_file: bool = False) -> None:
         """Raise what an answer that is no success means."""
         if 200 <= answer.status_code < 300:
             return
@@ -327,16 +349,22 @@ class Server:
 
 def is_of_the_net(error: BaseException) -> bool:
     """Return whether an exception is what a network, or its other end, can cause."""
-    import http.client
+    kinds: tuple[type[BaseException], ...] = (HTTPException, OSError, zlib.error)
+    if "urllib3" in sys.modules:
+        import urllib3
 
-    import urllib3
-
-    kinds = (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException)
-    return isinstance(error, (*kinds, OSError, zlib.error))
+        kinds = (*kinds, urllib3.exceptions.HTTPError)
+    return isinstance(error, kinds)
 
 
 def _is_hopeless(error: BaseException) -> bool:
-    kinds = (requests.exceptions.SSLError, requests.exceptions.InvalidURL)
+    import ssl
+
+    kinds: tuple[type[BaseException], ...] = (ssl.SSLError, InvalidURL)
+    if "requests" in sys.modules:
+        import requests
+
+        kinds = (*kinds, requests.exceptions.SSLError, requests.exceptions.InvalidURL)
     return isinstance(error, kinds)
 
 
@@ -352,6 +380,7 @@ _CAUSES: tuple[tuple[str, str], ...] = (
     ("timed out", "it does not answer in time"),
     ("Connection reset", "the connection was cut"),
     ("IncompleteRead", "the connection was cut"),
+    ("Remote end closed", "the connection was cut"),
     ("Failed to parse", "it has, or leads to, an address that is none"),
 )  # fmt: skip
 

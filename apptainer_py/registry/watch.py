@@ -5,12 +5,10 @@ The timeout of a socket is for one packet; a server that sends a byte a minute n
 
 from __future__ import annotations
 
+import http.client
 import socket
 import threading
 import time
-
-import requests
-import urllib3
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -51,7 +49,7 @@ class Watch:
             pass
 
 
-class _Watched:
+class Watched:
     """What both kinds of connection have in common."""
 
     sock: Any
@@ -78,43 +76,9 @@ class _Watched:
         return answer
 
 
-class _Http(_Watched, urllib3.connection.HTTPConnection):  # type: ignore[misc]
-    pass
+class Http(Watched, http.client.HTTPConnection):
+    """A plain connection."""
 
 
-class _Https(_Watched, urllib3.connection.HTTPSConnection):  # type: ignore[misc]
-    pass
-
-
-class _HttpPool(urllib3.HTTPConnectionPool):  # type: ignore[misc]
-    ConnectionCls = _Http
-
-
-class _HttpsPool(urllib3.HTTPSConnectionPool):  # type: ignore[misc]
-    ConnectionCls = _Https
-
-
-_POOLS = {"http": _HttpPool, "https": _HttpsPool}
-
-
-class Adapter(requests.adapters.HTTPAdapter):  # type: ignore[misc]
-    """Connections of `requests` that are watched, through a proxy too."""
-
-    def init_poolmanager(self, *words: Any, **more: Any) -> None:
-        """Make the pools of direct connections."""
-        super().init_poolmanager(*words, **more)
-        self.poolmanager.pool_classes_by_scheme = _POOLS
-
-    def proxy_manager_for(self, *words: Any, **more: Any) -> Any:
-        """Make those of a proxy."""
-        manager = super().proxy_manager_for(*words, **more)
-        manager.pool_classes_by_scheme = _POOLS
-        return manager
-
-
-def of(answer: Any) -> Watch | None:
-    """Return the watch of an answer of `requests`."""
-    for found in (answer.raw, getattr(answer.raw, "_original_response", None)):
-        if isinstance(watch := getattr(found, "watch", None), Watch):
-            return watch
-    return None
+class Https(Watched, http.client.HTTPSConnection):
+    """One with TLS."""

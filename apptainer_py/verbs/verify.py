@@ -150,7 +150,7 @@ def _ask(address: str, body: bytes) -> bytes:
     packages.allow()
     import requests
 
-    from apptainer_py.registry import watch
+    from apptainer_py.registry import proxied
 
     headers = {"Content-Type": "application/ocsp-request", "Accept-Encoding": "identity"}
     too_much = VerifyFailed(reason=f"OCSP: {address} says too much, or too slowly")
@@ -158,12 +158,12 @@ def _ask(address: str, body: bytes) -> bytes:
     try:
         with requests.Session() as session:
             for scheme in ("https://", "http://"):
-                session.mount(scheme, watch.Adapter())
+                session.mount(scheme, proxied.Adapter())
             answer = session.post(
                 address, body, headers=headers, timeout=_ANSWER_S, stream=True,
                 allow_redirects=False, auth=lambda request: request,
             )  # fmt: skip
-            clock = watch.of(answer)
+            clock = proxied.watch_of(answer)
             if clock is not None:
                 clock.give(_ANSWER_S)
             for part in answer.iter_content(1 << 12):
