@@ -78,13 +78,23 @@ MAIN = '''\
 #!/usr/bin/python3 -ISB
 """Starts the commands that need no container; run as `{python} -I -S -B main.py`."""
 
+import atexit
+import os
 import sys
 
 sys.path.insert(0, {libdir!r})
 
 from apptainer_py.cli.main import main
 
-sys.exit(main(sys.argv))
+status = main(sys.argv)
+# To take the interpreter apart would cost milliseconds, and nothing is left in it.
+atexit._run_exitfuncs()
+for stream in (sys.stdout, sys.stderr):
+    try:
+        stream.flush()
+    except OSError:
+        pass
+os._exit(status)
 '''
 
 

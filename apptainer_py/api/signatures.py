@@ -153,10 +153,11 @@ def prover(options: Mapping[str, Any], asking: Asking) -> Prover:
 
 def _pgp_prover(options: Mapping[str, Any], asking: Asking) -> Prover:
     from apptainer_py.crypto import keyring
-    from apptainer_py.registry import active
     from apptainer_py.verbs import key, verify
 
     def fetch(fingerprint: str) -> bytes:
+        from apptainer_py.registry import active
+
         given = str(options.get("url") or "")
         try:
             places = active.keyservers(asking.environ, given=given, every=True)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
-import threading
 
 from apptainer_py.base import log
 from apptainer_py.base.errors import ApptainerError
@@ -17,8 +15,8 @@ from apptainer_py.registry.client import OCI_MANIFEST, digest_of
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from types import TracebackType
 
+    from apptainer_py.builds.digesting import Digesting
     from apptainer_py.builds.fetching import Fetching
     from apptainer_py.cache.store import Cache
     from apptainer_py.image.oci_layout import Object
@@ -31,7 +29,6 @@ LAYER_KIND = "application/vnd.sylabs.sif.layer.v1.sif"
 _LAYER_KINDS = (LAYER_KIND, "appliciation/vnd.sylabs.sif.layer.tar")  # older writers' own spelling
 _TITLE = "org.opencontainers.image.title"
 _CONFIG = b"{}"
-_CHUNK = 1 << 20
 
 
 class NoSif(ApptainerError):
@@ -87,6 +84,7 @@ def fetch(
 
 def push(
     path: str,
+    digesting: Digesting,
     reference: Reference,
     how: Fetching,
     environ: Mapping[str, str],
@@ -98,15 +96,14 @@ def push(
         ApptainerError: the registry does not take it.
         OSError: it cannot be read.
     """
-    with open(path, "rb") as file, registry_of(reference, how, environ) as registry:
-        # The registry is asked for the first things while a thread reads all of the file.
-        with _Digesting(file.fileno()) as digesting:
-            config = digest_of(_CONFIG)
-            if not registry.has_blob(reference, config):
-                registry.put_blob(reference, config, len(_CONFIG), io.BytesIO(_CONFIG))
-            digest, size = digesting.wait()
+    with registry_of(reference, how, environ) as registry:
+        # Asked for first, while all of the file is read.
+        config = digest_of(_CONFIG)
+        if not registry.has_blob(reference, config):
+            registry.put_blob(reference, config, len(_CONFIG), io.BytesIO(_CONFIG))
+        digest, size = digesting.wait()
         if not registry.has_blob(reference, digest):
-            registry.put_blob(reference, digest, size, file)
+            registry.put_blob(reference, digest, size, digesting.file)
         manifest = _manifest(os.path.basename(path), digest, size, annotations)
         return registry.put_manifest(reference, OCI_MANIFEST, manifest)
 
@@ -127,49 +124,3 @@ def _manifest(title: str, digest: str, size: int, annotations: Mapping[str, str]
         **({"annotations": dict(annotations)} if annotations else {}),
     }
     return json.dumps(manifest, separators=(",", ":")).encode()
-
-
-class _Digesting:
-    """Finds a file's digest and size in a thread; whoever goes away ends it."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._hash = hashlib.sha256()
-        self._size_bytes = 0
-        self._error: OSError | None = None
-        self._stopped = False
-        self._thread = threading.Thread(target=self._work, daemon=True)
-
-    def __enter__(self) -> _Digesting:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stopped = True
-        self._thread.join()
-
-    def wait(self) -> tuple[str, int]:
-        """Return what it has found.
-
-        Raises:
-            OSError: the file cannot be read.
-        """
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return f"sha256:{self._hash.hexdigest()}", self._size_bytes
-
-    def _work(self) -> None:
-        buffer = bytearray(_CHUNK)
-        view = memoryview(buffer)
-        try:
-            while not self._stopped and (size := os.preadv(self._fd, [buffer], self._size_bytes)):
-                self._hash.update(view[:size])
-                self._size_bytes += size
-        except OSError as error:
-            self._error = error

@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 
 from apptainer_py.base.errors import ApptainerError
-from apptainer_py.builds import artifacts
+from apptainer_py.builds.digesting import Digesting
 from apptainer_py.image import detect, sif
-from apptainer_py.registry import library, reference
+from apptainer_py.registry import reference
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from apptainer_py.builds.fetching import Fetching
+
+
+_ORAS = "oras"
 
 
 class BadUri(ApptainerError):
@@ -44,13 +47,17 @@ def push(
     transport, colon, rest = uri.partition("://")
     if not colon:
         raise BadUri(uri=uri)
-    if transport != artifacts.ORAS:
+    if transport != _ORAS:
         raise UnknownTransport(name=transport)
     named = reference.parse(f"//{rest}", docker=False)
     notes = dict(_pair(path, text) for text in annotations)
     _check_sif(path)
     try:
-        return artifacts.push(path, named, how, environ, notes)
+        with open(path, "rb") as file, Digesting(file) as digesting:
+            # Loaded while the file is read.
+            from apptainer_py.builds import artifacts
+
+            return artifacts.push(path, digesting, named, how, environ, notes)
     except OSError as error:
         raise CannotPush(path=path, reason=(error.strerror or "").lower()) from None
 
@@ -74,6 +81,8 @@ def push_to_library(
     Raises:
         ApptainerError: the library does not take it, or it is no signed SIF file.
     """
+    from apptainer_py.registry import library
+
     name = library.parse(uri.partition(":")[2])
     if wrong := library.bad_for_push(name):
         raise CannotPush(path=path, reason=wrong)
