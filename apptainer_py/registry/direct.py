@@ -163,7 +163,8 @@ class Connections:
         except BaseException as error:
             if connection is not None:
                 connection.close()
-            if isinstance(error, ValueError):
+            # That of a certificate is a ValueError too.
+            if isinstance(error, ValueError) and not isinstance(error, OSError):
                 # Without the words: they hold the header that is wrong.
                 raise http.client.InvalidURL("Failed to parse") from None
             raise
