@@ -57,6 +57,7 @@ void container_close_outer_ends(struct launch *l) {
     close_fd(&l->probe_pipe[0]);
     close_fd(&l->probe_pipe[1]);
     close_fd(&l->loan_socket[0]);
+    close_fd(&l->loan_asked);
     for (int i = 0; i < 2; i++) {
         close_fd(&l->loan_kept[i]);
         close_fd(&l->helper_sockets[i][0]);

@@ -106,6 +106,7 @@ static void close_inner_ends(struct launch *l) {
     close_fd(&l->loan_socket[1]);
     close_fd(&l->loan_kept[0]);
     close_fd(&l->loan_kept[1]);
+    close_fd(&l->loan_asked);
     close_fd(&l->go_socket[0]);
     close_fd(&l->go_socket[1]);
     close_fd(&l->life_pipe[0]);
@@ -126,7 +127,7 @@ static void close_master_ends(struct launch *l) {
 static void start_master(struct keeper *k) {
     struct launch *l = k->launch;
     step_begin(STEP_FORK_MASTER);
-    turn_make(true);
+    turn_make(l->request.forecast & FORECAST_FUSE); /* else nothing is set to work first */
     k->master = fork();
     if (k->master < 0)
         fail("cannot start a process", errno);
@@ -303,6 +304,8 @@ static void undo_early(struct keeper *k) {
 static bool take_mount(struct keeper *k) {
     step_begin(STEP_TAKE_MOUNT);
     bool taken = loan_take(k->launch, &k->loan);
+    if (taken)
+        turn_give(); /* no image server is to be set to work before master loads */
     step_end(STEP_TAKE_MOUNT);
     return taken;
 }
@@ -998,12 +1001,14 @@ NO_RETURN void keeper_main(struct launch *l) {
     k->launch = l;
     k->host_device = -1;
     loan_init(l, &k->loan);
+    loan_ask(l, &k->loan);
     open_channels(l);
     k->signals = block_signals();
     if (k->signals < 0)
         fail("cannot watch signals", errno);
     start_master(k);
     begin_early(k);
+    close_fd(&l->loan_asked);
     turn_give(); /* to master: rpc and image server have been set to work */
     wait_until_ready(k);
     bool ran = k->phase == RUN;

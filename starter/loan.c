@@ -55,7 +55,7 @@ static void close_fd(int *fd) {
 
 void loan_init(struct launch *l, struct loan *s) {
     l->loan_mount = l->loan_socket[0] = l->loan_socket[1] = -1;
-    l->loan_kept[0] = l->loan_kept[1] = -1;
+    l->loan_kept[0] = l->loan_kept[1] = l->loan_asked = -1;
     s->token_fd = s->server_fd = s->listener = s->holder = -1;
     s->taken = false;
 }
@@ -234,21 +234,30 @@ static bool foreseen_file(const struct launch *l, struct stat *st) {
     return found;
 }
 
-bool loan_take(struct launch *l, struct loan *s) {
+void loan_ask(struct launch *l, struct loan *s) {
+    const uint32_t foreseen = FORECAST_CONTAINER | FORECAST_FUSE;
     struct stat st;
-    struct loan_key key;
     struct sockaddr_un address;
-    int parts[PARTS] = {-1, -1, -1};
-    if (!loan_allowed(l) || !foreseen_file(l, &st))
-        return false;
-    make_key(l, &st, &key);
-    socklen_t size = address_of(&key, &address);
+    if ((l->request.forecast & foreseen) != foreseen || !loan_allowed(l) || !foreseen_file(l, &st))
+        return;
+    make_key(l, &st, &s->wanted);
+    socklen_t size = address_of(&s->wanted, &address);
     int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    /* SAFE: nothing is sent or taken; what may come stays in the socket, which keeper alone has,
+     * until the launch is on record: loan_take(). */
+    if (fd >= 0 &&
+        (connect(fd, (struct sockaddr *)&address, size) < 0 || !is_peer(l, fd, l->uid)))
+        close_fd(&fd);
+    l->loan_asked = fd;
+}
+
+bool loan_take(struct launch *l, struct loan *s) {
+    int parts[PARTS] = {-1, -1, -1};
     /* SAFE: in the setuid flow what comes is a mount of rpc's own making, or nothing: judge().  In
-     * a user namespace it is at most one that the same user could make there.  Nothing is sent. */
-    s->taken = fd >= 0 && connect(fd, (struct sockaddr *)&address, size) == 0 &&
-               is_peer(l, fd, l->uid) && receive(fd, parts) && judge(l, &key, parts, &s->token);
-    close_fd(&fd);
+     * a user namespace it is at most one that the same user could make there. */
+    s->taken = l->loan_asked >= 0 && receive(l->loan_asked, parts) &&
+               judge(l, &s->wanted, parts, &s->token);
+    close_fd(&l->loan_asked);
     if (s->taken) {
         l->loan_mount = parts[0];
         l->loan_kept[0] = fcntl(parts[0], F_DUPFD_CLOEXEC, 3);

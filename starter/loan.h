@@ -20,6 +20,7 @@ _Static_assert(sizeof(struct loan_token) == 64 + 15 * 8, "no padding");
 
 struct loan {
     bool taken;                        /* from another launch; else it is ours to hand out */
+    struct loan_key wanted;            /* what another launch was asked for */
     int token_fd, server_fd, listener;
     int holder;                        /* who offers it now: when that ends, it is our turn */
     struct loan_token token;
@@ -28,6 +29,8 @@ struct loan {
 void loan_init(struct launch *l, struct loan *s);
 void loan_close(struct launch *l, struct loan *s);
 bool loan_allowed(const struct launch *l);
+/* Asks who offers the image; master is forked while the answer comes, and must not have it. */
+void loan_ask(struct launch *l, struct loan *s);
 MUST_USE bool loan_take(struct launch *l, struct loan *s);
 /* Is the mount that was taken of this very file, with its file system at this offset? */
 MUST_USE bool loan_is(const struct loan *s, const struct stat *st, uint64_t offset);

@@ -197,7 +197,9 @@ struct stage_info {
     void (*leave_hook)(uint32_t hook, int failed);
     /* A numbered step begins, or has ended. */
     void (*at_step)(uint32_t step, int end);
-    /* stage 2: says "sealed", waits until keeper has dropped; 0 or -1 */
+    /* stage 2: says "sealed"; 0 or -1 */
+    int (*tell_sealed)(void);
+    /* ... then waits until keeper has dropped; 0 or -1 */
     int (*wait_for_go)(void);
     /* stage 2: restores what belongs to the user, then execve; returns errno */
     int (*exec_payload)(const char *path, char *const argv[], char *const envp[]);

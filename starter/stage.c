@@ -236,13 +236,18 @@ int stage_wait_for_go(const struct launch *l) {
     return got == 1 && byte == 'G' ? stage_die_with_keeper(l) : -1;
 }
 
-static int wait_for_go(void) {
+static int tell_sealed(void) {
     struct launch *l = stage_launch;
     step_begin(STEP_SEALED);
     if (write(l->seal_pipe[1], "S", 1) != 1)
         return -1;
     step_end(STEP_SEALED);
     close(l->seal_pipe[1]);
+    return 0;
+}
+
+static int wait_for_go(void) {
+    struct launch *l = stage_launch;
     if (stage_rpc_pid > 0 && stage_wait_for_rpc(l, stage_rpc_pid) < 0)
         return -1;
     return stage_wait_for_go(l);
@@ -314,8 +319,8 @@ static struct stage_info describe(const struct launch *l, enum stage stage) {
         .watcher = l->flow == FLOW_CALLER ? WATCHER_FILE : NULL,
         .forecast = l->request.forecast,
         .trace_fd = trace_fd, .permitted = l->permitted, .enter_hook = enter_hook,
-        .leave_hook = leave_hook, .at_step = at_step, .wait_for_go = wait_for_go,
-        .exec_payload = exec_payload, .set_filter = filter_set,
+        .leave_hook = leave_hook, .at_step = at_step, .tell_sealed = tell_sealed,
+        .wait_for_go = wait_for_go, .exec_payload = exec_payload, .set_filter = filter_set,
         .set_label = set_label,
     };
     return info;

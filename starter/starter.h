@@ -80,6 +80,7 @@ struct launch {
     int loan_socket[2];               /* [0] keeper, [1] rpc: a copy of the image's mount */
     int loan_mount;                   /* that copy, or one of another launch; -1 without */
     int loan_kept[2];                 /* keeper's own of what was taken: mount and word; -1 */
+    int loan_asked;                   /* keeper's socket to who offers the mount; -1 */
     int overlay_socket[2];             /* rpc → overlay server: its directories; -1 without */
     int netns_fd;                      /* the network that the container joins, or -1 */
     int probe_pipe[2];                 /* early image server → keeper: what it opened */

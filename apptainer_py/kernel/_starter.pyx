@@ -79,6 +79,7 @@ cdef extern from "protocol.h":
         void (*enter_hook)(uint32_t hook)
         void (*leave_hook)(uint32_t hook, int failed)
         void (*at_step)(uint32_t step, int end)
+        int (*tell_sealed)() nogil
         int (*wait_for_go)() nogil
         int (*exec_payload)(const char *path, char **argv, char **envp)
         int (*set_filter)(const void *code, size_t size, uint32_t flags)
@@ -214,8 +215,13 @@ def run_step(unsigned int step, function, *arguments):
     return result
 
 
+def tell_sealed():
+    """Stage 2: say that nothing more will be loaded. Returns False when nobody hears it."""
+    return _info().tell_sealed() == 0
+
+
 def wait_for_go():
-    """Stage 2: say that nothing more will be loaded, and wait until no privilege is left.
+    """Stage 2, sealed: wait until no privilege is left.
 
     Returns False when the launch was abandoned meanwhile.
     """

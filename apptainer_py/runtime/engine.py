@@ -72,6 +72,12 @@ class Operations:
     def create_container(self, context: CreateContext) -> None:
         """Have the container put together, mount by mount, by the mounting process."""
 
+    def rehearse(self, message: bytes) -> None:
+        """Run what `start_process` will, in vain, while stage 2 has nothing to do but wait.
+
+        No hook: it looks at nothing outside of the process, and what it returns is dropped.
+        """
+
     def start_process(self, context: StartContext) -> None:
         """Become the payload; runs inside the container with the payload's identity."""
 

@@ -542,6 +542,9 @@ def _run_start(info: StageInfo, facts: Facts, load_builtin: LoadBuiltin) -> int:
     os.lseek(fd, 0, 0)
     message = read_at_most(fd, os.fstat(fd).st_size)
     context = StartContext(message, tuple(streams), info["start_fd"])
+    if not _starter.tell_sealed():
+        return 255
+    operations.rehearse(message)
     if not _starter.wait_for_go():
         return 255
     try:

@@ -17,7 +17,16 @@ from pathlib import Path
 import pytest
 
 from tests import images, own_install
-from tests.e2e.sharing import hold, is_offered, need_copies, offers, servers, take, tell
+from tests.e2e.sharing import (
+    hold,
+    is_offered,
+    master_of,
+    need_copies,
+    offers,
+    servers,
+    take,
+    tell,
+)
 from tests.own_install import HostState, Household, assert_nothing_left, eventually, household
 
 _SEALS = 0x2F  # F_SEAL_SEAL, _SHRINK, _GROW, _WRITE and _EXEC
@@ -278,6 +287,20 @@ def test_a_payload_cannot_offer_one(own, home, image, open_fuse, how, refused):
         assert len(servers(home)) == (2 if refused else 1)
     for fd in parts:
         os.close(fd)
+
+
+def sockets_of(pid: int) -> int:
+    folder = Path(f"/proc/{pid}/fd")
+    return sum(os.readlink(name).startswith("socket:") for name in folder.iterdir())
+
+
+def test_master_has_no_part_in_it(own, home, image):
+    """It is forked while the answer of who offers the mount is on its way."""
+    first = hold(own, home, image)
+    eventually(lambda: is_offered(first), "the mount is offered")
+    second = hold(own, home, image)
+    assert len(servers(home)) == 1, "the second has the first one's"
+    assert sockets_of(master_of(second)) == sockets_of(master_of(first)) > 0
 
 
 def test_a_payload_gets_none(own, home, image, open_fuse):

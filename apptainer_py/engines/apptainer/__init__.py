@@ -59,6 +59,12 @@ class Apptainer(Operations):
         assert self.prepared is not None
         create(context, self.prepared)
 
+    def rehearse(self, message: bytes) -> None:
+        """Read a script as the image's will be read."""
+        from apptainer_py.engines.apptainer import start
+
+        start.rehearse(message)
+
     def start_process(self, context: StartContext) -> None:
         """Find directory and program inside the container, and become it."""
         from apptainer_py.engines.apptainer import start

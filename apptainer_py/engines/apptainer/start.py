@@ -15,6 +15,8 @@ from apptainer_py.engines.apptainer.shellenv import NotSimple, environment
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from apptainer_py.runtime.contexts import StartContext
 
 _SHELL, _BASH = b"/bin/sh", b"/bin/bash"
@@ -29,6 +31,25 @@ _BLOCKED = (2, 3, 20)
 _DIRECT = (b"exec", b"run", b"start")
 
 
+# Of the kind that images have, for code that has run once is faster.
+_EXAMPLE = r"""#!/bin/sh
+# Copyright
+if [ -z "${EXAMPLE_PATH:-}" ]; then
+    EXAMPLE_PATH="/.singularity.d/libs"
+else
+    EXAMPLE_PATH="$EXAMPLE_PATH:/.singularity.d/libs"
+fi
+if test -n "${EXAMPLE:-}" && [ -d "/scif" ]; then
+    EXAMPLE="${EXAMPLE}:${EXAMPLE_PATH}"
+elif [ -f "/scif/file" ]; then
+    EXAMPLE=''
+fi
+export EXAMPLE EXAMPLE_PATH
+unset EXAMPLE \
+      EXAMPLE_PATH
+"""
+
+
 class BadDirectory(LaunchError):
     """--cwd names a directory that the container has not."""
 
@@ -39,6 +60,17 @@ class NotStarted(LaunchError):
     """The program cannot be executed."""
 
     message = "{text}"
+
+
+def rehearse(raw: bytes) -> None:
+    """Evaluate an example with what this launch is told; nothing comes of it."""
+    message = unpack(raw)
+    if _leaves_to_shell(message):
+        return
+    try:
+        _variables(message, [("99-base.sh", _EXAMPLE)], b"/", lambda _kind, _path: False)
+    except NotSimple:
+        return
 
 
 def start(context: StartContext) -> None:
@@ -150,18 +182,10 @@ def _evaluate(message: dict[bytes, list[bytes]], directory: bytes) -> list[bytes
 
     None leaves it to that shell: a language that only it understands, or an action of its own.
     """
-    if message[b"action"][0] not in _DIRECT or message[b"app"]:
+    if _leaves_to_shell(message):
         return None
-    entries = [*message[b"environment"], b"PWD=" + directory]
     try:
-        variables = environment(
-            _environment_files(),
-            os.fsdecode(message[b"values"][0]),
-            os.fsdecode(message[b"paths"][0]),
-            _pairs(entries),
-            _pairs(message[b"forwarded"]),
-            _file_test,
-        )
+        variables = _variables(message, _environment_files(), directory, _file_test)
     except NotSimple:
         return None
     except OSError as error:
@@ -169,6 +193,26 @@ def _evaluate(message: dict[bytes, list[bytes]], directory: bytes) -> list[bytes
         return None
     # Last what no shell could hold, as bash's exported functions: no file of the image sees it.
     return [os.fsencode(f"{name}={value}") for name, value in variables.items()] + message[b"odd"]
+
+
+def _leaves_to_shell(message: dict[bytes, list[bytes]]) -> bool:
+    return message[b"action"][0] not in _DIRECT or bool(message[b"app"])
+
+
+def _variables(
+    message: dict[bytes, list[bytes]],
+    files: list[tuple[str, str]],
+    directory: bytes,
+    exists: Callable[[str, str], bool],
+) -> dict[str, str]:
+    return environment(
+        files,
+        os.fsdecode(message[b"values"][0]),
+        os.fsdecode(message[b"paths"][0]),
+        _pairs([*message[b"environment"], b"PWD=" + directory]),
+        _pairs(message[b"forwarded"]),
+        exists,
+    )
 
 
 def _pairs(entries: list[bytes]) -> dict[str, str]:
