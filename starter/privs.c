@@ -100,7 +100,7 @@ static void find_spaces(struct identity *who) {
     static const char place[] = "/proc/self/ns/";
     int folder = open(place, O_PATH | O_DIRECTORY | O_CLOEXEC);
     for (size_t i = 0; i < 8; i++) {
-        char path[32] = "", link[48];
+        char path[32] = "", link[48] = "";
         append_text(path, sizeof(path), folder < 0 ? place : "");
         append_text(path, sizeof(path), names[i]);
         who->spaces[i] = space_number(
