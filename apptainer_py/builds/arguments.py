@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from apptainer_py.base.errors import ApptainerError
+from apptainer_py.builds.definition import lines_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def from_file(path: str) -> dict[str, str]:
     """
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            return pairs(file.read(_FILE_BYTES).splitlines(), path)
+            return pairs(lines_of(file.read(_FILE_BYTES)), path)
     except OSError as error:
         reason = (error.strerror or "").lower()
         raise ApptainerError(text=f"Unable to read build arguments from {path}: {reason}") from None
@@ -101,7 +102,7 @@ def _by_stage(text: str) -> list[str]:
 def _defaults(part: str, given: Mapping[str, str], used: set[str], file: str) -> dict[str, str]:
     values: dict[str, str] = {}
     inside = False
-    for line in part.splitlines():
+    for line in lines_of(part):
         word = line.split(None, 1)[0].lower() if line.strip() else ""
         if word.startswith("%"):
             inside = word == "%arguments"
@@ -122,7 +123,7 @@ def _replace(text: str, values: Mapping[str, str], used: set[str], file: str) ->
         used.add(name)
         return values[name]
 
-    lines = text.splitlines(keepends=True)
-    return "".join(
+    lines = text.split("\n")
+    return "\n".join(
         line if line.lstrip().startswith("#") else re.sub(_PATTERN, value, line) for line in lines
     )

@@ -125,7 +125,8 @@ class _Job:
                 self._one(source, root, below)
         except (OSError, ImageError) as error:
             text = error.strerror if isinstance(error, OSError) else str(error)
-            raise self._failed(f"{getattr(error, 'filename', None) or ''} {text}".strip()) from None
+            name = getattr(error, "filename", None)
+            raise self._failed(f"{os.fsdecode(name)}: {text}" if name else str(text)) from None
 
     def _one(self, source: str, root: str, below: str) -> None:
         target = self._target or source
@@ -165,7 +166,10 @@ class _Job:
             check=False,
         )
         if done.returncode:
-            said = done.stderr.decode("utf-8", "replace").strip().splitlines()
+            # What cp is given are descriptors, which say nothing to a reader.
+            text = done.stderr.decode("utf-8", "replace")
+            text = text.replace(argv[-2], _plain(self._source)).replace(argv[-1], self._target)
+            said = text.strip().splitlines()
             raise self._failed(said[-1] if said else f"status {done.returncode}")
 
 

@@ -25,6 +25,9 @@ SECTIONS = frozenset(
 APP_SECTIONS = frozenset(
     "appinstall applabels appfiles appenv apptest apphelp apprun appstart".split()
 )
+# Scripts that Apptainer runs itself: their words may be options of the shell.
+_RUN_BY_US = frozenset(("pre", "setup", "post"))
+_SCRIPTS = _RUN_BY_US | {"runscript", "startscript", "test"}
 _OTHER_URL = "otherurl"
 
 
@@ -46,11 +49,15 @@ class Line(Record):
 
 
 class Section(Record):
-    """`words` follow the name on its line: `from build`, `-c /bin/bash`, the name of an app."""
+    """`words` follow the name on its line: `from build`, `-c /bin/bash`, the name of an app.
+
+    `number` is that line's.
+    """
 
     name: str
     words: tuple[str, ...]
     lines: tuple[Line, ...]
+    number: int = 0
 
     @property
     def text(self) -> str:
@@ -101,10 +108,18 @@ def parse(text: str, *, file: str) -> tuple[Stage, ...]:
         DefinitionWrong: a header key or section is unknown, or there is no stage.
         NoHeader: a file without one.
     """
-    lines = [Line(number=at, text=one) for at, one in enumerate(text.splitlines(), 1)]
+    lines = [Line(number=at, text=one) for at, one in enumerate(lines_of(text), 1)]
     if not any(_said(line) for line in lines):
         raise DefinitionWrong(file=file, reason="no stages found in definition file")
     return tuple(_stage(part, file) for part in _parts(lines))
+
+
+def lines_of(text: str) -> list[str]:
+    """Return the lines of a text; no other character than a newline ends one, as in a shell."""
+    lines = text.removeprefix("\ufeff").split("\n")
+    if not lines[-1]:
+        del lines[-1]
+    return [line.removesuffix("\r") for line in lines]
 
 
 def implicit(agent: str, source: str) -> Stage:
@@ -157,18 +172,30 @@ def _stage(lines: Sequence[Line], file: str) -> Stage:
         reason = f"invalid section(s) specified: {names} (line {number})"
         raise DefinitionWrong(file=file, reason=reason)
     for one in sections:
-        if one.name in APP_SECTIONS:
-            _check_app(one, file)
+        _check_words(one, file)
     text = "".join(f"{line.text}\n" for line in lines)
     number = next((one.number for one in lines[:start] if key_of(one.text) == "bootstrap"), 0)
     return Stage(header=header, sections=sections, text=text, line=number)
 
 
-def _check_app(section: Section, file: str) -> None:
-    name = section.app
-    if not name or name in (".", "..") or "/" in name:
-        reason = f"the section %{section.name} needs the name of an application"
+def _check_words(section: Section, file: str) -> None:
+    reason = _wrong_words(section.name, section.words)
+    if reason:
+        reason = f"the section %{section.name} {reason} (line {section.number})"
         raise DefinitionWrong(file=file, reason=reason)
+
+
+def _wrong_words(name: str, words: tuple[str, ...]) -> str:
+    """Return what a section wants of the words after its name, "" if these will do."""
+    if name in APP_SECTIONS and (not words or words[0] in (".", "..") or "/" in words[0]):
+        return "needs the name of an application"
+    if name == "files" and words and (words[0] != "from" or len(words) != 2):
+        return "takes `from` and a stage, or nothing"
+    if name in _SCRIPTS and words[-1:] == ("-c",):
+        return "has -c without an interpreter"
+    if name in _RUN_BY_US and words and not words[0].startswith(("-", "+")):
+        return f"takes -c and an interpreter, or options of the shell: not {words[0]!r}"
+    return ""
 
 
 def _header(lines: Sequence[Line], file: str) -> dict[str, str]:
@@ -214,19 +241,17 @@ def _name_of(text: str) -> str:
 
 
 def _sections(lines: Sequence[Line]) -> Iterator[Section]:
-    name = ""
-    words: list[str] = []
-    body: list[Line] = []
-    begun = False
-    for line in lines:
-        if line.text.lstrip().startswith("%"):
-            if begun:
-                yield Section(name=name, words=tuple(words), lines=tuple(body))
-            begun, name, words, body = True, _name_of(line.text), _words(line.text), []
-        else:
-            body.append(line)
-    if begun:
-        yield Section(name=name, words=tuple(words), lines=tuple(body))
+    import itertools
+
+    starts = [at for at, line in enumerate(lines) if line.text.lstrip().startswith("%")]
+    for start, end in itertools.pairwise([*starts, len(lines)]):
+        line = lines[start]
+        yield Section(
+            name=_name_of(line.text),
+            words=tuple(_words(line.text)),
+            lines=tuple(lines[start + 1 : end]),
+            number=line.number,
+        )
 
 
 def _words(text: str) -> list[str]:

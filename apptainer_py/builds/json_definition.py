@@ -142,7 +142,7 @@ class _Stage:
     def _body(self, fields: dict[str, Any], name: str) -> str:
         """Return a script; a line of it must not begin a section or a stage."""
         body = self._string(fields, name)
-        for line in body.splitlines():
+        for line in definition.lines_of(body):
             if line.lstrip().startswith("%") or definition.key_of(line) == "bootstrap":
                 reason = f"{name} has the line {line!r}, which starts something else in its text"
                 raise self._wrong(reason)

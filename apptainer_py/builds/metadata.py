@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from apptainer_py.base import build, log
+from apptainer_py.builds.definition import lines_of
 from apptainer_py.builds.skeleton import META, make_folder, read, write
 
 TYPE_CHECKING = False
@@ -25,8 +26,8 @@ _HELP_LABELS = (
 def with_interpreter(section: Section) -> str:
     """Return a script: its own first line if it has one, else the one asked for by `-c`."""
     body = section.text
-    if body.startswith("#!"):
-        first, _, rest = body.partition("\n")
+    if body.lstrip().startswith("#!"):
+        first, _, rest = body.lstrip().partition("\n")
         return f"{first}\n\n{rest}\n"
     words = section.words
     interpreter = " ".join(words[words.index("-c") + 1 :]) if "-c" in words else "/bin/sh"
@@ -97,24 +98,29 @@ def labels(
     more: Mapping[str, str],
     with_own: bool,
 ) -> None:
-    """Write labels.json: the base's, the section's, %post's, and what the build itself knows."""
+    """Write labels.json: the base's, what the build itself knows, %post's, the section's."""
     import json
 
     path = f"{META}/labels.json"
     had = _labels(root, path)
     for key in [key for key in had if key.startswith("org.label-schema.usage.singularity.deffile")]:
         del had[key]
+    _add(had, more, force=force)
+    had.update(known)
+    _add(had, _of_post(root), force=force)
     section = stage.joined("labels")
     if with_own and section is not None and says_something(section):
         log.info("Adding labels")
         _add(had, _of_section(section), force=force)
-    _add(had, more, force=force)
-    _add(had, _of_post(root), force=force)
-    had.update(known)
     if os.path.isfile(f"{root}/{META}/runscript.help"):
         had.update(dict.fromkeys(_HELP_LABELS, _HELP))
     text = json.dumps(dict(sorted(had.items())), indent="\t", ensure_ascii=False)
-    write(root, path, text, 0o644)
+    write(root, path, valid(text), 0o644)
+
+
+def valid(text: str) -> str:
+    """Return a text with U+FFFD for what has no UTF-8 form: JSON knows no other encoding."""
+    return "".join("\ufffd" if "\ud800" <= one <= "\udfff" else one for one in text)
 
 
 def _labels(root: str, path: str) -> dict[str, str]:
@@ -146,7 +152,7 @@ def _of_post(root: str) -> dict[str, str]:
     text = read(root, POST_LABELS)
     if os.path.lexists(f"{root}/{POST_LABELS}"):
         os.unlink(f"{root}/{POST_LABELS}")
-    return _pairs(text.splitlines())
+    return _pairs(lines_of(text))
 
 
 def _pairs(lines: object) -> dict[str, str]:

@@ -92,7 +92,7 @@ def run(job: Job, launch: Launch) -> None:
         base = _Stage(job, stage, root, roots, launch).make(last=last)
         roots[str(number)] = root
         if stage.name:
-            roots[stage.name] = root
+            roots.setdefault(stage.name, root)
     assert base is not None
     if job.sandbox:
         _place_sandbox(job, root)
@@ -220,8 +220,9 @@ class _Stage:
             return
         log.info("Running post scriptlet")
         lines = [] if section is None else [(line.number, line.text) for line in section.lines]
-        words = () if section is None else _interpreter(section)
-        self._container.post(Script(section="post", lines=(*lines, *installs), interpreter=words))
+        how = Script(section="post", lines=()) if section is None else _script(section)
+        lines += installs
+        self._container.post(how.replace(lines=tuple(lines), of_apps=len(installs)))
 
     def _insert(self, base: Base) -> None:
         job, root, stage = self._job, self._root, self._stage
@@ -253,14 +254,13 @@ def _whole(job: Job) -> str:
     return "".join(stage.text for stage in job.stages)
 
 
-def _interpreter(section: Section) -> tuple[str, ...]:
-    words = section.words
-    return words[words.index("-c") + 1 :] if "-c" in words else ()
-
-
 def _script(section: Section) -> Script:
     lines = tuple((line.number, line.text) for line in section.lines)
-    return Script(section=section.name, lines=lines, interpreter=_interpreter(section))
+    words = section.words
+    at = words.index("-c") if "-c" in words else len(words)
+    return Script(
+        section=section.name, lines=lines, interpreter=words[at + 1 :], options=words[:at]
+    )
 
 
 def _now_s(job: Job) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from apptainer_py.builds.metadata import says_something, with_interpreter
+from apptainer_py.builds.metadata import says_something, valid, with_interpreter
 from apptainer_py.builds.skeleton import META, make_folder, write
 
 TYPE_CHECKING = False
@@ -96,7 +96,7 @@ def _files(root: str, folder: str, stage: Stage, app: str) -> None:
         if words and not words[0].startswith("#"):
             found[words[0]] = words[1].strip() if len(words) > 1 else ""
     data = json.dumps(dict(sorted(found.items())), indent="\t", ensure_ascii=False)
-    write(root, f"{folder}/labels.json", data, 0o644)
+    write(root, f"{folder}/labels.json", valid(data), 0o644)
     for name, file in _SCRIPTS:
         section = _section(stage, name, app)
         if section is not None and says_something(section):

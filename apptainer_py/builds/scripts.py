@@ -39,11 +39,17 @@ class ScriptFailed(ApptainerError):
 
 
 class Script(Record):
-    """A section's lines with their numbers in the definition file, 0 for those that are ours."""
+    """A section's lines with their numbers in the definition file, 0 for those that are ours.
+
+    `options` are the shell's, where no interpreter stands in its place; the last
+    `of_apps` lines are those of %appinstall.
+    """
 
     section: str
     lines: tuple[tuple[int, str], ...]
     interpreter: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    of_apps: int = 0
 
     @property
     def text(self) -> str:
@@ -54,15 +60,17 @@ class Script(Record):
     def where(self, number: int, command: str) -> str:
         """Return the place of a failure: the shell's line number if it gave one, the command."""
         offset = 2 if not self.interpreter else 1
-        if 0 <= number - offset < len(self.lines):
-            line = self.lines[number - offset]
-            if line[0]:
-                return f"it failed in line {line[0]} of section %{self.section}: {line[1].strip()}"
-        matching = [line for line in self.lines if line[0] and _same(line[1], command)]
+        if 0 <= number - offset < len(self.lines) and self.lines[number - offset][0]:
+            return self._at(number - offset)
+        matching = [at for at, one in enumerate(self.lines) if one[0] and _same(one[1], command)]
         if len(matching) == 1:
-            line = matching[0]
-            return f"it failed in line {line[0]} of section %{self.section}: {line[1].strip()}"
+            return self._at(matching[0])
         return f"it failed in section %{self.section} at: {command}" if command else ""
+
+    def _at(self, at: int) -> str:
+        number, text = self.lines[at]
+        section = "appinstall" if at >= len(self.lines) - self.of_apps else self.section
+        return f"it failed in line {number} of section %{section}: {text.strip()}"
 
 
 def _same(line: str, command: str) -> bool:
@@ -119,7 +127,7 @@ def on_host(script: Script, environ: Mapping[str, str], *, folder: str, umask: i
 
 
 def _shell(script: Script) -> list[str]:
-    return list(script.interpreter) or ["/bin/sh", "-e"]
+    return list(script.interpreter) or ["/bin/sh", "-e", *script.options]
 
 
 class Container(Record):

@@ -157,7 +157,7 @@ DEFAULTS: Mapping[str, str] = {
     "env/01-base.sh": "#!/bin/sh\n",
     "env/90-environment.sh": "#!/bin/sh\n# Custom environment shell code should follow\n",
     "env/94-appsbase.sh": "",
-    "runscript": "#!/bin/sh\n",
+    "runscript": '#!/bin/sh\necho "There is no runscript defined for this container"\n',
     "startscript": "#!/bin/sh\n",
 }
 

@@ -269,7 +269,9 @@ def _widen(pipe: int) -> None:
 
 
 def _last_line(text: bytes, status: int) -> str:
-    lines = [line for line in text.decode("utf-8", "replace").splitlines() if line.strip()]
+    # What is wrong with an option stands before a long list of those that there are.
+    said = text.decode("utf-8", "replace").partition("\nSYNTAX:")[0]
+    lines = [line for line in said.splitlines() if line.strip()]
     return lines[-1].strip() if lines else f"status {status}"
 
 

@@ -388,7 +388,7 @@ def _labels(content: bytes, found: _Found) -> dict[str, str]:
     import json
 
     try:
-        labels = json.loads(content)
+        labels = json.loads(content.decode("utf-8", "replace"))
     except (ValueError, RecursionError) as error:
         found.warnings.append(f"Unable to parse labels: {error}")
         return {}

@@ -368,6 +368,22 @@ SECTIONS = (
 """
 )
 
+ODD = (
+    LOCAL
+    + """\
+%post -u
+    echo "a\x0cb\u2028c" > /written
+    echo "both post" >> $APPTAINER_LABELS
+%labels
+    both section
+    bytes a\udcffb
+    org.label-schema.build-arch other
+%runscript
+    #!/bin/busybox sh
+    echo "x\x0by"
+"""
+)
+
 IMAGE = "IMAGE"
 CASES = {
     "stages": Case(
@@ -398,9 +414,10 @@ CASES = {
     "written": Case(WRITTEN, says=((("run", IMAGE), "11\n"),)),
     "again": Case(AGAIN, base=BASE, says=((("run", IMAGE), "base old-changed 1 2\n"),)),
     "forced": Case(AGAIN, ("--force",), base=BASE),
+    "odd": Case(ODD, says=((("run", IMAGE), "x\x0by\n"),)),
     "sections": Case(SECTIONS, ("--section", "files,environment,post,test")),
 }
-QUICK = ("stages", "apps")
+QUICK = ("stages", "apps", "odd")
 
 
 @pytest.fixture(scope="module")
@@ -467,7 +484,7 @@ def make(product: SimpleNamespace, as_user: AsUser, folder: Path) -> Make:
 
     def build(program: str, *words: str, definition: str) -> None:
         path = folder / "definition"
-        path.write_text(definition)
+        path.write_bytes(definition.encode("utf-8", "surrogateescape"))
         environ = {"APPTAINER_TMPDIR": str(folder / "tmp")}
         argv = [program, "build", "--sandbox", *words, str(path)]
         done = as_user(argv, cwd=folder, env=environ)
@@ -512,3 +529,44 @@ def test_a_definition_gives_the_same_image(
                 told = as_user(argv, cwd=folder)
                 assert told.stdout.startswith(answer), (argv, told.stdout, told.stderr)
     assert said[1:] == said[:1] * 3
+
+
+def test_an_image_without_a_runscript_says_so(
+    product: SimpleNamespace, as_user: AsUser, folder: Path
+) -> None:
+    definition = BUSYBOX.partition("%runscript")[0]
+    (folder / "silent").write_text(definition)
+    done = as_user([product.program, "build", "silent.box", "silent", "--sandbox"], cwd=folder)
+    assert done.returncode == 0, done.stderr
+    told = as_user([product.program, "run", "silent.box"], cwd=folder)
+    assert told.stdout == "There is no runscript defined for this container\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "says"),
+    [
+        ("%files\n    nothing /a\n", (), "while copying nothing to /a: nothing: No such file"),
+        ("%files\n    dangling /a\n", (), "to /a: /bin/cp: cannot stat 'dangling/x': No such"),
+        ("%appinstall a\n    false\n", (), "it failed in line 4 of section %appinstall: false"),
+        ("", ("--mksquashfs-args", "-wrong"), "invalid option"),
+    ],
+)
+def test_what_fails_is_named(
+    product: SimpleNamespace,
+    as_user: AsUser,
+    folder: Path,
+    user: pwd.struct_passwd,
+    text: str,
+    options: tuple[str, ...],
+    says: str,
+) -> None:
+    dangling = folder / "dangling"
+    if not dangling.exists():
+        dangling.mkdir()
+        (dangling / "x").symlink_to("nowhere")
+    (folder / "failing").write_text(LOCAL + text)
+    before = sorted(folder.iterdir())
+    done = as_user([product.program, "build", *options, "failing.sif", "failing"], cwd=folder)
+    assert done.returncode == 255
+    assert says in done.stderr
+    assert sorted(folder.iterdir()) == before

@@ -104,3 +104,28 @@ def test_pairs_and_files_of_pairs(tmp_path) -> None:
 def test_the_failing_line_is_found(number: int, command: str, says: str) -> None:
     script = Script(section="post", lines=((10, ' echo "a b"'), (11, " false"), (0, "cd /")))
     assert says in script.where(number, command)
+
+
+def test_a_line_ends_where_a_shell_ends_it() -> None:
+    text = "\ufeffBootstrap: scratch\r\n%post\r\n echo a\x0cb\u2028c\x85d\r\n"
+    (stage,) = definition.parse(text, file="x.def")
+    (section,) = stage.all("post")
+    assert [line.text for line in section.lines] == [" echo a\x0cb\u2028c\x85d"]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("%files foo", "the section %files takes `from` and a stage, or nothing (line 3)"),
+        ("%files from", "the section %files takes `from` and a stage, or nothing (line 3)"),
+        ("%files build app", "the section %files takes `from` and a stage, or nothing (line 3)"),
+        ("%post bash", "the section %post takes -c and an interpreter, or options of the shell"),
+        ("%test -c", "the section %test has -c without an interpreter (line 3)"),
+        ("%apprun", "the section %apprun needs the name of an application (line 3)"),
+        ("%apprun ../x", "the section %apprun needs the name of an application (line 3)"),
+    ],
+)
+def test_words_after_a_sections_name_that_mean_nothing(line: str, reason: str) -> None:
+    with pytest.raises(definition.DefinitionWrong) as wrong:
+        definition.parse(f"Bootstrap: scratch\n\n{line}\n echo\n", file="x.def")
+    assert reason in str(wrong.value)
