@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 
 from apptainer_py.api import building, inspecting, launching
-from apptainer_py.api.messages import quiet
+from apptainer_py.api.messages import quiet, tell
 from apptainer_py.api.options import values
 from apptainer_py.base.errors import ApptainerError
 from apptainer_py.base.record import Record
@@ -178,7 +178,7 @@ def build(
     """
     wanted, config = _with_config("build", options)
     path = os.fspath(target)
-    with quiet(on_message), _Output(output) as kept:
+    with quiet(on_message), _Output(output, on_message) as kept:
         around = building.Surroundings(
             environ=launching.environment_of(environ), config_file=config, output=kept.fd
         )
@@ -202,7 +202,7 @@ def pull(
         TypeError: an option has no such name or type.
     """
     wanted, config = _with_config("pull", options)
-    with quiet(on_message), _Output(output) as kept:
+    with quiet(on_message), _Output(output, on_message) as kept:
         around = building.Surroundings(
             environ=launching.environment_of(environ), config_file=config, output=kept.fd
         )
@@ -229,10 +229,14 @@ def push(
 
 
 class _Output:
-    """Where a build prints to: what the caller gives, or memory, for a note of what went wrong."""
+    """Where a build prints to: what the caller gives, or memory, for a note of what went wrong.
 
-    def __init__(self, given: Stream | None) -> None:
+    A build is a process of its own, so its messages are told once it has ended.
+    """
+
+    def __init__(self, given: Stream | None, told: OnMessage | None) -> None:
         self._given = given
+        self._told = told
         self.fd = -1
 
     def __enter__(self) -> _Output:
@@ -243,11 +247,19 @@ class _Output:
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        advice = error.advice() if isinstance(error, ApptainerError) else None
+        if error is not None and advice:
+            error.add_note(advice)
         if self._given is not None:
             return
         size = os.fstat(self.fd).st_size
         said = os.pread(self.fd, _KEPT_BYTES, max(0, size - _KEPT_BYTES))
-        os.close(self.fd)
+        if self._told is None:
+            os.close(self.fd)
+        else:
+            os.lseek(self.fd, 0, os.SEEK_SET)
+            with open(self.fd, encoding="utf-8", errors="replace") as lines:
+                tell(lines, self._told)
         if said and isinstance(error, ApptainerError):
             error.add_note(said.decode("utf-8", "replace"))
 

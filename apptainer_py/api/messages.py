@@ -6,10 +6,20 @@ from apptainer_py.base import log
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     # Takes the level of a message, such as "WARNING", and its text.
     OnMessage = Callable[[str, str], None]
+
+_LEVELS = frozenset(map(log.name, (log.ERROR, log.WARN, log.INFO)))
+
+
+def tell(lines: Iterable[str], told: OnMessage) -> None:
+    """Tell of those lines that another process has printed as messages."""
+    for line in lines:
+        level, colon, text = line.partition(":")
+        if colon and level in _LEVELS:
+            told(level, text.strip())
 
 
 def quiet(told: OnMessage | None) -> log.TellingThisThread:

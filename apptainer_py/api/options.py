@@ -110,7 +110,7 @@ def _plain(command: str, row: Option, value: object) -> object:
     kind = row[2]
     wrong = TypeError(
         f"{command.rpartition(' ')[2] or 'apptainer_py'}(): {row[0].replace('-', '_')} must be "
-        f"{_KINDS.get(kind, 'a str or several')}, not {type(value).__name__}"
+        f"{_KINDS.get(kind, 'a str or several')}, not {_kind_of(value)}"
     )
     if kind in (BOOL, INT):
         if type(value) is not (bool if kind == BOOL else int):
@@ -125,6 +125,15 @@ def _plain(command: str, row: Option, value: object) -> object:
         return tuple(_text(one) for one in _several(value))
     except (TypeError, ValueError):
         raise wrong from None
+
+
+def _kind_of(value: object) -> str:
+    """Return the type of a value, of those in a mapping too."""
+    name = type(value).__name__
+    if not isinstance(value, dict):
+        return name
+    inner = sorted({f"{type(key).__name__} to {type(one).__name__}" for key, one in value.items()})
+    return f"a {name} of {' and '.join(inner)}" if inner else name
 
 
 def _several(value: object) -> Iterable[object]:

@@ -260,12 +260,17 @@ class Cache:
                 raise CacheError(folder=self.folder, reason=reason) from None
 
     def sweep(self, older_s: float) -> None:
-        """Remove unfinished files that nobody has written to for so many seconds."""
+        """Remove what is unfinished, and nobody has written to for so many seconds.
+
+        A conversion that was killed leaves a folder.
+        """
+        import shutil
+
         for path in self._leftovers(older_s):
-            try:
-                os.unlink(path)
-            except OSError:
-                continue
+            if os.path.isdir(path) and not os.path.islink(path):
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                _remove(path)
 
     def _leftovers(self, older_s: float) -> Iterator[str]:
         for folder in (self.blobs, *(f"{self.folder}/{kind}" for kind in FILES)):
@@ -278,10 +283,19 @@ class Cache:
                 if _PART not in name and _LEASE not in name:
                     continue
                 try:
-                    if time.time() - os.lstat(path).st_mtime > older_s:
+                    if time.time() - _written_s(path) > older_s:
                         yield path
                 except OSError:
                     continue
+
+
+def _written_s(path: str) -> float:
+    """Return when a file was written to, or a folder or what lies in it."""
+    last = os.lstat(path).st_mtime
+    if os.path.isdir(path) and not os.path.islink(path):
+        inside = (one.stat(follow_symlinks=False).st_mtime for one in os.scandir(path))
+        last = max(last, *inside, 0.0)
+    return last
 
 
 def _remove(path: str) -> None:

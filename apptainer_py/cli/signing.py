@@ -66,7 +66,7 @@ def _asking() -> Asking:
         try:
             return ask.number("Enter # of private key to use : ")
         except ValueError as error:
-            raise sign.SignFailed(reason=str(error)) from None
+            raise sign.SignFailed(reason=f"{error}; --keyidx names a key") from None
 
     environ = environment.of_caller()
     return signatures.Asking(environ=environ, ask_hidden=ask.ask_hidden, choose=choose)

@@ -88,14 +88,17 @@ try:
     apptainer_py.build("bad.sif", "bad.def", on_message=lambda *message: heard.append(message))
 except apptainer_py.ApptainerError as error:
     print(error)
-    print("word" in error.__notes__[0])
+    print(error.__notes__[0])
+    print("word" in error.__notes__[1])
+print(heard[0])
 with open("log", "wb") as log:
     apptainer_py.build("good.sif", "image.def", output=log)
 print("Build complete" in pathlib.Path("log").read_text())
 """)
     first, *rest = said.splitlines()
     assert first.endswith("exit status 7")
-    assert rest == ["True", "True"]
+    where = "it failed in line 5 of section %post: exit 7"
+    assert rest == [where, "True", "('INFO', 'Starting build...')", "True"]
 
 
 def test_threads_build_and_run_at_the_same_time(script):

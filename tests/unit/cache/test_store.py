@@ -188,3 +188,16 @@ def test_a_cache_of_another_user_is_not_used(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match="another user"):
         Cache(str(folder)).prepare()
     assert not os.listdir(folder)
+
+
+def test_the_folder_of_a_killed_conversion_is_swept(cache: Cache) -> None:
+    old, busy = (Path(f"{cache.path('oci-tmp', KEY)}.part.{name}.build-temp") for name in "12")
+    for folder in (old, busy):
+        (folder / "rootfs").mkdir(parents=True)
+        (folder / "squashfs").touch()
+        os.utime(folder / "rootfs", (0, 0))
+        os.utime(folder, (0, 0))
+    os.utime(old / "squashfs", (0, 0))
+    cache.sweep(100)
+    assert not old.exists()
+    assert busy.exists()
