@@ -25,11 +25,17 @@ if TYPE_CHECKING:
 # shell alive where the file, or a value, is no shell language.  What only bash understands is
 # read again by /bin/bash where the image has one.  No external program and no file beside the
 # image's own is touched: through a fresh image server each costs milliseconds.
+#
+# A variable that is not set ends the start.  These shells say of no error which it was, so with
+# `set -u`, or a `${x?}` in the file, one that is no error of the language counts for that.
+# An error in a process that busybox's ash has forked below `command eval` never ends.  There (its
+# `$'...'` is what dash has not) a file that may fork is read as it is: then an error ends the
+# shell, whose last trap begins this text again behind that file.
 # Arguments: this text, how many NAME=VALUE follow, these, then the command.
 _SOURCE = r"""
 unset PATH PS1 PS2 PS4 SHLVL OLDPWD TERM SHELL HOSTNAME HOSTTYPE MACHTYPE OSTYPE
 #@DOCKER@
-__pwd=$PWD
+__pwd=${__pwd-$PWD}
 __say() { printf '%s\n' "$1" >&2; }
 __fix_path() {
     for __part in @DEFAULT_PATH@; do
@@ -62,8 +68,46 @@ __source() {
     case "$__file" in
     */10-docker2singularity.sh) if [ -n "${__docker-}" ]; then eval "$__docker"; __done=1; fi ;;
     esac
-    if [ -z "$__done" ] && command eval '. "$__file"; __done=1'; then :; fi
+    if [ -n "$__done" ]; then :
+    elif __forks; then
+        alias exit='__exits=1 exit'
+        trap '__ended "$@"' EXIT
+        . "$__file"
+        __done=1
+        trap - EXIT
+        unalias exit
+    elif command eval '. "$__file"; __done=1'; then :
+    fi
+    __flags=$-
     set +aefu
+}
+__read() {
+    __text=
+    while IFS= read -r __part || [ -n "$__part" ]; do __text="$__text
+$__part"; done <"$__file"
+}
+__forks() {
+    [ -z "${BASH_VERSION-}" ] || return 1
+    case $'\101' in A) ;; *) return 1 ;; esac
+    __read
+    case $__text in *'('* | *'`'* | *'|'* | *'&'*) ;; *) return 1 ;; esac
+}
+__ended() {
+    __left=$?
+    __flags=$-
+    set +aefu
+    trap - EXIT
+    unalias exit
+    case $__left,${__exits-},$__flags in 2,,*e*) exit 2 ;; 2,,*) ;; *) exit "$__left" ;; esac
+    __resume=$__file
+    eval "${1#*OSTYPE}"
+    exit 255
+}
+__unset() {
+    __read
+    case $__text in *'${'*'?'*'}'*) __flags=u ;; esac
+    case $__flags in *u*) ;; *) return 0 ;; esac
+    if /bin/sh -n "$__file" 2>&-; then exit 1; fi
 }
 # Bash ends at a variable that is not set (`set -u`, `${x?}`) with 127, where other shells have a
 # status below that.  What the file ends with by itself is left alone, but for `set -u`.
@@ -103,16 +147,20 @@ __inject() {
 if [ -d /.singularity.d/env ]; then
     for __file in /.singularity.d/env/*.sh; do
         [ -f "$__file" ] || continue
-        case "$__file" in
-        */90-environment.sh) [ -n "${PATH+x}" ] || __fix_path ;;
-        */99-runtimevars.sh) continue ;;
+        case "$__file,${__resume-}" in
+        */99-runtimevars.sh,) continue ;;
+        */90-environment.sh,) [ -n "${PATH+x}" ] || __fix_path ;;
+        "${__resume-},$__file") ;;
+        *,?*) continue ;;
         esac
-        __source
+        [ -n "${__resume-}" ] || __source
+        __resume=
         if [ -z "$__done$__again" ]; then
             if [ -z "${BASH_VERSION-}" ] && [ -x /bin/bash ]; then
                 @INFO@__say "INFO:    Reading $__file with /bin/bash"
                 __again=1
             else
+                [ -n "${BASH_VERSION-}" ] || __unset
                 @WARN@__say "WARNING: Skipping the rest of $__file"
             fi
         fi
@@ -128,12 +176,13 @@ if [ -d /.singularity.d/env ]; then
     done
 elif [ -f /environment ]; then
     __file=/environment
-    __source
+    [ -n "${__resume-}" ] || __source
+    [ -n "$__done${BASH_VERSION-}" ] || __unset
     __fix_path
 fi
 unalias -a
 trap - EXIT
-unset __again __done __docker
+unset __again __done __docker __exits __flags __resume __text
 [ -n "${__injected-}" ] || __inject
 @PATH@
 [ "$PWD" = "$__pwd" ] || cd "$__pwd" || :
