@@ -26,6 +26,9 @@ _MS_BIND, _MS_REC, _MS_PRIVATE = 0x1000, 0x4000, 0x40000
 _AT_FDCWD, _AT_RECURSIVE, _ATTR_RDONLY = -100, 0x8000, 1
 _LEVELS = {"gzip": range(1, 10), "zstd": range(1, 23)}
 
+# mksquashfs compares each file with all others of its size: with so many the hours begin.
+_ALIKE_MOST = 50_000
+
 # What a launch reads before its program runs; small, and apart from others it is read without them.
 _AS_IT_IS = "pathname(etc/passwd)||pathname(etc/group)||subpathname(.singularity.d)"
 
@@ -147,6 +150,8 @@ def pack(tree: str, target: str, how: Packing | None = None) -> Superblock:
 
     how = how or Packing()
     argv = [how.program or find_tool("mksquashfs"), tree, target, *_options(how), *_actions(how)]
+    if too_many_alike(tree):
+        argv.append("-no-duplicates")
     environment = _environment(how)
     result = subprocess.run(
         argv,
@@ -163,6 +168,24 @@ def pack(tree: str, target: str, how: Packing | None = None) -> Superblock:
         return read_superblock(fd, 0, image=target)
     finally:
         os.close(fd)
+
+
+def too_many_alike(tree: str, most: int = _ALIKE_MOST) -> bool:
+    """Return whether more files of a tree than `most` are of one size, and not empty."""
+    seen: dict[int, int] = {}
+    left = [tree]
+    while left:
+        try:
+            with os.scandir(left.pop()) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        left.append(entry.path)
+                    elif entry.is_file(follow_symlinks=False):
+                        size = entry.stat(follow_symlinks=False).st_size
+                        seen[size] = seen.get(size, 0) + 1
+        except OSError:
+            continue  # what cannot be read is mksquashfs's to tell
+    return any(count > most for size, count in seen.items() if size)
 
 
 def _options(how: Packing) -> list[str]:

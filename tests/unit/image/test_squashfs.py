@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import subprocess
+import sys
 
 import pytest
 
@@ -112,6 +113,25 @@ def test_packing_twice_gives_the_same_bytes(tmp_path):
     for name in ("a", "b"):
         squashfs.pack(str(tree), str(tmp_path / name), squashfs.Packing(epoch=images.EPOCH))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_many_files_of_one_size_are_not_compared(tmp_path, monkeypatch):
+    tree = tmp_path / "tree"
+    (tree / "below").mkdir(parents=True)
+    for number in range(20):
+        data = bytes([number]) * 70_000
+        (tree / str(number)).write_bytes(data)
+        (tree / "below" / str(number)).write_bytes(data)
+        (tree / f"empty{number}").touch()
+    assert squashfs.too_many_alike(str(tree), 39)
+    assert not squashfs.too_many_alike(str(tree), 40)
+    said = []
+    monkeypatch.setattr(subprocess, "run", lambda argv, **_: said.append(argv) or sys.exit())
+    for alike in (False, True):
+        monkeypatch.setattr(squashfs, "too_many_alike", lambda tree, alike=alike: alike)
+        with pytest.raises(SystemExit):
+            squashfs.pack(str(tree), str(tmp_path / "out"))
+    assert ["-no-duplicates" in argv for argv in said] == [False, True]
 
 
 def test_packing_what_is_not_there(tmp_path):
