@@ -124,7 +124,8 @@ def owner_asked(user: str, uid: int, environ: Mapping[str, str]) -> Owner:
     Raises:
         NoAccount: there is no such user.
     """
-    return owner(user) if user else owner(uid, environ)
+    named = owner(user) if user else None
+    return named if named and named.uid != uid else owner(uid, environ)
 
 
 def is_name(name: str) -> bool:

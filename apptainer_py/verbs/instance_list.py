@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from apptainer_py.base.errors import ApptainerError
+from apptainer_py.base.glob import name_test
 from apptainer_py.runtime import instances
 
 TYPE_CHECKING = False
@@ -28,16 +29,15 @@ def matching(
     Raises:
         ListForRoot: somebody else's instances are asked for.
         NoAccount: there is no such user.
+        BadPattern: it is no pattern.
     """
-    import fnmatch
-
     if user and uid != 0:
         raise ListForRoot
+    fits = name_test(pattern or "*")
     return [
         instance
         for instance in instances.every(instances.owner_asked(user, uid, environ))
-        if fnmatch.fnmatchcase(instance.name, pattern or "*")
-        and (with_shared or not instance.sharens)
+        if fits(instance.name) and (with_shared or not instance.sharens)
     ]
 
 

@@ -73,8 +73,9 @@ def instance_stop(  # noqa: PLR0913 an option each
     Raises:
         ApptainerError: it cannot be done, or not by this caller.
     """
-    import fnmatch
     import signal
+
+    from apptainer_py.base.glob import BadPattern, name_test
 
     if not pattern and not everything:
         raise UsageError(text="invalid command")
@@ -82,9 +83,14 @@ def instance_stop(  # noqa: PLR0913 an option each
         raise StopForRoot
     wanted = signal.SIGKILL if force else signal_number(number) if number else 0
     owner = instances.owner_asked(user, uid, environ)
+    try:
+        fits = name_test("*" if everything else pattern)
+    except BadPattern:
+        text = "could not retrieve instance list: syntax error in pattern"
+        raise UsageError(text=text) from None
     targets = []
     for instance in instances.every(owner):
-        if everything or fnmatch.fnmatchcase(instance.name, pattern):
+        if fits(instance.name):
             target = _take(instance, owner)
             if target is not None:
                 targets.append(target)

@@ -609,6 +609,8 @@ INSTANCES = [
     Case("instance list"),
     Case("instance list --json"),
     Case("instance list nothing*"),
+    *(Case(f"instance list '{name}'") for name in ("[", "[]a]", "[-a]", "a\\", "[^a-c]x")),
+    Case("instance stop '[a'"),
     Case("instance stop"),
     Case("instance stop nothing"),
     Case("instance stop --all"),
@@ -660,6 +662,12 @@ INSTANCES = [
         "exec instance://one cat /proc/sys/kernel/hostname",
         "instance stop --timeout 3 one",
     ),
+    sequence(
+        "instance start {sif} one",
+        "exec --memory 1G --cpus 1 instance://one echo joined",
+        "instance stop o[^a-m]e",
+    ),
+    sequence("instance start {sif} one", "instance stop --user root one", flows=(ROOT,)),
     sequence("instance run {sandbox} one", "exec instance://one true", "instance stop one"),
     sequence(
         "instance start --writable-tmpfs {sif} one",

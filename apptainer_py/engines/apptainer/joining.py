@@ -17,6 +17,7 @@ from apptainer_py.engines.apptainer.instance import check_flow
 from apptainer_py.engines.apptainer.message import refused_label
 from apptainer_py.model import protocol
 from apptainer_py.model.plan import ContainerPlan
+from apptainer_py.model.request import limits_of
 from apptainer_py.runtime import instances
 
 TYPE_CHECKING = False
@@ -33,13 +34,9 @@ _SYS_ADMIN = 1 << 21
 _WHERE = "While setting image/instance: "
 _KEPT = protocol.PLANFLAG_NO_NEW_PRIVS | protocol.PLANFLAG_FAKEROOT | protocol.PLANFLAG_LABEL
 _RUNSCRIPT = b"/.singularity.d/runscript"
-# What these promise would not hold; other options that shape a container are without effect here,
-# as they are with Apptainer.
-_REFUSED = (
-    "security", "apply_cgroups", "memory", "memory_reservation", "memory_swap", "cpus",
-    "cpu_shares", "cpuset_cpus", "cpuset_mems", "pids_limit", "blkio_weight", "blkio_weight_device",
-    "oom_kill_disable",
-)  # fmt: skip
+# What --security promises would not hold. Limits are said to be without effect; so are, without a
+# word, other options that shape a container, as with Apptainer.
+_REFUSED = ("security",)
 
 
 class BadDirectory(LaunchError):
@@ -162,6 +159,11 @@ def prepare(context: PrepareContext, flags: int, caps: Capabilities) -> Joined:
     for option in _REFUSED:
         if getattr(action, option) != action._defaults[option]:
             raise OfTheInstance(option=option.replace("_", "-"))
+    if action.apply_cgroups or limits_of(action):
+        log.warning(
+            "Resource limits & cgroups configuration are only applied to instances at instance "
+            "start."
+        )
     name = instances.check_name(action.image.removeprefix(PREFIX), _WHERE)
     owner = instances.owner(facts.uid, context.environment)
     found = instances.find(owner, name)
