@@ -28,24 +28,21 @@ from tests.own_install import Installation, files, read_until
 FLOWS = {"setuid": (), "userns": ("-u",)}
 TESTS = Path(__file__).resolve().parent.parent
 ELSEWHERE = {
+    "S06": "unit/registry/test_client.py::test_an_account_does_not_follow_to_another_host",
     "S07": "e2e/test_leftovers.py::test_normal_end_with_everything",
     "S08": "security/test_sockets.py::test_hostile_frames_end_the_launch",
     "S10": "security/test_ecl.py::test_every_byte_that_counts",
+    "S14": "unit/registry/test_library.py::test_an_exclusive_endpoint",
     "S15": "e2e/test_faults.py::test_a_call_that_fails_gives_nobody_more",
     "S18": "security/test_interpreter.py"
     "::test_no_interpreter_with_privilege_over_the_functional_suite",
     "S19": "e2e/test_policy.py::test_setuid_mount_squashfs",
     "S20": "security/test_ecl.py::test_weak_digests_of_a_signature",
+    "S25": "e2e/test_cni.py::test_a_users_port_is_passed_on_and_nobody_elses",
     "S26": "e2e/test_policy.py::test_limit_paths_is_no_prefix_of_a_name",
     "S27": "security/test_layers.py::test_a_limit_is_not_met_by_what_the_user_serves",
 }
-FETCHING = "nothing is fetched, and no credentials are read"
-ABSENT = {
-    "S06": FETCHING,
-    "S14": FETCHING,
-    "S23": "no Dockerfile is built",
-    "S25": "no port is forwarded",
-}
+ABSENT = {"S23": "no Dockerfile is built"}
 
 
 @pytest.fixture(scope="module")
