@@ -37,10 +37,29 @@ _TYPES = {
 }
 
 
+_MAKE_ONE = (
+    "an image is a SIF file, squashfs, ext3 or a directory: `build` makes one of other things"
+)
+# By the end of the reason why an image cannot be opened.
+_ADVICE = (
+    (
+        "no such file or directory",
+        "look for a typing error, or fetch an image: `pull docker://NAME`",
+    ),
+    ("path is empty", "name an image: a file, a directory, or an address such as docker://NAME"),
+    ("permission denied", "ask its owner to let you read it, and all directories above it"),
+)
+
+
 class CannotOpen(ImageError):
     """The path leads to nothing that can be read, or to no image."""
 
     message = "could not open image {image}: {reason}"
+
+    def advice(self) -> str:
+        """Return what to do next, by the kernel's or our own reason."""
+        reason = str(self.facts["reason"])
+        return next((text for end, text in _ADVICE if reason.endswith(end)), _MAKE_ONE)
 
 
 class RootRefused(ImageError):

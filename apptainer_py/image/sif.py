@@ -59,6 +59,7 @@ class SifError(ImageError):
     """A number or a magic in the file is wrong, or the image is not for this host."""
 
     message = "could not open image {image}: {reason}"
+    hint = "see what it holds with `sif list`; fetch or build it again if it is damaged"
 
 
 class NoRootFileSystem(SifError):

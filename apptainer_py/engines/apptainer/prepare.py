@@ -52,6 +52,11 @@ class ImageUnusable(LaunchError):
 
     message = "{reason}"
 
+    def advice(self) -> str | None:
+        """Return what who found it says."""
+        told = self.facts.get("advice")
+        return str(told) if told else None
+
 
 class NotWritable(LaunchError):
     """`--writable` on something that nobody can write."""
@@ -437,7 +442,8 @@ def open_file(action: ActionRequest) -> OpenImage:
     try:
         return open_image(action.image)
     except CannotOpen as error:
-        raise ImageUnusable(reason=f"While checking container encryption: {error}") from None
+        reason = f"While checking container encryption: {error}"
+        raise ImageUnusable(reason=reason, advice=error.advice()) from None
 
 
 def choose_root(prepared: Prepared, action: ActionRequest, context: PrepareContext) -> None:
@@ -509,7 +515,8 @@ def choose_partition(prepared: Prepared, action: ActionRequest, context: Prepare
         found = layout(image.fd)
         partition = found.primary
     except (SifError, NoRootFileSystem) as error:
-        raise ImageUnusable(reason=f"While checking container encryption: {error}") from None
+        reason = f"While checking container encryption: {error}"
+        raise ImageUnusable(reason=reason, advice=error.advice()) from None
     prepared.root_fs = partition.fs
     prepared.overlays = len(found.overlays)
     prepared.offset = partition.offset
