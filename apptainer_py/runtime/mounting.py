@@ -6,6 +6,7 @@ two process switches. `LaunchError` names the operation, what it was about and w
 
 from __future__ import annotations
 
+import errno
 import os
 
 from apptainer_py.base.errors import ImageGone, LaunchError
@@ -27,6 +28,7 @@ _KERNEL_FS = {
     "tmpfs": protocol.KERNELFS_TMPFS,
 }
 _IN_FLIGHT = 24
+_DENIED = (errno.EPERM, errno.EACCES)
 # Of `Mounting.space`.
 NETWORK, USER, MOUNTS = range(3)
 
@@ -35,6 +37,16 @@ class StarterRefused(LaunchError):
     """The starter said no: `code` is an ERR_* of the protocol, `errno` of the call that failed."""
 
     message = "container creation failed: {what}: {reason}"
+
+
+class FuseRefused(StarterRefused):
+    """FUSE is kept from the caller, or from user namespaces."""
+
+    hint = (
+        "users must be able to open /dev/fuse (mode 0666); where a security module keeps FUSE "
+        "from user namespaces, the administrator sets `allow userns-mount fuse = no`, and "
+        "fusermount3 mounts images on the host"
+    )
 
 
 class StarterGone(LaunchError):
@@ -48,7 +60,9 @@ def refused(what: str, code: int, error: int) -> StarterRefused:
     reason = protocol.ERR_TEXTS.get(code, "unknown reason")
     if error:
         reason = f"{reason}: {os.strerror(error).lower()}"
-    return StarterRefused(what=what, reason=reason, code=code, errno=error)
+    of_fuse = code == protocol.ERR_FUSE and error in _DENIED
+    kind = FuseRefused if of_fuse else StarterRefused
+    return kind(what=what, reason=reason, code=code, errno=error)
 
 
 class Mounting:
@@ -187,7 +201,13 @@ class Mounting:
 
     def root_fuse(self, device: int, what: str, flags: int = 0) -> int:
         """Mount the served image; returns a descriptor of its root."""
-        return self._ask(what, protocol.OP_ROOT_FUSE, flags=flags, numbers=(device,))
+        try:
+            return self._ask(what, protocol.OP_ROOT_FUSE, flags=flags, numbers=(device,))
+        except StarterRefused as error:
+            facts = error.facts
+            if facts["code"] == protocol.ERR_MOUNT and facts["errno"] in _DENIED:
+                raise FuseRefused(**facts) from None
+            raise
 
     def root_squashfs(
         self, path: str, facts: tuple[int, int, int, int], what: str, flags: int = 0

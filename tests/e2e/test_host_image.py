@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e import subids
 from tests.e2e.identities import expected, table, traced
 from tests.e2e.steps import finish, gate, launch, number_of
 from tests.own_install import (
@@ -186,3 +187,14 @@ def test_an_instance_lets_its_caller_go(outside, sif, user_tmp):
         assert (shown.returncode, shown.stdout) == (0, "a small tree\n"), shown.stderr
         assert stopped.returncode == 0, stopped.stderr
         eventually(lambda: not home.alive(), "the instance has ended")
+
+
+def test_where_fuse_is_refused_the_directive_is_named(own, sif):
+    """A node that users may not open stands for a security module."""
+    own.configure()
+    before = "mount -t tmpfs none /mnt; mknod -m 600 /mnt/fuse c 10 229; "
+    before += "mount --bind /mnt/fuse /dev/fuse"
+    done = subids.launch(own, "exec", "-u", sif, "true", before=before)
+    assert done.returncode == 255
+    assert "the FUSE device cannot be opened: permission denied" in done.stderr
+    assert "`allow userns-mount fuse = no`" in done.stderr
