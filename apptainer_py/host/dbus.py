@@ -57,7 +57,8 @@ class Systemd:
         self._words = _library("jeepney")
         blocking = _library("jeepney.io.blocking")
         try:
-            self._connection = blocking.open_dbus_connection(address)
+            # A bus may be started by this very connection.
+            self._connection = blocking.open_dbus_connection(address, auth_timeout=_TIMEOUT_S)
         except (OSError, ValueError, StopIteration, self._words.AuthenticationError) as error:
             text = f"unable to connect to systemd at {address}: {error}"
             raise DbusError(text=text) from None
@@ -145,6 +146,14 @@ class Systemd:
         if result != "done":
             self.reset_failed(name)
             raise DbusError(text=f"error creating systemd unit `{name}`: got `{result}`")
+
+    def attach(self, name: str, pids: Sequence[int]) -> None:
+        """Have processes moved into a unit's group, from groups that are not this manager's.
+
+        Raises:
+            DbusError: systemd refuses.
+        """
+        self.call("AttachProcessesToUnit", "ssau", name, "", list(pids))
 
     def stop_unit(self, name: str) -> None:
         """Stop a unit; one that is gone already is fine.

@@ -393,7 +393,8 @@ def process_folder(pid: int) -> int:
     return os.open(f"/proc/{pid}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
-def _read_at(folder: int, name: str) -> str:
+def read_at(folder: int, name: str) -> str:
+    """Return a file of /proc about a process whose directory is open."""
     fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder)
     return read_at_most(fd, 1 << 16).decode("utf-8", "surrogateescape")
 
@@ -406,7 +407,7 @@ def look(folder: int) -> Process:
         ValueError: this is no process.
     """
     fields: dict[str, str] = {}
-    for line in _read_at(folder, "status").splitlines():
+    for line in read_at(folder, "status").splitlines():
         key, _, value = line.partition(":")
         fields.setdefault(key, value.strip())
     try:
@@ -417,7 +418,7 @@ def look(folder: int) -> Process:
             uids=tuple(map(int, fields["Uid"].split())),
             numbers=tuple(map(int, numbers.split())),
             # Behind the name, which may hold brackets of its own, this is the 20th field.
-            started=int(_read_at(folder, "stat").rpartition(")")[2].split()[19]),
+            started=int(read_at(folder, "stat").rpartition(")")[2].split()[19]),
         )
     except (KeyError, IndexError):
         raise ValueError("this is no process") from None
@@ -446,7 +447,7 @@ def _title_of(pid: int) -> str:
     except OSError:
         return ""
     try:
-        return _read_at(folder, "cmdline").partition("\0")[0]
+        return read_at(folder, "cmdline").partition("\0")[0]
     except OSError:
         return ""
     finally:

@@ -267,6 +267,7 @@ class Master:
             self.facts,
             mounting,
             self.info["methods_fd"],
+            first_pid=self.container_pid,
             joining=self._joining() if joins else None,
             start_fd=self.info["start_fd"],
         )

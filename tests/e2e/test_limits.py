@@ -145,6 +145,19 @@ def test_the_kernel_has_the_limits(
     assert found == FILES
 
 
+def test_who_joins_an_instance_is_limited_too(installed: Installation, sif: Path) -> None:
+    started = installed.run("instance", "start", "--pids-limit", "30", sif, "joined", root=True)
+    assert started.returncode == 0, started.stderr
+    try:
+        words = ("instance://joined", "grep", "pids:", "/proc/1/cgroup", "/proc/self/cgroup")
+        done = installed.run("exec", *words, root=True)
+        first, own = (line.partition(":")[2] for line in done.stdout.splitlines())
+        assert first == own, done.stderr
+        assert "apptainer-py-" in own
+    finally:
+        installed.run("instance", "stop", "joined", root=True)
+
+
 def test_devices_of_a_file(installed: Installation, sif: Path, tmp_path: Path) -> None:
     file = tmp_path / "limits.toml"
     rule = 'type = "c"\nmajor = 10\nminor = 229\naccess = "rwm"\n'

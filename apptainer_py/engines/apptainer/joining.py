@@ -12,7 +12,7 @@ import os
 
 from apptainer_py.base import log
 from apptainer_py.base.errors import LaunchError
-from apptainer_py.engines.apptainer import environ, mounts, process
+from apptainer_py.engines.apptainer import environ, limits, mounts, process
 from apptainer_py.engines.apptainer.instance import check_flow
 from apptainer_py.engines.apptainer.message import refused_label
 from apptainer_py.model import protocol
@@ -64,6 +64,9 @@ class Joined:
         # What binds each payload of this instance, as its record says.
         self.label: tuple[bytes, ...] = ()
         self.filter: tuple[bytes, ...] = ()
+        # Of the instance's first process, where that is limited; and whom to ask for the way in.
+        self.groups = ""
+        self.bus = ""
         self.directory = b"/"
 
     def create(self, context: CreateContext) -> None:
@@ -74,6 +77,8 @@ class Joined:
         """
         joining = context.joining
         try:
+            if self.groups:
+                limits.join(self.groups, context.first_pid, self.bus)
             self._bind(joining)
             self._enter(joining)
             self._become(joining)
@@ -198,6 +203,9 @@ def prepare(context: PrepareContext, flags: int, caps: Capabilities) -> Joined:
     )  # fmt: skip
     joined = Joined(lists)
     joined.label, joined.filter = found.label, found.filter
+    if found.cgroup:
+        joined.groups = instances.read_at(context.process_fd, "cgroup")
+        joined.bus = context.environment.get("DBUS_SESSION_BUS_ADDRESS", "") if facts.uid else ""
     return joined
 
 

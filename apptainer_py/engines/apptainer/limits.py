@@ -154,6 +154,50 @@ def apply(limits: Limits, pid: int, janitor: Janitor | None, *, shim: bool) -> N
         raise NotApplied(reason=str(error)) from None
 
 
+def join(own: str, pid: int, bus: str) -> None:
+    """Move a process into the groups of an instance; `own` is /proc/PID/cgroup of its first.
+
+    Raises:
+        NotApplied: it would escape what limits the instance.
+    """
+    from apptainer_py.host.cgroups.driver import CgroupError, read_file, write_file
+    from apptainer_py.host.cgroups.tree import parse_tree
+
+    mounts = read_file("/proc/self", "mountinfo")
+    here = read_file("/proc/self", "cgroup").splitlines()
+    # Where both are already there is nothing to do, nor a right to do it.
+    others = "\n".join(line for line in own.splitlines() if line not in here)
+    try:
+        tree = parse_tree(mounts, others) if others else None
+        for one in tree.hierarchies if tree else ():
+            directory = one.own_directory()
+            try:
+                write_file(directory, "cgroup.procs", str(pid))
+            except CgroupError:
+                if not _attach(directory, pid, bus):
+                    raise
+    except CgroupError as error:
+        raise NotApplied(reason=str(error)) from None
+
+
+def _attach(directory: str, pid: int, bus: str) -> bool:
+    """Have the user's manager do it, which asks who may; return whether it could."""
+    from apptainer_py.host.dbus import DbusError, Systemd
+
+    unit = directory.rpartition("/")[2]
+    if not bus or not unit.endswith(".scope"):
+        return False
+    try:
+        systemd = Systemd(bus)
+        try:
+            systemd.attach(unit, [pid])
+        finally:
+            systemd.close()
+    except DbusError as error:
+        raise NotApplied(reason=str(error)) from None
+    return True
+
+
 def _enter(manager: Manager, pid: int, *, shim: bool) -> None:
     """Move the first process, then stage 2: what the first one forks from then on is inside too.
 
