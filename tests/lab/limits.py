@@ -25,7 +25,7 @@ FLOWS = {
 }
 LIMITS = ("--memory", "64m", "--pids-limit", "55", "--cpus", "0.5", "--cpu-shares", "512")
 VALUES = {
-    "memory.max": str(64 << 20), "pids.max": "55", "cpu.max": "50000 100000", "cpu.weight": "20",
+    "memory.max": str(64 << 20), "pids.max": "55", "cpu.max": "50000 100000", "cpu.weight": "59",
 }  # fmt: skip
 FILE = """
 [memory]
@@ -55,6 +55,10 @@ def image() -> Iterator[Path]:
     shutil.copy("/bin/busybox", top / "bin")
     for name in ("sh", "cat", "sleep", "true", "dd", "wc"):
         (top / "bin" / name).symlink_to("busybox")
+    (top / ".singularity.d/actions").mkdir(parents=True)
+    start = top / ".singularity.d/actions/start"
+    start.write_text("#!/bin/sh\nexec sleep 1000\n")
+    start.chmod(0o755)
     yield top
     shutil.rmtree(top)
 
@@ -125,7 +129,7 @@ def test_too_much_memory(image, flow):
     limits = ("--memory", "32m", "--memory-swap", "32m")
     line = ("dd", "if=/dev/zero", "of=/dev/null", "bs=134217728", "count=1")
     done = run(who, "exec", *options, *limits, image, *line)
-    assert done.returncode == 137, (done.returncode, done.stderr)
+    assert done.returncode == -9, (done.returncode, done.stderr)
 
 
 @pytest.mark.parametrize("flow", FLOWS)

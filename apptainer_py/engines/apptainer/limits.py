@@ -136,6 +136,11 @@ def apply(limits: Limits, pid: int, janitor: Janitor | None, *, shim: bool) -> N
     from apptainer_py.host.cgroups.driver import CgroupError
     from apptainer_py.model.oci_plan import CgroupWish
 
+    if not limits.rootless:
+        # Rules for devices are a program on cgroup2, and that module has the calls for it.
+        from apptainer_py.runtime.interpreter import load_container_module
+
+        load_container_module()
     systemd = limits.kind == "systemd"
     # Below the caller's own groups: whatever limits those still limits the container.
     wish = CgroupWish(
