@@ -138,9 +138,10 @@ def pull_image(uri: str, name: str, options: Mapping[str, Any], around: Surround
     Raises:
         ApptainerError: it cannot be had, or the file is there.
     """
-    from apptainer_py.verbs import pull
+    from apptainer_py.verbs import build, pull
 
     how = fetching(options)
+    build.check_arch(how.arch)
     request = pull.Request(
         uri=uri,
         how=how,

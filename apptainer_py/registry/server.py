@@ -84,6 +84,7 @@ class Server:
         self._context: SSLContext | None = None
         self._direct = direct.Connections(self._tls, TIMEOUTS_S)
         self._proxied: proxied.Connections | None = None
+        self._answered = False
 
     def __enter__(self) -> Self:
         return self
@@ -195,11 +196,12 @@ class Server:
             except Exception as error:
                 if not is_of_the_net(error):
                     raise
-                late = time.monotonic() > until
+                late = time.monotonic() > until or self._is_nowhere(error)
                 if attempt == self.tries - 1 or late or body is not None or _is_hopeless(error):
                     raise self._wrong(words_of(error)) from None
                 self._wait(attempt, None)
                 continue
+            self._answered = True
             # What another host wants to know is not the registry's question.
             if answer.status_code == 401 and not proved and self._is_own(answer.url):
                 proved = True
@@ -214,6 +216,10 @@ class Server:
             answer.close()
             self._wait(attempt, answer.headers.get("Retry-After"))
         raise self._wrong("it does not answer")
+
+    def _is_nowhere(self, error: BaseException) -> bool:
+        """Return whether nobody has ever answered there: a wrong address is no busy server."""
+        return not self._answered and words_of(error) in _NOWHERE
 
     def _follow(self, method: str, url: str, headers: dict[str, str], body: Any) -> Answer:
         host = urlsplit(url).netloc
@@ -368,6 +374,7 @@ def _is_hopeless(error: BaseException) -> bool:
     return isinstance(error, kinds)
 
 
+_NOWHERE = ("connection refused", "there is no such host")
 _CAUSES: tuple[tuple[str, str], ...] = (
     ("CERTIFICATE_VERIFY_FAILED", "its certificate is not one that this machine trusts; "
      "SSL_CERT_FILE names a file with others"),

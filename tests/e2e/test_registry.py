@@ -248,6 +248,7 @@ def test_accounts(do: Do, closed: str, home: Path, place: Path) -> None:
     (("pull", "docker://HOST/lib/small:1"), "does not speak HTTPS; --no-https"),
     (("pull", "docker://127.0.0.1:1/a"), "connection refused"),
     (("pull", "--no-https", "--arch", "s390x", "docker://HOST/lib/many:1"), "one for: amd64"),
+    (("pull", "--arch", "nope", "docker://HOST/lib/many:1"), "arch: nope is not valid"),
     (("pull", "--no-https", "oras://HOST/lib/small:1"), "is no SIF image"),
     (("pull", "--dir", "none", "docker://HOST/lib/small:1"), "there is no directory none"),
     (("pull", "shub://a/b"), "Singularity Hub ended"),

@@ -230,10 +230,15 @@ def test_what_is_not_there_is_told_in_the_registrys_words(fake: Fake, cache: Cac
         fetch(fake, cache, "none")
 
 
-def test_a_registry_that_is_not_there(cache: Cache, fake: Fake) -> None:
+def test_a_registry_that_is_not_there(
+    cache: Cache, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(server.time, "sleep", waits.append)
     fake.host = "127.0.0.1:1"
     with pytest.raises(RegistryError, match=r"127\.0\.0\.1:1: connection refused"):
         fetch(fake, cache)
+    assert waits == []
 
 
 def test_http_where_https_was_expected(fake: Fake, cache: Cache) -> None:
