@@ -221,6 +221,13 @@ def test_a_unit_that_does_not_start(bus):
     manager.close()
 
 
+def test_a_process_that_only_the_manager_may_move(bus, tmp_path):
+    manager = Systemd(bus)
+    manager.attach("box.scope", [7, 8])
+    manager.close()
+    assert calls(tmp_path) == [("AttachProcessesToUnit", ["box.scope", "", [7, 8]])]
+
+
 def test_no_bus_at_all(tmp_path):
     with pytest.raises(DbusError, match="unable to connect to systemd"):
         Systemd(f"unix:path={tmp_path}/none")
