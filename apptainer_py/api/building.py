@@ -78,17 +78,19 @@ def build_image(target: str, spec: str, options: Mapping[str, Any], around: Surr
         for value in known[name]:
             passed += [f"--{name}", value]
     passed += [f"--{name}" for name in _SWITCHES if known[name]]
-    request = build.Request(
-        target=target,
-        spec=spec,
-        environ=sealing.without_secrets(around.of_build()),
-        lock=_lock(known, around),
-        config_file=around.config_file or facts.CONFIG_FILE,
-        container_options=tuple(passed),
-        output=around.output,
-        **{name: known[name] for name in _OWN},
-    )
-    build.build(request, _describe)
+    secret = known["encrypt"] or known["passphrase"] or known["pem_path"]
+    with sealing.Closed(wanted=bool(secret)):
+        request = build.Request(
+            target=target,
+            spec=spec,
+            environ=sealing.without_secrets(around.of_build()),
+            lock=_lock(known, around),
+            config_file=around.config_file or facts.CONFIG_FILE,
+            container_options=tuple(passed),
+            output=around.output,
+            **{name: known[name] for name in _OWN},
+        )
+        build.build(request, _describe)
 
 
 def _lock(known: Mapping[str, Any], around: Surroundings) -> Lock | None:

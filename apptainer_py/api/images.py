@@ -8,6 +8,8 @@ image.exec(["tool", "--version"], check=True)
 from __future__ import annotations
 
 import os
+import select
+import threading
 
 from apptainer_py.api import building, inspecting, launching
 from apptainer_py.api.messages import quiet, tell
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from apptainer_py.api.messages import OnMessage
     from apptainer_py.verbs.verify import Verdict
 
-_KEPT_BYTES = 1 << 16
+_KEPT_BYTES, _NOTE_BYTES, _READ_BYTES = 1 << 20, 1 << 16, 1 << 16
 
 
 class Metadata(Record):
@@ -231,17 +233,24 @@ def push(
 class _Output:
     """Where a build prints to: what the caller gives, or memory, for a note of what went wrong.
 
-    A build is a process of its own, so its messages are told once it has ended.
+    A build is a process of its own, so its messages are told once it has ended, those among the
+    last MiB, at least, of what it has printed.
     """
 
     def __init__(self, given: Stream | None, told: OnMessage | None) -> None:
         self._given = given
         self._told = told
+        self._said = bytearray()
+        self._reader: threading.Thread | None = None
+        self._over = -1
         self.fd = -1
 
     def __enter__(self) -> _Output:
         if self._given is None:
-            self.fd = os.memfd_create("output", os.MFD_CLOEXEC)
+            reading, self.fd = os.pipe2(os.O_CLOEXEC)
+            over, self._over = os.pipe2(os.O_CLOEXEC)
+            self._reader = threading.Thread(target=self._keep, args=(reading, over), daemon=True)
+            self._reader.start()
         else:
             self.fd = self._given if isinstance(self._given, int) else self._given.fileno()
         return self
@@ -250,18 +259,37 @@ class _Output:
         advice = error.advice() if isinstance(error, ApptainerError) else None
         if error is not None and advice:
             error.add_note(advice)
-        if self._given is not None:
+        if self._reader is None:
             return
-        size = os.fstat(self.fd).st_size
-        said = os.pread(self.fd, _KEPT_BYTES, max(0, size - _KEPT_BYTES))
-        if self._told is None:
-            os.close(self.fd)
-        else:
-            os.lseek(self.fd, 0, os.SEEK_SET)
-            with open(self.fd, encoding="utf-8", errors="replace") as lines:
-                tell(lines, self._told)
-        if said and isinstance(error, ApptainerError):
-            error.add_note(said.decode("utf-8", "replace"))
+        # The build has ended, and all that it has started; what other threads fork at the same
+        # time has the pipe, too, so that its end does not come.
+        os.write(self._over, b"\n")
+        self._reader.join()
+        os.close(self._over)
+        os.close(self.fd)
+        if self._told is not None:
+            tell(self._said.decode("utf-8", "replace").splitlines(), self._told)
+        if self._said and isinstance(error, ApptainerError):
+            error.add_note(self._said[-_NOTE_BYTES:].decode("utf-8", "replace"))
+
+    def _keep(self, reading: int, over: int) -> None:
+        """Keep the end of what is printed, however much it is."""
+        os.set_blocking(reading, False)
+        is_over = False
+        poll = select.poll()
+        poll.register(reading, select.POLLIN)
+        poll.register(over, select.POLLIN)
+        while True:
+            try:
+                self._said += os.read(reading, _READ_BYTES)
+                if len(self._said) > 2 * _KEPT_BYTES:
+                    del self._said[:-_KEPT_BYTES]
+            except BlockingIOError:
+                if is_over:
+                    break
+                is_over = over in dict(poll.poll())
+        os.close(reading)
+        os.close(over)
 
 
 def _with_config(command: str, options: Mapping[str, Any]) -> tuple[dict[str, object], str]:

@@ -197,16 +197,19 @@ def _unsquash(fd: int, offset: int, order: Order) -> None:
     argv = [squashfs.find_tool("unsquashfs"), "-no-progress", "-quiet", "-f", "-o", str(offset)]
     argv += ["-d", order.root, f"/proc/self/fd/{fd}"]
     with report.working("Unpacking"):
-        done = subprocess.run(
-            argv,
-            env={"PATH": TOOLS, "LC_ALL": "C"},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            pass_fds=(fd,),
-            preexec_fn=lambda: squashfs.write_only_below(order.root),
-            check=False,
-        )
+        try:
+            done = subprocess.run(
+                argv,
+                env={"PATH": TOOLS, "LC_ALL": "C"},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                pass_fds=(fd,),
+                preexec_fn=lambda: squashfs.write_only_below(order.root),
+                check=False,
+            )
+        except subprocess.SubprocessError:
+            raise ConveyorFailed(reason=squashfs.UNFENCED) from None
     # 2: everything is there, but for owners or attributes that this caller cannot give.
     if done.returncode not in (0, 2) or (done.returncode == 2 and order.owns_all):
         lines = done.stderr.decode("utf-8", "replace").strip().splitlines()

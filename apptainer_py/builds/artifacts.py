@@ -103,7 +103,8 @@ def push(
             registry.put_blob(reference, config, len(_CONFIG), io.BytesIO(_CONFIG))
         digest, size = digesting.wait()
         if not registry.has_blob(reference, digest):
-            registry.put_blob(reference, digest, size, digesting.file)
+            with report.working("Uploading"):
+                registry.put_blob(reference, digest, size, digesting.file)
         manifest = _manifest(os.path.basename(path), digest, size, annotations)
         return registry.put_manifest(reference, OCI_MANIFEST, manifest)
 

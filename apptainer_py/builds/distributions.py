@@ -73,6 +73,9 @@ def _run(argv: Sequence[str], order: Order, *, good: Sequence[int] = (0,), **mor
 
     log.debug(f"running {' '.join(argv)}")
     path = f"{more.pop('PATH', '')}:{TOOLS}".lstrip(":")
+    if order.environ.get("TMPDIR"):
+        # What a killed program leaves there goes with the build's directory.
+        more["TMPDIR"] = order.folder
     done = subprocess.run(
         argv,
         env={**order.environ, **more, "PATH": path},

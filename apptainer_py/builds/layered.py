@@ -8,6 +8,8 @@ from apptainer_py.builds import agents, report
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from apptainer_py.builds.agents import Agent, Base, Order
     from apptainer_py.builds.fetching import Fetching
     from apptainer_py.builds.remote import Arriving, Named
@@ -23,11 +25,18 @@ def register(how: Fetching, cache: Cache | None = None) -> None:
     agents.register("library", _library(how))
 
 
+def _cache_for(how: Fetching, order: Order) -> AbstractContextManager[Cache]:
+    """Give the caller's cache; one for this time only goes with the build's own directory."""
+    from apptainer_py.builds import uris
+
+    return uris.cache_for(how.replace(tmpdir=order.folder), order.environ)
+
+
 def _file(transport: str, how: Fetching) -> Agent:
     def fill(order: Order) -> Base:
         from apptainer_py.builds import uris
 
-        with uris.cache_for(how, order.environ) as cache:
+        with _cache_for(how, order) as cache:
             uri = f"{transport}://{order.source}"
             path = uris.fetch(uri, how, order.environ, cache, uris.no_layers)
             return agents.local_image(order.replace(header={**order.header, "from": path}))
@@ -37,12 +46,12 @@ def _file(transport: str, how: Fetching) -> Agent:
 
 def _library(how: Fetching) -> Agent:
     def fill(order: Order) -> Base:
-        from apptainer_py.builds import libraries, uris
+        from apptainer_py.builds import libraries
         from apptainer_py.registry import library
 
         name = library.parse(order.source.removeprefix("library:"))
         chosen = how.replace(library=order.header.get("library", "") or how.library)
-        with uris.cache_for(how, order.environ) as cache:
+        with _cache_for(how, order) as cache:
             path = libraries.fetch(name, chosen, order.environ, cache)
             return agents.local_image(order.replace(header={**order.header, "from": path}))
 
@@ -53,9 +62,7 @@ def _docker(how: Fetching, cache: Cache | None) -> Agent:
     def fill(order: Order) -> Base:
         if cache is not None:
             return unpack(order, cache)
-        from apptainer_py.builds import uris
-
-        with uris.cache_for(how, order.environ) as own:
+        with _cache_for(how, order) as own:
             return unpack(order, own)
 
     def unpack(order: Order, cache: Cache) -> Base:

@@ -16,9 +16,10 @@ from apptainer_py.base.record import Record
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from typing import IO
+    from io import BufferedReader
 
-    Launch = Callable[[Sequence[str], Mapping[str, str], int, int], int]
+    # Arguments, environment, umask, stdout and stderr.
+    Launch = Callable[[Sequence[str], Mapping[str, str], int, tuple[int, int]], int]
 
 POST_SCRIPT = ".post.script"
 _MARK = b"\x1f"
@@ -85,10 +86,18 @@ class Trace:
         self.number = 0
         self.command = ""
 
-    def show(self, stream: IO[bytes], shown: int) -> None:
+    def show(self, stream: BufferedReader, shown: int) -> None:
         """Copy a stream until its end."""
-        for line in iter(lambda: stream.readline(_LINES_KEPT), b""):
-            _write(shown, self._plain(line))
+        kept = b""
+        while data := stream.read1(_LINES_KEPT):
+            *lines, kept = (kept + data).split(b"\n")
+            for line in lines:
+                _write(shown, self._plain(line + b"\n"))
+            # A question has no end of line, and waits for an answer.
+            if len(kept) >= _LINES_KEPT or not _may_be_trace(kept):
+                _write(shown, kept)
+                kept = b""
+        _write(shown, self._plain(kept))
 
     def _plain(self, line: bytes) -> bytes:
         if not line.startswith(b"+") or line.count(_MARK) < 2:
@@ -100,6 +109,10 @@ class Trace:
             self.number = int(number) if number.isdigit() else 0
             self.command = rest.decode("utf-8", "replace").strip()
         return start + rest
+
+
+def _may_be_trace(start: bytes) -> bool:
+    return start.startswith(b"+") and start.lstrip(b"+")[:1] in (b"", _MARK)
 
 
 def _write(fd: int, data: bytes) -> None:
@@ -205,7 +218,10 @@ def host_environment(environ: Mapping[str, str], root: str) -> dict[str, str]:
 def _run(
     argv: Sequence[str], environ: Mapping[str, str], umask: int, launch: Launch | None = None
 ) -> tuple[int, Trace]:
-    """Run a program and show what it prints; return its status (128 and more for a signal)."""
+    """Run a program and show what it prints; return its status (128 and more for a signal).
+
+    Where both of our streams are one file, all of it goes one way: a log has it in its order.
+    """
     import threading
 
     trace = Trace()
@@ -215,15 +231,28 @@ def _run(
         shower = threading.Thread(target=trace.show, args=(stream, 2))
         shower.start()
         try:
-            status = (launch or _start)(argv, environ, umask, writing)
+            streams = (writing if _is_one_log() else 1, writing)
+            status = (launch or _start)(argv, environ, umask, streams)
         finally:
             os.close(writing)
             shower.join()
     return status, trace
 
 
-def _start(argv: Sequence[str], environ: Mapping[str, str], umask: int, stderr: int) -> int:
+def _is_one_log() -> bool:
+    """Return whether stdout and stderr are the same file; a terminal stays one for scripts."""
+    try:
+        out, error = os.fstat(1), os.fstat(2)
+    except OSError:
+        return False
+    return (out.st_dev, out.st_ino) == (error.st_dev, error.st_ino) and not os.isatty(1)
+
+
+def _start(
+    argv: Sequence[str], environ: Mapping[str, str], umask: int, streams: tuple[int, int]
+) -> int:
     import subprocess
 
-    done = subprocess.run(argv, env=dict(environ), stderr=stderr, umask=umask, check=False)
+    out, err = streams
+    done = subprocess.run(argv, env=dict(environ), stdout=out, stderr=err, umask=umask, check=False)
     return done.returncode if done.returncode >= 0 else 128 - done.returncode

@@ -57,15 +57,15 @@ class Launches:
         self._end = end
 
     def __call__(
-        self, argv: Sequence[str], environ: Mapping[str, str], umask: int, stderr: int
+        self, argv: Sequence[str], environ: Mapping[str, str], umask: int, streams: tuple[int, int]
     ) -> int:
         """Run a program; return its status, 128 and more for a signal."""
         import json
         import socket
 
-        data = json.dumps([list(argv), dict(environ), umask]).encode()
+        data = json.dumps([list(argv), dict(environ), umask, streams[0] == streams[1]]).encode()
         head = len(data).to_bytes(4, "little")
-        socket.send_fds(self._end, [head], [stderr])
+        socket.send_fds(self._end, [head], [streams[1]])
         self._end.sendall(data)
         answer = self._end.recv(4)
         if len(answer) < 4:
@@ -280,10 +280,11 @@ def _launch(end: socket.socket) -> int:
     size = int.from_bytes(head, "little")
     while len(data) < size:
         data += end.recv(size - len(data))
-    argv, environ, umask = json.loads(data)
+    argv, environ, umask, both = json.loads(data)
     try:
         # Waited for by its number: the object must not do that.
-        child = subprocess.Popen(argv, env=environ, stderr=fds[0], umask=umask)
+        out = fds[0] if both else None
+        child = subprocess.Popen(argv, env=environ, stdout=out, stderr=fds[0], umask=umask)
         child.returncode = 0
         return child.pid
     finally:

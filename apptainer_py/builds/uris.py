@@ -140,18 +140,14 @@ def _cache_for(how: Fetching, environ: Mapping[str, str]) -> Iterator[Cache]:
         else:
             yield cache
             return
-    import shutil
-    import tempfile
+    from apptainer_py.builds import passing
 
     named = (how.tmpdir, *(environ.get(name, "") for name in _TMPDIRS))
     above = next(filter(None, named), "/tmp")
-    folder = tempfile.mkdtemp(prefix="apptainer-py-fetch-", dir=above)
-    try:
+    with passing.Folder(os.path.abspath(above)) as folder:
         cache = Cache(folder, passing=True)
         cache.prepare()
         yield cache
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def fetch(

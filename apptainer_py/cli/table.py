@@ -102,6 +102,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "architecture of the image, this machine's if not given"),
     ("arch", "", STRING, "", ("SEARCH_ARCH",), ("search",), SUPPORTED,
      "architecture of the images, this machine's if not given"),
+    ("arch-variant", "", STRING, "", ("BUILD_ARCH_VARIANT",), _BUILD, SUPPORTED,
+     "variant of the architecture, such as v7"),
     ("arch-variant", "", STRING, "", ("PULL_ARCH_VARIANT",), ("pull",), SUPPORTED,
      "variant of the architecture, such as v7"),
     ("armor", "a", BOOL, False, (), ("key export",), SUPPORTED,

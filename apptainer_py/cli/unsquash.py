@@ -97,16 +97,19 @@ def _unpack(image: OpenImage, root: str) -> None:
         offset = part.offset
     argv = [squashfs.find_tool("unsquashfs"), "-no-progress", "-quiet", "-o", str(offset)]
     argv += ["-no-xattrs"] if os.geteuid() else []
-    done = subprocess.run(
-        [*argv, "-d", root, f"/proc/self/fd/{image.fd}"],
-        env=_TOOLS,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        pass_fds=(image.fd,),
-        preexec_fn=lambda: squashfs.write_only_below(os.path.dirname(root)),
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [*argv, "-d", root, f"/proc/self/fd/{image.fd}"],
+            env=_TOOLS,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            pass_fds=(image.fd,),
+            preexec_fn=lambda: squashfs.write_only_below(os.path.dirname(root)),
+            check=False,
+        )
+    except subprocess.SubprocessError:
+        raise LaunchError(text=f"--unsquash: {squashfs.UNFENCED}") from None
     os.close(image.fd)
     # 2: everything is there, but for owners or devices that this caller cannot make.
     if done.returncode not in (0, 2) or (done.returncode == 2 and os.geteuid() == 0):

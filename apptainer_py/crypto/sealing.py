@@ -17,6 +17,7 @@ from apptainer_py.crypto import gocryptfs
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from types import TracebackType
     from typing import Any
 
 VARIABLES = tuple(
@@ -32,6 +33,42 @@ _RANDOM_BYTES, _KEY_BYTES = 32, 32
 _SCRYPT_N, _SCRYPT_R, _SCRYPT_P = 65536, 8, 1
 _BATCH = 256
 _LINE = 64
+
+
+# prctl.h
+_PR_GET_DUMPABLE, _PR_SET_DUMPABLE = 3, 4
+
+
+class Closed:
+    """Keeps this process, and what is forked from it, closed to others of the same user.
+
+    They could read its memory, with a password in it; the programs that it starts have none.
+    """
+
+    def __init__(self, *, wanted: bool) -> None:
+        self._wanted = wanted
+        self._before = 0
+
+    def __enter__(self) -> None:
+        if self._wanted:
+            self._before = _prctl(_PR_GET_DUMPABLE, 0)
+            _prctl(_PR_SET_DUMPABLE, 0)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._wanted:
+            _prctl(_PR_SET_DUMPABLE, self._before)
+
+
+def _prctl(option: int, value: int) -> int:
+    import ctypes
+
+    done: int = ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+    return done
 
 
 class CannotEncrypt(ApptainerError):

@@ -208,13 +208,19 @@ class Unpacker:
 
     def _file(self, entry: Entry, stream: TarStream, parent: int, name: bytes) -> None:
         self._count(entry.size_bytes, is_read=False)
+        self._count(entry.holes_bytes)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(name, flags, 0o600, dir_fd=parent)
         try:
-            for data in stream.content():
-                rest = memoryview(data)
+            for piece in stream.pieces():
+                if isinstance(piece, int):
+                    os.lseek(fd, piece, os.SEEK_CUR)
+                    continue
+                rest = memoryview(piece)
                 while rest:
                     rest = rest[os.write(fd, rest) :]
+            if entry.holes_bytes:
+                os.ftruncate(fd, entry.size_bytes)
             self._own(fd, entry)
             os.fchmod(fd, entry.mode)
             _set_xattrs(fd, entry)

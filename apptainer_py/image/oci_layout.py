@@ -137,6 +137,8 @@ class Layout:
                     self._links[name] = os.fsdecode(entry.link)
                 if entry.kind != tar_stream.FILE:
                     continue
+                if entry.holes_bytes:
+                    raise self._wrong(f"{name} is a sparse file in the archive")
                 found[name] = (place, entry.size_bytes)
                 place = stream.pass_over(place)
         except TarWrong as error:

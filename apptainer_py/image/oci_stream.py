@@ -149,13 +149,15 @@ class Merger:
     def _counted(self, read: Read) -> Read:
         def counted(size: int) -> bytes:
             data = read(size)
-            self._bytes += len(data)
-            if self._bytes > self._limits.total_bytes:
-                reason = f"the image is larger than {self._limits.total_bytes} bytes"
-                raise TooLarge(reason=reason)
+            self._count(len(data))
             return data
 
         return counted
+
+    def _count(self, size: int) -> None:
+        self._bytes += size
+        if self._bytes > self._limits.total_bytes:
+            raise TooLarge(reason=f"the image is larger than {self._limits.total_bytes} bytes")
 
     def _put(self, entry: Entry, stream: TarStream, layer: _Layer) -> None:
         parts = parts_of(entry.name)
@@ -264,6 +266,7 @@ class Merger:
         self._others[path] = entry.kind
         self._emit(entry, path, link)
         if entry.kind == tar_stream.FILE:
+            self._count(entry.holes_bytes)
             for data in stream.content():
                 self._write(data)
             self._write(bytes(-entry.size_bytes % BLOCK))

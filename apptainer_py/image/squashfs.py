@@ -21,7 +21,7 @@ _SUPERBLOCK = struct.Struct("<4sIIIIHHHHHHQQ")
 _TOOL_FOLDERS = ("/usr/local/bin", "/usr/local/sbin", "/usr/bin", "/usr/sbin", "/bin", "/sbin")
 _PIPE_BYTES = 1 << 20
 _LIST_LIMIT_BYTES = 4 << 20
-_NEWNS = 0x00020000
+_NEWNS, _NEWUSER = 0x00020000, 0x10000000
 _MS_BIND, _MS_REC, _MS_PRIVATE = 0x1000, 0x4000, 0x40000
 _AT_FDCWD, _AT_RECURSIVE, _ATTR_RDONLY = -100, 0x8000, 1
 _LEVELS = {"gzip": range(1, 10), "zstd": range(1, 23)}
@@ -360,22 +360,39 @@ def _unsquashfs(
     return content
 
 
+# For whoever starts a program with that and finds that it has not begun.
+UNFENCED = (
+    "unsquashfs is not started where it could write to more than one directory, "
+    "and a mount namespace to prevent that could not be made"
+)
+
+
 def write_only_below(folder: str) -> None:
-    """Leave a new process one directory to write to, where it may mount; elsewhere nothing changes.
+    """Leave a new process one directory to write to.
 
     unsquashfs works with all rights of its caller, on what anybody may have made.
+
+    Raises:
+        OSError: that cannot be done; the process must not go on.
     """
     from apptainer_py.kernel import _container
 
     place = os.fsencode(folder)
     try:
         _container.unshare(_NEWNS)
-        _container.mount(b"none", b"/", b"", _MS_REC | _MS_PRIVATE)
-        _container.mount(place, place, b"", _MS_BIND)
-        _container.mount_setattr(_AT_FDCWD, b"/", _AT_RECURSIVE, _ATTR_RDONLY, 0)
-        _container.mount_setattr(_AT_FDCWD, place, 0, 0, _ATTR_RDONLY)
-    except OSError:
-        return
+    except PermissionError:
+        # An ordinary user may mount in a user namespace, where he stays who he is.
+        uid, gid = os.geteuid(), os.getegid()
+        _container.unshare(_NEWUSER | _NEWNS)
+        for name, text in (
+            ("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1"),
+        ):  # fmt: skip
+            with open(f"/proc/self/{name}", "w", encoding="ascii") as file:
+                file.write(text)
+    _container.mount(b"none", b"/", b"", _MS_REC | _MS_PRIVATE)
+    _container.mount(place, place, b"", _MS_BIND)
+    _container.mount_setattr(_AT_FDCWD, b"/", _AT_RECURSIVE, _ATTR_RDONLY, 0)
+    _container.mount_setattr(_AT_FDCWD, place, 0, 0, _ATTR_RDONLY)
 
 
 def limit(pid: int) -> None:

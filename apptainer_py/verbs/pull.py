@@ -68,20 +68,38 @@ def pull(request: Request, convert: Convert) -> str:
 
 def _copy(source: str, target: str) -> None:
     """Copy it beside the target, then put it there: nobody sees a part of an image."""
-    made = f"{target}.{os.urandom(6).hex()}.part"
+    above, name = os.path.split(target)
+    made = f"{name}.{os.urandom(6).hex()}.part"
     reading = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+    folder = os.open(above or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        writing = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE)
-        try:
-            copy_rest(reading, writing)
-        finally:
-            os.close(writing)
-        os.rename(made, target)
+        _write(reading, folder, made)
+        os.rename(made, name, src_dir_fd=folder, dst_dir_fd=folder)
     except BaseException:
         try:
-            os.unlink(made)
+            os.unlink(made, dir_fd=folder)
         except OSError:
             pass
         raise
     finally:
+        os.close(folder)
         os.close(reading)
+
+
+def _write(reading: int, folder: int, name: str) -> None:
+    """Write a copy that has no name until it is whole, where the file system has such files."""
+    flags = os.O_WRONLY | os.O_CLOEXEC
+    try:
+        writing = os.open(".", flags | os.O_TMPFILE, _MODE, dir_fd=folder)
+    except OSError:
+        writing = os.open(name, flags | os.O_CREAT | os.O_EXCL, _MODE, dir_fd=folder)
+        nameless = False
+    else:
+        nameless = True
+    try:
+        copy_rest(reading, writing)
+        if nameless:
+            # By its directory, or Python would make a link to the link in /proc.
+            os.link(f"/proc/self/fd/{writing}", name, src_dir_fd=folder, dst_dir_fd=folder)
+    finally:
+        os.close(writing)

@@ -550,6 +550,61 @@ def test_an_interrupted_build_leaves_nothing(
     assert left() == before
 
 
+def test_who_encrypts_is_closed_to_others_of_the_same_user(
+    product: SimpleNamespace, place: SimpleNamespace, user: pwd.struct_passwd
+) -> None:
+    """The password is in the memory of its processes: the kernel shows that to root alone."""
+    (place.folder / "closed.def").write_text(HEADER + "%setup\n sleep 1079\n")
+    child = subprocess.Popen(
+        [product.program, "build", "--encrypt", "closed.sif", "closed.def"],
+        cwd=place.folder,
+        env={"PATH": "/usr/bin:/bin", "APPTAINER_ENCRYPTION_PASSPHRASE": "words"},
+        user=user.pw_uid,
+        group=user.pw_gid,
+        extra_groups=[],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not sleepers() and time.monotonic() < deadline:
+            assert child.poll() is None
+            time.sleep(0.02)
+        owners = []
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            line = Path("/proc", pid, "cmdline").read_bytes()
+            if b"\0closed.sif\0" in line:
+                owners.append(Path("/proc", pid, "mem").stat().st_uid)
+        assert owners == [0] * 3
+    finally:
+        child.terminate()
+        child.wait()
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_what_post_prints_is_in_its_order(
+    product: SimpleNamespace, place: SimpleNamespace, as_user: AsUser, together: bool
+) -> None:
+    """In one log, that is; a question without an end of line is shown as it is."""
+    script = (
+        "%post\n for i in 1 2 3 4; do echo out $i; echo err $i >&2; done; printf 'sure? ' >&2\n"
+    )
+    (place.folder / "order.def").write_text(HEADER + script)
+    line = f"{product.program} build --force --sandbox order order.def" + " 2>&1" * together
+    done = as_user(["/bin/sh", "-c", line], cwd=place.folder)
+    assert done.returncode == 0, done.stderr
+    shown = [one for one in (done.stdout + done.stderr).splitlines() if one[:1] != "I"]
+    assert any("sure? " in one for one in shown)
+    if together:
+        at = [shown.index(f"{word} {number}") for number in "1234" for word in ("out", "err")]
+        assert at == sorted(at)
+        for number in "1234":
+            out = shown.index(f"out {number}")
+            assert shown[out - 1].endswith(f"echo out {number}"), shown
+    else:
+        assert done.stdout.splitlines()[:4] == [f"out {number}" for number in "1234"]
+
+
 def sleepers() -> list[str]:
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):

@@ -87,7 +87,8 @@ def build(product: SimpleNamespace, as_user: AsUser, place: SimpleNamespace) -> 
             environ = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", **more}
             how: dict[str, Any] = {"capture_output": True, "text": True, "env": environ}
             return subprocess.run(argv, cwd=place.folder, check=False, **how)
-        return as_user(argv, cwd=place.folder, env=more)
+        # A whole distribution takes its time on a busy machine.
+        return as_user(argv, cwd=place.folder, env=more, timeout_s=900)
 
     return run
 

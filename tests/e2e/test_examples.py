@@ -6,7 +6,6 @@ programs that would install packages are stand-ins in the base images. Nothing e
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -127,7 +126,7 @@ def stood_in(place: Path, tree: Path, demo_sif: Path) -> Iterator[Callable[[str]
         fake_library.running() as library,
     ):
         docker_registry.push(place / "layout", host, "lib/base:1")
-        _give(library, "alpine", "3.11.5", demo_sif.read_bytes())
+        library.give("alpine", "3.11.5", demo_sif.read_bytes())
 
         def change(text: str) -> str:
             text = re.sub(r"(?m)^From: ghcr\.io/\S+", f"From: {host}/lib/sif:1", text)
@@ -139,17 +138,6 @@ def stood_in(place: Path, tree: Path, demo_sif: Path) -> Iterator[Callable[[str]
 
         change.host = host  # type: ignore[attr-defined]
         yield change
-
-
-def _give(library: fake_library.Library, name: str, tag: str, data: bytes) -> None:
-    """Put an image into a library."""
-    digits = f"sha256.{hashlib.sha256(data).hexdigest()}"
-    library.records["containers"][name] = {"id": "of-" + name}
-    library.tags["of-" + name] = {"amd64": {tag: "image"}}
-    library.records["images"][f"{name}:{digits}"] = {
-        "id": "image", "hash": digits, "size": len(data), "uploaded": True,
-    }  # fmt: skip
-    library.files["image"] = data
 
 
 @pytest.fixture

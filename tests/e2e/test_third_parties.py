@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from tests.e2e.three_flows import good, run_at
 
 MISSING = [name for name in ("skopeo", "umoci", "docker-registry") if shutil.which(name) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"did not run: without {MISSING}")
+INDEX = "application/vnd.oci.image.index.v1+json"
 REAL = "/usr/bin/apptainer"
 PLAIN = {"APPTAINER_NOHTTPS": "1"}
 TOLD = {
@@ -182,7 +184,7 @@ def test_what_umoci_repacks(do: Do, place: Path) -> None:
 def test_an_index_of_architectures(do: Do, place: Path, home: Path, host: str) -> None:
     """Pushed whole by skopeo: each architecture gives its own image."""
     uri = f"docker://{host}/third:many"
-    copy("--all", f"oci:{index_of(place)}", uri)
+    copy("--all", f"oci:{index_of(place, 'many', 'arm64', ('v8',))}", uri)
     good(do("pull", "--force", "host.sif", uri))
     check(do, "host.sif")
     done = do("pull", "--force", "--arch", "arm64", "other.sif", uri)
@@ -191,26 +193,47 @@ def test_an_index_of_architectures(do: Do, place: Path, home: Path, host: str) -
     assert labels["data"]["attributes"]["labels"]["org.label-schema.build-arch"] == "arm64"
 
 
-def index_of(place: Path) -> Path:
-    """Return a layout whose only entry is an index of the image and one for another machine."""
-    many = place / "many"
+def test_a_variant_of_an_architecture(do: Do, place: Path, home: Path, host: str) -> None:
+    """`build` and `pull` take the one that is asked for."""
+    many = index_of(place, "variants", "arm", ("v6", "v7"))
+    copy("--all", f"oci:{many}", f"docker://{host}/third:variants")
+    uri = f"docker://{host}/third:variants"
+    for words in (("build",), ("pull",)):
+        for variant in ("v6", "v7"):
+            wanted = ("--force", "--arch", "arm", "--arch-variant", variant, "variant.sif", uri)
+            good(do(*words, *wanted))
+            labels = json.loads(good(do("inspect", "--json", "--labels", "variant.sif")))
+            assert labels["data"]["attributes"]["labels"]["of"] == variant
+        done = do(*words, "--force", "--arch", "arm", "--arch-variant", "v5", "none.sif", uri)
+        assert done.returncode == 255 and "no image for arm" in done.stderr
+
+
+def index_of(place: Path, name: str, machine: str, variants: tuple[str, ...]) -> Path:
+    """Return a layout whose only entry is an index of the image, and of some for another machine.
+
+    Each variant of that machine has a label with its name.
+    """
+    many = place / name
     shutil.copytree(place / "layout", many)
-    tool("umoci", "new", "--image", f"{many}:arm")
-    tool("umoci", "insert", "--image", f"{many}:arm", place / "new", "/new")
-    tool("umoci", "config", "--image", f"{many}:arm", "--architecture", "arm64")
+    for variant in variants:
+        image = f"{many}:{variant}"
+        tool("umoci", "new", "--image", image)
+        tool("umoci", "insert", "--image", image, place / "new", f"/of-{variant}")
+        words = ("--architecture", machine, "--config.label", f"of={variant}")
+        tool("umoci", "config", "--image", image, *words)
     index = json.loads((many / "index.json").read_text())
-    rows = {row["annotations"]["org.opencontainers.image.ref.name"]: row
-            for row in index["manifests"]}  # fmt: skip
-    kind = "application/vnd.oci.image.index.v1+json"
-    inner = {"schemaVersion": 2, "mediaType": kind, "manifests": []}
-    for tag, machine in (("arm", "arm64"), ("tag", "amd64")):
-        row = {name: rows[tag][name] for name in ("mediaType", "digest", "size")}
-        inner["manifests"].append({**row, "platform": {"architecture": machine, "os": "linux"}})
-    (many / "inner").write_text(json.dumps(inner))
-    (digits, *_) = tool("sha256sum", many / "inner").split()
-    entry = {"mediaType": kind, "digest": f"sha256:{digits}",
-             "size": (many / "inner").stat().st_size}  # fmt: skip
-    (many / "inner").rename(many / "blobs/sha256" / digits)
+    inner: dict[str, object] = {"schemaVersion": 2, "mediaType": INDEX}
+    rows = []
+    for row in index["manifests"]:
+        tag = row.pop("annotations")["org.opencontainers.image.ref.name"]
+        platform = {"architecture": "amd64", "os": "linux"}
+        if tag in variants:
+            platform |= {"architecture": machine, "variant": tag}
+        rows.append({**row, "platform": platform})
+    data = json.dumps({**inner, "manifests": rows}).encode()
+    digits = hashlib.sha256(data).hexdigest()
+    (many / "blobs/sha256" / digits).write_bytes(data)
+    entry = {"mediaType": INDEX, "digest": f"sha256:{digits}", "size": len(data)}
     (many / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [entry]}))
     return many
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import stat
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -387,3 +388,80 @@ def test_a_tree_that_its_owner_moves_about_meanwhile(
         os.close(parent)
     assert (root.parent / "outside/a/file").exists()
     assert (root.parent / "outside/b/file").exists()
+
+
+# ---- sparse files ----
+
+SPARSE = [
+    ("gnu", []),
+    ("pax", ["--sparse-version=0.0"]),
+    ("pax", ["--sparse-version=0.1"]),
+    ("pax", ["--sparse-version=1.0"]),
+]
+
+
+def sparse_tar(folder: Path, kind: str, options: list[str], *pieces: tuple[int, bytes]) -> bytes:
+    """Return what GNU tar makes of a file with holes, and of one behind it."""
+    with (folder / "holes").open("wb") as file:
+        for offset, data in pieces:
+            file.seek(offset)
+            file.write(data)
+        file.truncate(3 << 20)
+    (folder / "after").write_bytes(b"after")
+    argv = ["tar", "--create", "--sparse", f"--format={kind}", *options, "holes", "after"]
+    made = subprocess.run(argv, cwd=folder, capture_output=True, check=True).stdout
+    assert len(made) < 1 << 20, "tar knows no holes here"
+    return made
+
+
+@pytest.mark.parametrize(("kind", "options"), SPARSE, ids=str)
+def test_a_sparse_file_is_what_it_stands_for(
+    root: Path, tmp_path: Path, kind: str, options: list[str]
+) -> None:
+    pieces = [(number << 18, bytes([number]) * 5000) for number in range(1, 9)]
+    unpack(root, sparse_tar(tmp_path, kind, options, *pieces))
+    assert (root / "holes").read_bytes() == (tmp_path / "holes").read_bytes()
+    assert (root / "after").read_bytes() == b"after"
+    assert (root / "holes").stat().st_blocks * 512 < 1 << 20
+
+
+@pytest.mark.parametrize(("kind", "options"), SPARSE, ids=str)
+def test_a_file_that_is_one_hole(root: Path, tmp_path: Path, kind: str, options: list[str]) -> None:
+    unpack(root, sparse_tar(tmp_path, kind, options))
+    assert (root / "holes").read_bytes() == bytes(3 << 20)
+    assert (root / "after").read_bytes() == b"after"
+
+
+def test_holes_count_as_what_they_are(root: Path, tmp_path: Path) -> None:
+    data = sparse_tar(tmp_path, "gnu", [], (0, b"x"))
+    with pytest.raises(LayerWrong, match="larger than"):
+        unpack(root, data, limits=Limits(total_bytes=2 << 20))
+    with pytest.raises(LayerWrong, match="larger than"):
+        unpack(root, data, data, limits=Limits(total_bytes=4 << 20))
+
+
+WRONG_MAPS = [
+    {"map": "0,5,3,2", "size": "9"},  # over each other
+    {"map": "0,5,8", "size": "9"},
+    {"map": "0,5,8,9", "size": "9"},  # more than there is
+    {"map": "0,5,8,2", "size": "9"},  # beyond the end
+    {"map": "0,7", "size": "x"},
+    {"map": "0,-7", "size": "9"},
+    {"map": "0,7"},
+    {"map": "0," + "9" * 30, "size": "9"},
+    {"major": "1", "minor": "0", "realsize": "9"},
+]
+
+
+@pytest.mark.parametrize("headers", WRONG_MAPS, ids=str)
+def test_a_wrong_map_is_refused(root: Path, headers: dict[str, str]) -> None:
+    pax = {f"GNU.sparse.{name}": value for name, value in headers.items()}
+    with pytest.raises(LayerWrong, match="sparse file in the archive is damaged"):
+        unpack(root, layer(member("a", b"1234567", pax=pax)))
+
+
+def test_a_map_without_end_is_refused(root: Path) -> None:
+    numbers = b"70000\n" + b"0\n0\n" * 70000
+    pax = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "9"}
+    with pytest.raises(LayerWrong, match="sparse file"):
+        unpack(root, layer(member("a", numbers, pax=pax)))

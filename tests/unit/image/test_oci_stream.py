@@ -14,7 +14,7 @@ import pytest
 from apptainer_py.base.errors import ApptainerError
 from apptainer_py.image.oci_layers import Limits, Unpacker, remove_tree
 from apptainer_py.image.oci_stream import Merger, NotPlain, Owners, TooLarge
-from tests.unit.image.test_oci_layers import folder, layer, member
+from tests.unit.image.test_oci_layers import SPARSE, folder, layer, member, sparse_tar
 
 Members = list[tuple[tarfile.TarInfo, bytes]]
 RESERVED = (b".singularity.d",)
@@ -166,3 +166,13 @@ def test_owners_are_kept_for_root() -> None:
     stream = merged(layer((entry, b"")), owners=Owners(all_root=False))
     (found,) = members_of(stream)
     assert (found.uid, found.gid) == (12345, 3_000_000_000)
+
+
+@pytest.mark.parametrize(("kind", "options"), SPARSE, ids=str)
+def test_a_sparse_file_in_the_stream(tmp_path: Path, kind: str, options: list[str]) -> None:
+    data = sparse_tar(tmp_path, kind, options, (0, b"start"), (1 << 20, b"x" * 777))
+    made = tree_of(tmp_path / "made", merged(data))
+    assert made == tree_of(tmp_path / "wanted", data)
+    assert {"after", "holes"} <= set(made)
+    with pytest.raises(TooLarge):
+        merged(data, limits=Limits(total_bytes=2 << 20))

@@ -1,0 +1,73 @@
+"""A directory for one command, which is removed however that ends."""
+
+from __future__ import annotations
+
+import os
+
+from apptainer_py.image.oci_layers import remove_tree
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import NoReturn
+
+_STREAMS = 3
+
+
+class Folder:
+    """A directory for files that pass, and the process that removes it.
+
+    It does so when it is told, or when whoever made it has ended and all that was forked since:
+    each holds an end of a pipe.
+    """
+
+    def __init__(self, above: str) -> None:
+        import tempfile
+
+        self.path = tempfile.mkdtemp(prefix="apptainer-py-fetch-", dir=above)
+        reading, self._held = os.pipe()
+        self._sweeper = os.fork()
+        if self._sweeper == 0:
+            os.close(self._held)
+            self._sweep(reading)
+        os.close(reading)
+
+    def __enter__(self) -> str:
+        return self.path
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        os.write(self._held, b"\n")
+        os.close(self._held)
+        os.waitpid(self._sweeper, 0)
+
+    def _sweep(self, reading: int) -> NoReturn:
+        import signal
+
+        try:
+            os.setsid()
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+                signal.signal(number, signal.SIG_IGN)
+            null = os.open(os.devnull, os.O_RDWR)
+            for fd in range(_STREAMS):
+                os.dup2(null, fd)
+            # Nothing of the command's is kept open by the process that waits for its end.
+            os.closerange(_STREAMS, reading)
+            os.closerange(reading + 1, os.sysconf("SC_OPEN_MAX"))
+            os.chdir("/")
+            os.read(reading, 1)
+            self._remove()
+        finally:
+            os._exit(0)
+
+    def _remove(self) -> None:
+        above, name = os.path.split(self.path)
+        parent = os.open(above, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            remove_tree(parent, os.fsencode(name))
+        except FileNotFoundError:
+            pass
