@@ -75,8 +75,7 @@ def _docker(how: Fetching, cache: Cache | None) -> Agent:
         named = reference.parse(name)
         log.info("Fetching OCI image...")
         try:
-            with remote.registry_of(named, how, order.environ) as registry:
-                found = remote.look_up(registry, named, how)
+            with remote.found(named, how, order.environ) as (registry, found):
                 total = sum(layer.size_bytes for layer in found.layers)
                 with report.counting("Fetching layers", total) as told:
                     with remote.Arriving(registry, found, cache, told) as arriving:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import threading
 import time
+from contextlib import contextmanager
 
 from apptainer_py.base import log
 from apptainer_py.base.record import Record
@@ -13,7 +14,7 @@ from apptainer_py.cache.store import BLOB, Cache
 from apptainer_py.image import arch
 from apptainer_py.image.blobs import Blob, Digest
 from apptainer_py.image.oci_layout import Fetched, Object
-from apptainer_py.registry import accounts
+from apptainer_py.registry import accounts, mirrors
 from apptainer_py.registry.client import (
     INDEXES,
     Interrupted,
@@ -26,7 +27,7 @@ from apptainer_py.registry.client import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from types import TracebackType
     from typing import Any
 
@@ -46,8 +47,12 @@ _ENV_PREFIXES = ("APPTAINER_DOCKER_", "SINGULARITY_DOCKER_", "DOCKER_")
 
 
 class Named(Record):
-    """An image that a registry has: its manifest, by what it lists."""
+    """An image that a registry has: its manifest, by what it lists.
 
+    `name` is what was asked for, `reference` where it is: in a mirror that may be another one.
+    """
+
+    name: Reference
     reference: Reference
     manifest: Manifest
     config: Object
@@ -62,6 +67,51 @@ def registry_of(reference: Reference, how: Fetching, environ: Mapping[str, str])
     """
     account = account_of(reference.host, how, environ)
     return Registry(reference.server, account=account, https=not how.no_https, environ=environ)
+
+
+@contextmanager
+def found(
+    wanted: Reference, how: Fetching, environ: Mapping[str, str]
+) -> Iterator[tuple[Registry, Named]]:
+    """Give an image and who has it: the first of its mirrors, or else its registry.
+
+    Raises:
+        ApptainerError: nobody has it, or a file with accounts or mirrors cannot be used.
+    """
+    ways = [
+        (place.reference, https, checked)
+        for place in mirrors.places(wanted, environ)
+        for https, checked in _manners(how, place)
+    ]
+    for left, (reference, https, checked) in enumerate(ways, 1 - len(ways)):
+        if reference.host == wanted.host:
+            account = account_of(reference.host, how, environ)
+        else:
+            # An account of the command line is for the host that this names.
+            account = accounts.find(reference.host, environ, how.authfile)
+        registry = Registry(
+            reference.server, account=account, https=https, checked=checked, environ=environ
+        )
+        with registry:
+            if left:
+                registry.tries = 1
+            try:
+                named = look_up(registry, reference, how)
+            except RegistryError as error:
+                if not left:
+                    raise
+                log.verbose(f"{error}; asking elsewhere")
+                continue
+            registry.tries = Registry.tries
+            yield registry, named.replace(name=wanted)
+            return
+
+
+def _manners(how: Fetching, place: mirrors.Place) -> tuple[tuple[bool, bool], ...]:
+    """Return how a place is spoken to: whether by HTTPS, whether its certificate is looked at."""
+    if how.no_https:
+        return ((False, True),)
+    return ((True, False), (False, True)) if place.insecure else ((True, True),)
 
 
 def account_of(host: str, how: Fetching, environ: Mapping[str, str]) -> accounts.Account | None:
@@ -144,6 +194,7 @@ def _named(reference: Reference, manifest: Manifest, document: dict[str, Any]) -
     if not isinstance(layers, list) or len(layers) > _LAYERS_MOST:
         raise _wrong(reference, f"its manifest has no layers, or more than {_LAYERS_MOST}")
     return Named(
+        name=reference,
         reference=reference,
         manifest=manifest,
         config=_object(document.get("config"), reference),
@@ -278,7 +329,7 @@ class Arriving:
             with open(path, "wb") as file:
                 file.write(manifest.data)
 
-        self._cache.get(BLOB, _key(manifest.digest), str(self._named.reference), make)
+        self._cache.get(BLOB, _key(manifest.digest), str(self._named.name), make)
 
     def _work(self) -> None:
         while not self._stopped:
@@ -317,7 +368,7 @@ class Arriving:
             arrival.size_bytes, arrival.path = 0, path
             download(self._registry, self._named.reference, blob, path, told)
 
-        self._cache.get(BLOB, _key(blob.digest), str(self._named.reference), make)
+        self._cache.get(BLOB, _key(blob.digest), str(self._named.name), make)
 
 
 class _Growing(Blob):
@@ -440,4 +491,4 @@ class _Download:
 def layout_of(named: Named, cache: Cache, *, any_machine: bool) -> Fetched:
     """Return the cache as a layout with the image that was fetched."""
     manifest = Object(digest=named.manifest.digest, size_bytes=len(named.manifest.data))
-    return Fetched(cache.layout, manifest, name=str(named.reference), any_machine=any_machine)
+    return Fetched(cache.layout, manifest, name=str(named.name), any_machine=any_machine)

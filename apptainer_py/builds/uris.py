@@ -186,8 +186,8 @@ def _of_layers(
     cache: Cache,
     convert: Convert,
 ) -> str:
-    with remote.registry_of(name, how, environ) as registry:
-        found = remote.look_up(registry, name, how)
+    with remote.found(name, how, environ) as (_, found):
+        pass
     pinned = name.replace(digest=found.manifest.digest)
     digits = found.manifest.digest.partition(":")[2]
     return _converted(f"docker://{pinned}", uri, digits, how, cache, convert)

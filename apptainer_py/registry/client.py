@@ -78,9 +78,10 @@ class Registry(Server):
         *,
         account: Account | None = None,
         https: bool = True,
+        checked: bool = True,
         environ: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(server, https=https, environ=environ)
+        super().__init__(server, https=https, checked=checked, environ=environ)
         self._account = account
         self._tokens: dict[str, str] = {}
         self._basic = False

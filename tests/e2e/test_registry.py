@@ -133,6 +133,34 @@ def test_a_launch_without_the_cache_leaves_nothing(do: Do, host: str, home: Path
     assert not (home / ".apptainer/cache").exists()
 
 
+def test_a_mirror(do: Do, host: str, home: Path) -> None:
+    """In place of a host that there is not; what says who one is stays with that host."""
+    folder = home / ".config/containers"
+    folder.mkdir(parents=True)
+    (folder / "registries.conf").write_text(
+        f'[[registry]]\nprefix = "images.invalid/org"\n'
+        f'[[registry.mirror]]\nlocation = "127.0.0.1:1/none"\n'
+        f'[[registry.mirror]]\nlocation = "{host}/lib"\ninsecure = true\n'
+        f'[[registry]]\nlocation = "blocked.invalid"\nblocked = true\n'
+    )
+    uri = "docker://images.invalid/org/small:1"
+    good(do("pull", uri))
+    assert good(do("exec", home / "small_1.sif", "echo", "in")) == "in\n"
+    assert good(do("exec", uri, "echo", "again")) == "again\n"
+    (home / "x.def").write_text("Bootstrap: docker\nFrom: images.invalid/org/small:1\n")
+    good(do("build", "x.sif", "x.def"))
+    refused(do("pull", "docker://blocked.invalid/x:1"), "blocked.invalid/x:1 may not be fetched")
+    refused(do("pull", "docker://images.invalid/org/absent:1"), "images.invalid")
+    (folder / "registries.conf").write_text("[[registry]\n")
+    refused(do("pull", "--force", uri), "registries.conf: it is no TOML")
+    if images.have_real_apptainer():
+        (folder / "registries.conf").write_text(
+            f'[[registry]]\nprefix = "images.invalid/org"\nlocation = "{host}/lib"\n'
+            f"insecure = true\n"
+        )
+        good(do("pull", "theirs.sif", uri, program="/usr/bin/apptainer"))
+
+
 def test_an_image_as_docker_runs_it(do: Do, host: str) -> None:
     done = do("run", "--oci", "--no-https", f"docker://{host}/lib/small:1", "id", "-u")
     assert done.stdout == "0\n", done.stderr
