@@ -7,6 +7,11 @@ import os
 
 from apptainer_py.base.errors import LaunchError
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_TMPDIRS = ("APPTAINER_TMPDIR", "SINGULARITY_TMPDIR", "TMPDIR")
 # What is more is memory of its own from the system for each call.
 _PART_BYTES = 1 << 16
 _COPIED_BYTES = 16 << 20
@@ -59,6 +64,11 @@ def write_all(fd: int, data: bytes) -> None:
             rest = rest[os.write(fd, rest) :]
     finally:
         os.close(fd)
+
+
+def temporary_directory(environment: Mapping[str, str], given: str = "") -> str:
+    """Return where temporary files go: what an option gives, or else the environment names."""
+    return given or next(filter(None, (environment.get(name, "") for name in _TMPDIRS)), "/tmp")
 
 
 def own_directory(path: str) -> None:

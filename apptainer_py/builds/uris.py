@@ -10,6 +10,7 @@ import threading
 
 from apptainer_py.base import log
 from apptainer_py.base.errors import ApptainerError, ImageError
+from apptainer_py.base.files import temporary_directory
 from apptainer_py.builds import agents, artifacts, remote, report
 from apptainer_py.cache.store import Cache, CacheError, folder_of
 from apptainer_py.image import arch
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     Convert = Callable[[str, str, "Cache"], None]
 
 _OCI_TMP, _NET = "oci-tmp", "net"
-_TMPDIRS = ("APPTAINER_TMPDIR", "SINGULARITY_TMPDIR", "TMPDIR")
 _NEEDED = {
     "shub": "Singularity Hub ended in 2021: its images are no longer to be had",
 }
@@ -142,8 +142,7 @@ def _cache_for(how: Fetching, environ: Mapping[str, str]) -> Iterator[Cache]:
             return
     from apptainer_py.builds import passing
 
-    named = (how.tmpdir, *(environ.get(name, "") for name in _TMPDIRS))
-    above = next(filter(None, named), "/tmp")
+    above = temporary_directory(environ, how.tmpdir)
     with passing.Folder(os.path.abspath(above)) as folder:
         cache = Cache(folder, passing=True)
         cache.prepare()

@@ -7,6 +7,7 @@ import sys
 
 from apptainer_py.base import log
 from apptainer_py.base.errors import UsageError
+from apptainer_py.cli import child as children
 from apptainer_py.cli import environment
 from apptainer_py.cli.table import PROGRAM
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from apptainer_py.model.request import Parsed
 
 _PASSWORD_BYTES = 1 << 16
-_SIGNALLED = 128
 
 
 def _around(parsed: Parsed) -> Surroundings:
@@ -75,7 +75,8 @@ def start(parsed: Parsed, typed: Sequence[str]) -> int:
         words = [f"{facts.BINDIR}/{PROGRAM}", *before, found, *typed[place + 1 :]]
         if cache.passing:
             # Whoever waits outlives the launch, and takes the image away then.
-            return _wait_for(words, environ)
+            child = os.posix_spawn(words[0], words, environ)
+            return children.as_of_a_shell(children.wait_for(child))
     sys.stdout.flush()
     return os.execve(words[0], words, environ)
 
@@ -89,17 +90,6 @@ def _without_password(words: Sequence[str], password: str) -> list[str]:
         elif place and word == password and words[place - 1] == option:
             kept[place] = "-"
     return kept
-
-
-def _wait_for(words: list[str], environ: dict[str, str]) -> int:
-    """Start a program and take its place: its signals, its status."""
-    import signal
-
-    child = os.posix_spawn(words[0], words, environ)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-        signal.signal(number, lambda number, _frame: os.kill(child, number))
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return status if status >= 0 else _SIGNALLED - status
 
 
 def pull(parsed: Parsed) -> int:

@@ -11,7 +11,8 @@ import os
 
 from apptainer_py.base import log
 from apptainer_py.base.errors import ApptainerError, LaunchError
-from apptainer_py.base.files import own_directory
+from apptainer_py.base.files import own_directory, temporary_directory
+from apptainer_py.cli import child as children
 from apptainer_py.cli.table import PROGRAM
 
 TYPE_CHECKING = False
@@ -23,10 +24,8 @@ if TYPE_CHECKING:
     from apptainer_py.model.request import ActionRequest
     from apptainer_py.runtime.instances import Instance
 
-_VARIABLES = ("APPTAINER_TMPDIR", "SINGULARITY_TMPDIR", "TMPDIR")
 _SWITCHES = ("APPTAINER_UNSQUASH", "SINGULARITY_UNSQUASH")
 _TOOLS = {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}
-_SIGNALLED = 128
 _STOPPED = 127
 _IN_ORDER = b"E"
 _TRIES, _PAUSE_S = 100, 0.05
@@ -133,8 +132,8 @@ class _Folder:
         import tempfile
 
         self._instance, self._environ = instance, environ
-        named = next(filter(None, (environ.get(name, "") for name in _VARIABLES)), "/tmp")
-        above = f"{os.path.abspath(named)}/apptainer-py-unsquash-{os.geteuid()}"
+        named = os.path.abspath(temporary_directory(environ))
+        above = f"{named}/apptainer-py-unsquash-{os.geteuid()}"
         own_directory(above)
         self._above = os.open(above, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
         # Nobody sees it before it is locked.
@@ -154,8 +153,6 @@ class _Folder:
 
     def run(self, line: list[str], environ: Mapping[str, str]) -> int:
         """Start a program and take its place: its signals, its status."""
-        import signal
-
         child = os.fork()
         if child == 0:
             try:
@@ -164,12 +161,10 @@ class _Folder:
                 os.execve(line[0], line, dict(environ))
             finally:
                 os._exit(_STOPPED)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-            signal.signal(number, lambda number, _frame: os.kill(child, number))
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        status = children.wait_for(child)
         if status >= 0:
             os.write(self._told, _IN_ORDER)
-        return status if status >= 0 else _SIGNALLED - status
+        return children.as_of_a_shell(status)
 
     def close(self, *, wait: bool) -> None:
         """Have the directory removed when it is used no more, and wait for that if asked."""

@@ -7,6 +7,7 @@ import os
 from apptainer_py.base import build as build_facts
 from apptainer_py.base import epoch, log
 from apptainer_py.base.errors import ApptainerError
+from apptainer_py.base.files import temporary_directory
 from apptainer_py.base.record import Record
 from apptainer_py.builds import agents, arguments, definition, json_definition, pipeline, supervised
 from apptainer_py.builds import identity as identities
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from apptainer_py.builds.definition import Stage
     from apptainer_py.crypto.sealing import Lock
 
-_TMPDIRS = ("APPTAINER_TMPDIR", "SINGULARITY_TMPDIR", "TMPDIR")
 _DEFINITION_BYTES = 16 << 20
 _EXISTS = "build target '{target}' already exists. Use --force if you want to overwrite it"
 _ALL, _NONE = "all", "none"
@@ -148,8 +148,7 @@ def _as_root(request: Request, identity: identities.Identity) -> list[str]:
 
 
 def _tmpdir(request: Request) -> str:
-    found = [request.tmpdir, *(request.environ.get(name, "") for name in _TMPDIRS)]
-    folder = os.path.abspath(next(filter(None, found), "/tmp"))
+    folder = os.path.abspath(temporary_directory(request.environ, request.tmpdir))
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
         raise ApptainerError(text=f"{folder}, the directory for temporary files, cannot be written")
     return folder

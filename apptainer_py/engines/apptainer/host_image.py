@@ -12,7 +12,7 @@ import os
 
 from apptainer_py.base import log
 from apptainer_py.base.errors import LaunchError
-from apptainer_py.base.files import read_at_most
+from apptainer_py.base.files import read_at_most, temporary_directory
 from apptainer_py.kernel import _starter
 from apptainer_py.model import protocol
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from apptainer_py.runtime.contexts import PrepareContext, PrepareHostContext
     from apptainer_py.runtime.mounting import Mounting
 
-_VARIABLES = ("APPTAINER_TMPDIR", "SINGULARITY_TMPDIR", "TMPDIR")
 _PROGRAMS = ("/usr/bin/fusermount3", "/bin/fusermount3", "/usr/local/bin/fusermount3")
 _FUSE_CONFIG = "/etc/fuse.conf"
 _OPTIONS = "ro,nosuid,nodev,fsname=squashfuse_ll,subtype=squashfuse"
@@ -41,8 +40,8 @@ def plan(prepared: Prepared, context: PrepareContext) -> None:
     """Name the place of the mount, and have it made."""
     if _program() is None:
         raise CannotMount(reason="fusermount3 is not installed (package fuse3)")
-    named = next(filter(None, (context.environment.get(name, "") for name in _VARIABLES)), "/tmp")
-    folder = f"{os.path.realpath(named)}/apptainer-py-rootfs-{os.urandom(8).hex()}"
+    above = os.path.realpath(temporary_directory(context.environment))
+    folder = f"{above}/apptainer-py-rootfs-{os.urandom(8).hex()}"
     prepared.fuse = False
     prepared.host_root = f"{folder}/root"
     options = _OPTIONS

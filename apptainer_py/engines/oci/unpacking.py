@@ -6,7 +6,7 @@ import fcntl
 import os
 
 from apptainer_py.base.errors import ApptainerError, LaunchError
-from apptainer_py.base.files import read_at_most
+from apptainer_py.base.files import read_at_most, temporary_directory
 from apptainer_py.image.oci_layers import Unpacker, remove_tree
 from apptainer_py.kernel import _container
 
@@ -18,13 +18,12 @@ if TYPE_CHECKING:
 
 _TEXT_BYTES = 4096
 _FAILED = 1
-_VARIABLES = ("APPTAINER_TMPDIR", "SINGULARITY_TMPDIR", "TMPDIR")
 
 
 def folder_of(environment: Mapping[str, str], uid: int) -> str:
     """Return where images are unpacked: below the directory for temporary files, for one user."""
-    above = next(filter(None, (environment.get(name, "") for name in _VARIABLES)), "/tmp")
-    return f"{os.path.abspath(above)}/apptainer-py-images-{uid}"
+    above = os.path.abspath(temporary_directory(environment))
+    return f"{above}/apptainer-py-images-{uid}"
 
 
 class Unpacking:
