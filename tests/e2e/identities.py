@@ -9,6 +9,18 @@ from pathlib import Path
 FLOWS = {"setuid": [], "userns": ["-u"], "root": [], "fakeroot": ["-f"]}
 NAMESPACES = ("user", "mnt", "pid", "ipc", "uts", "net", "cgroup", "time")
 PAYLOAD_BIRTH = "EXEC_PAYLOAD"
+# Which hooks of an engine run where.
+HOOKS = {
+    "MASTER": [
+        "INIT_CONFIG",
+        "PREPARE_CONFIG",
+        "CREATE_CONTAINER",
+        "POST_START_PROCESS",
+        "MONITOR_CONTAINER",
+        "CLEANUP_CONTAINER",
+    ],
+    "STAGE2": ["INIT_CONFIG", "START_PROCESS"],
+}
 
 # `dropped` is keeper from the payload's execve on, START the host helpers. No process but the
 # payload after its execve is dumpable; no set is inheritable or ambient. Words: mixed is (user, 0,

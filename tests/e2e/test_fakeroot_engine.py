@@ -13,21 +13,10 @@ import pytest
 
 from apptainer_py.model import protocol
 from tests import images
-from tests.e2e.identities import expected, table, traced
+from tests.e2e.identities import HOOKS, expected, table, traced
 from tests.own_install import HostState, assert_nothing_left, household, request_bytes, sealed
 
 FLOWS = {"setuid": protocol.FLOW_SETUID, "userns": protocol.FLOW_USERNS}
-HOOKS = {
-    "MASTER": [
-        "INIT_CONFIG",
-        "PREPARE_CONFIG",
-        "CREATE_CONTAINER",
-        "POST_START_PROCESS",
-        "MONITOR_CONTAINER",
-        "CLEANUP_CONTAINER",
-    ],
-    "STAGE2": ["INIT_CONFIG", "START_PROCESS"],
-}
 
 
 def run(own, flow, *words, degree="ranges", trace=None, cwd="/"):

@@ -12,20 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.e2e.identities import FLOWS, PAYLOAD_BIRTH, expected, seen, table, traced
+from tests.e2e.identities import FLOWS, HOOKS, PAYLOAD_BIRTH, expected, seen, table, traced
 from tests.security import forge
-
-HOOKS = {
-    "MASTER": [
-        "INIT_CONFIG",
-        "PREPARE_CONFIG",
-        "CREATE_CONTAINER",
-        "POST_START_PROCESS",
-        "MONITOR_CONTAINER",
-        "CLEANUP_CONTAINER",
-    ],
-    "STAGE2": ["INIT_CONFIG", "START_PROCESS"],
-}
 
 
 @pytest.fixture(autouse=True, scope="module")

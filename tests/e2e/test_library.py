@@ -9,15 +9,14 @@ import json
 import os
 import shutil
 import stat
-import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests import fake_library, images
-from tests.e2e.three_flows import good, run_at
+from tests.e2e.three_flows import Do, doing_at, good
 from tests.fake_library import SECRET, TOKEN, Library
 from tests.own_install import Installation
 
@@ -25,7 +24,6 @@ REAL = "/usr/bin/apptainer"
 with_real = pytest.mark.skipif(
     not images.have_real_apptainer(), reason="did not run: no real Apptainer on this machine"
 )
-Do = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
@@ -48,12 +46,7 @@ def home(require_root: None) -> Iterator[Path]:
 
 @pytest.fixture
 def do(installed: Installation, home: Path) -> Do:
-    def do(
-        *words: str | Path, program: str | Path = installed.program, **more: str
-    ) -> subprocess.CompletedProcess[str]:
-        return run_at(home, program, *words, **more)
-
-    return do
+    return doing_at(home, installed.program)
 
 
 @pytest.fixture

@@ -7,16 +7,15 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests import images
-from tests.e2e.three_flows import good, run_at
+from tests.e2e.three_flows import Do, doing_at, good
 from tests.own_install import Installation
 
-Do = Callable[..., subprocess.CompletedProcess[str]]
 MIB = 1 << 20
 
 
@@ -39,12 +38,7 @@ def own_sif(home: Path, sif: Path) -> Path:
 
 @pytest.fixture
 def do(installed: Installation, home: Path) -> Do:
-    def do(
-        *words: str | Path, program: str | Path = installed.program, **more: str
-    ) -> subprocess.CompletedProcess[str]:
-        return run_at(home, program, *words, **more)
-
-    return do
+    return doing_at(home, installed.program)
 
 
 def listed(image: Path, folder: str) -> dict[str, tuple[str, int, int]]:

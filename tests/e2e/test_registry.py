@@ -10,7 +10,7 @@ import stat
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -19,14 +19,13 @@ import pytest
 
 from tests import docker_registry, images
 from tests.e2e.test_image_environment import layout
-from tests.e2e.three_flows import good, run_at
+from tests.e2e.three_flows import Do, doing_at, good
 from tests.own_install import Installation
 
 pytestmark = pytest.mark.skipif(
     not docker_registry.is_here(), reason="did not run: docker-registry is not installed"
 )
 VARIABLES = {"PATH": "/usr/bin:/bin", "OF_IMAGE": "a 'c'"}
-Do = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +71,7 @@ def home() -> Iterator[Path]:
 def do(installed: Installation, home: Path) -> Do:
     """Run a command line of ours, or of another program, as the ordinary user at home."""
 
-    def do(
-        *words: str | Path, program: str | Path = installed.program, **more: str
-    ) -> subprocess.CompletedProcess[str]:
-        return run_at(home, program, *words, **more)
-
-    return do
+    return doing_at(home, installed.program)
 
 
 def refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tests import images
 
 DEADLINE_S = 120
 FLOWS = ("setuid", "userns", "root")
+Do = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def run(
@@ -66,6 +67,17 @@ def run_at(
         group=user.pw_gid,
         extra_groups=os.getgrouplist(user.pw_name, user.pw_gid),
     )
+
+
+def doing_at(home: Path, ours: Path) -> Do:
+    """Return what runs a command line of ours, or of another `program`, by `run_at`."""
+
+    def do(
+        *words: str | Path, program: str | Path = ours, **more: str
+    ) -> subprocess.CompletedProcess[str]:
+        return run_at(home, program, *words, **more)
+
+    return do
 
 
 def good(done: subprocess.CompletedProcess[str]) -> str:
