@@ -22,20 +22,27 @@ def name_test(pattern: str) -> Callable[[str], object]:
     """
     import re
 
-    whole, at = "", 0
+    parts, at = [""], 0
     while at < len(pattern):
         c = pattern[at]
-        if c == "[":
+        if c == "*":
+            parts.append("")
+            at += 1
+        elif c == "[":
             part, at = _class(pattern, at + 1)
-            whole += part
-            continue
-        if c == "\\":
+            parts[-1] += part
+        elif c == "?":
+            parts[-1] += "."
+            at += 1
+        else:
             c, at = _literal(pattern, at)
-            whole += re.escape(c)
-            continue
-        whole += {"*": ".*", "?": "."}.get(c) or re.escape(c)
-        at += 1
-    return re.compile(whole, re.DOTALL).fullmatch
+            parts[-1] += re.escape(c)
+    first, *more = parts
+    if more:
+        # Between two `*` the first place that fits will do: to go back and try others would take
+        # a time that grows with each `*`.
+        first += "".join(f"(?>.*?{part})" for part in more[:-1] if part) + f".*{more[-1]}"
+    return re.compile(first, re.DOTALL).fullmatch
 
 
 def _literal(pattern: str, at: int) -> tuple[str, int]:

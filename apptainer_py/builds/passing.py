@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from apptainer_py.base.errors import ApptainerError
 from apptainer_py.image.oci_layers import remove_tree
 
 TYPE_CHECKING = False
@@ -12,6 +13,11 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
 _STREAMS = 3
+
+
+class NoPlace(ApptainerError):
+    message = "unable to make a temporary directory in {folder}: {reason}"
+    hint = "--tmpdir or APPTAINER_TMPDIR names another directory"
 
 
 class Folder:
@@ -24,7 +30,10 @@ class Folder:
     def __init__(self, above: str) -> None:
         import tempfile
 
-        self.path = tempfile.mkdtemp(prefix="apptainer-py-fetch-", dir=above)
+        try:
+            self.path = tempfile.mkdtemp(prefix="apptainer-py-fetch-", dir=above)
+        except OSError as error:
+            raise NoPlace(folder=above, reason=(error.strerror or "").lower()) from None
         reading, self._held = os.pipe()
         self._sweeper = os.fork()
         if self._sweeper == 0:

@@ -25,6 +25,10 @@ class NotFromHere(LaunchError):
     hint = "launcher and package are of different versions: install both again"
 
 
+class CannotPrint(ApptainerError):
+    message = "cannot write to the standard output: {reason}"
+
+
 def main(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> int:
     """Run a command line, the program's name first; return the exit status."""
     command = [""]
@@ -37,7 +41,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> int:
 
             return oci(argv[2:], environ)
         status = _run(argv[1:], environ, command)
-        sys.stdout.flush()
+        _flush()
     except ApptainerError as error:
         status = report.show(error, command=command[0])
     except BrokenPipeError:
@@ -49,6 +53,15 @@ def main(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> int:
     except Exception as error:  # noqa: BLE001 the last line before the user
         status = report.show_bug(error)
     return status
+
+
+def _flush() -> None:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise CannotPrint(reason=(error.strerror or "").lower()) from None
 
 
 def _run(arguments: Sequence[str], environ: Mapping[str, str], command: list[str]) -> int:

@@ -27,6 +27,11 @@ _LEFT_MOST = 4096
 _SAFE = "!#$%&'()*+,/:;=?@[]~"
 
 
+def _quoted(text: str) -> str:
+    """Return a part of an address; a byte that is no UTF-8 stays that byte."""
+    return quote(text, safe=_SAFE, errors="surrogateescape")
+
+
 class Headers(dict[str, str]):
     """The headers of an answer, whichever case they are asked for in."""
 
@@ -112,7 +117,9 @@ class _Direct(Answer):
         if self.watch is not None:
             self.watch.stop()
         cut = self.watch is not None and self.watch.has_cut
-        if response.isclosed() and not response.will_close and not cut:
+        # What is told before the answer (1xx) has that behind it.
+        is_over = response.isclosed() and response.status >= http.client.OK
+        if is_over and not response.will_close and not cut:
             self._keep()
         else:
             response.close()
@@ -124,7 +131,8 @@ class _Direct(Answer):
         if left is None or left > _LEFT_MOST or self._connection.sock is None:
             return
         self._connection.sock.settimeout(0)
-        if len(self._response.fp.peek(left)) >= left:
+        # TLS that has nothing to give raises an error, even where nothing is wanted.
+        if not left or len(self._response.fp.peek(left)) >= left:
             self._response.read()
 
 
@@ -136,7 +144,7 @@ class Connections:
     ) -> None:
         self._certificates = certificates
         self._connect_s, self._packet_s = timeouts_s
-        self._idle: list[tuple[tuple[str, str, int | None], Any]] = []
+        self._idle: list[tuple[tuple[str, str, int], Any]] = []
         self._lock = threading.Lock()
         self._is_closed = False
 
@@ -147,11 +155,13 @@ class Connections:
             OSError: there is none, as for http.client.HTTPException.
         """
         parts = urlsplit(url)
-        place = (parts.scheme, parts.hostname or "", parts.port)
-        target = quote(parts.path or "/", safe=_SAFE)
-        target += f"?{quote(parts.query, safe=_SAFE)}" if parts.query else ""
+        # Without a port the library would take the last part of an IPv6 address for one.
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        place = (parts.scheme, parts.hostname or "", port)
         connection = self._taken(place)
         try:
+            target = _quoted(parts.path or "/")
+            target += f"?{_quoted(parts.query)}" if parts.query else ""
             if connection is None:
                 connection = self._made(place)
             connection.sock.settimeout(self._packet_s)
@@ -178,7 +188,7 @@ class Connections:
         for _, connection in idle:
             connection.close()
 
-    def _made(self, place: tuple[str, str, int | None]) -> Any:
+    def _made(self, place: tuple[str, str, int]) -> Any:
         scheme, host, port = place
         how: Any = {"timeout": self._connect_s, "blocksize": _BLOCK}
         if scheme == "https":
@@ -188,7 +198,7 @@ class Connections:
         connection.connect()
         return connection
 
-    def _taken(self, place: tuple[str, str, int | None]) -> Any:
+    def _taken(self, place: tuple[str, str, int]) -> Any:
         """Return a connection that waits, unless its other end has said that it is over."""
         while True:
             with self._lock:
@@ -203,7 +213,7 @@ class Connections:
                 return connection
             connection.close()
 
-    def _give(self, place: tuple[str, str, int | None], connection: Any) -> None:
+    def _give(self, place: tuple[str, str, int], connection: Any) -> None:
         with self._lock:
             fits = not self._is_closed and len(self._idle) < _IDLE_MOST
             if fits and connection.sock is not None:

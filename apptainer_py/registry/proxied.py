@@ -97,16 +97,19 @@ class Connections:
         Raises:
             OSError: there is none, as for urllib3.exceptions.HTTPError.
         """
-        answer = self._session.request(
-            method,
-            url,
-            headers=headers,
-            data=body,
-            stream=True,
-            allow_redirects=False,
-            timeout=self._timeouts_s,
-            proxies=proxies,
-        )
+        try:
+            answer = self._session.request(
+                method,
+                url,
+                headers=headers,
+                data=body,
+                stream=True,
+                allow_redirects=False,
+                timeout=self._timeouts_s,
+                proxies=proxies,
+            )
+        except UnicodeError:
+            raise requests.exceptions.InvalidURL("Failed to parse") from None
         return _Proxied(url, answer)
 
     def close(self) -> None:

@@ -303,6 +303,8 @@ class Server:
             clock.give(_ANSWER_S)
         try:
             data = answer.read(limit + 1)
+            if len(data) <= limit:
+                answer.read(1)  # raises where it was cut
             if answer.headers.get("Content-Encoding", "") in ("gzip", "x-gzip"):
                 # Not asked for.  The library would unpack without a limit.
                 data = zlib.decompressobj(16 + zlib.MAX_WBITS).decompress(data, limit + 1)

@@ -360,3 +360,14 @@ def test_help_and_suggestions_know_a_plugins_command(
     assert "Does more\n\nUsage:\n  apptainer-py extra [arguments...]" in topic(["extra"])
     assert "\textra\n" in run(capsys, "extr")[2]
     assert not extra.exists()
+
+
+def test_an_output_that_is_full(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = open("/dev/full", "w", encoding="utf-8")  # noqa: SIM115 to close it fails
+    monkeypatch.setattr(sys, "stdout", full)
+    assert main.main(["apptainer-py", "version"]) == 255
+    assert "cannot write to the standard output: no space left on device" in capsys.readouterr().err
+    with pytest.raises(OSError, match="No space"):
+        full.close()

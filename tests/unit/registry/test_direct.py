@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import http.client
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 
 import pytest
 
 from apptainer_py.registry.direct import Connections, Headers
+from apptainer_py.registry.server import RegistryError
+from apptainer_py.registry.server import Server as RegistryServer
 
 EMPTY = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
 
@@ -115,3 +119,63 @@ def test_headers_are_found_in_any_case() -> None:
     assert headers.get("Www-Authenticate") == headers["WWW-AUTHENTICATE"] == "Basic, Bearer"
     assert "location" not in headers
     assert headers.get("Location") is None
+
+
+def test_an_ipv6_address_without_a_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def connect(address: tuple[str, int], *_: object) -> None:
+        asked.append(address)
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(socket, "create_connection", connect)
+    client = Connections(lambda: pytest.fail("no TLS here"), (5, 5))
+    with pytest.raises(ConnectionRefusedError):
+        client.ask("GET", "http://[2001:db8::5]/", {}, None)
+    assert asked == [("2001:db8::5", 80)]
+
+
+def test_an_address_that_is_no_utf8() -> None:
+    with asking([EMPTY]) as (server, ask):
+        ask(path="/\udcff?\udcfe")
+        with pytest.raises(http.client.InvalidURL):
+            ask(path="/\ud800")
+    assert server.asked[0][0].split(b" ")[1] == b"/%FF?%FE"
+
+
+def test_an_answer_before_the_answer_ends_a_connection() -> None:
+    with asking([b"HTTP/1.1 103 Early Hints\r\n\r\n", EMPTY], [EMPTY]) as (server, ask):
+        ask()
+        ask()
+    assert len(server.asked) == 2
+
+
+def test_nothing_is_read_of_an_end_without_bytes() -> None:
+    """TLS says by an error that there is nothing to read."""
+    with asking([EMPTY, EMPTY]) as (server, _):
+        client = Connections(lambda: pytest.fail("no TLS here"), (5, 5))
+        for _ in range(2):
+            with client.ask("HEAD", server.url, {}, None) as answer:
+                stream = answer._response.fp  # type: ignore[attr-defined]
+                answer._response.fp = Unready(stream)  # type: ignore[attr-defined]
+        client.close()
+    assert len(server.asked) == 1
+
+
+class Unready:
+    def __init__(self, stream: BufferedReader) -> None:
+        self.close = stream.close
+        self.read = stream.read
+
+    def peek(self, _size: int) -> bytes:
+        raise ssl.SSLWantReadError
+
+
+def test_a_small_answer_that_was_cut() -> None:
+    server = Server([b'HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"a": 1}'])
+    name = server.url.removeprefix("http://")
+    with RegistryServer(name, https=False) as client:
+        answer = client._ask("GET", "/", scope="")
+        with answer, pytest.raises(RegistryError, match="the connection was cut"):
+            client._small(answer, 1000)
+    server.close()

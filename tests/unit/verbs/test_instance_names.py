@@ -18,6 +18,8 @@ from apptainer_py.base.glob import BadPattern, name_test
         ("a.b", "a.b", "axb"),
         ("*[c-a]*", None, "abc"),
         ("!a", "!a", "b"),
+        ("a*b?*c", "aabxbcc", "abc"),
+        ("*" + "a*" * 40 + "[x-z]", "a" * 60 + "z", "a" * 60),
     ],
 )
 def test_what_fits(pattern: str, fitting: str | None, other: str) -> None:
