@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <linux/capability.h>
 #include <netinet/in.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
@@ -15,8 +16,10 @@
 #include <unistd.h>
 
 #include "networks.h"
+#include "steps.h"
 
 enum { RESULT_BYTES = 262144, PLUGIN_LOST = 127 };
+enum { PLUGIN_MS = 60000, KILLED_MS = 5000 };
 
 static uint64_t container_number;      /* nobody's choice: what CNI keeps is known by it */
 
@@ -119,12 +122,42 @@ NO_RETURN static void become_plugin(const struct launch *l, const struct call *c
     _exit(PLUGIN_LOST);
 }
 
+static int plugin_limit_ms(void) {
+#ifdef APY_TEST_STEPS
+    return test_limit_ms(PLUGIN_MS);
+#else
+    return PLUGIN_MS;
+#endif
+}
+
+static bool ends_within(int process, int limit_ms) {
+    const uint64_t ms = 1000000, end = trace_now() + (uint64_t)limit_ms * ms;
+    struct pollfd one = {.fd = process, .events = POLLIN};
+    for (;;) {
+        uint64_t now = trace_now();
+        int got = poll(&one, 1, now < end ? (int)((end - now + ms - 1) / ms) : 0);
+        if (got >= 0 || errno != EINTR)
+            return got > 0;
+    }
+}
+
+/* Its status, -1 where a signal has ended it, or another negative errno.  One that hangs would keep
+ * from being undone what others have made: it is killed, and with it what it waits for. */
 static int wait_for(pid_t pid) {
-    int status;
-    while (waitpid(pid, &status, 0) < 0)
+    int status = 0, process = (int)syscall(SYS_pidfd_open, pid, 0);
+    int error = process < 0 ? errno : ends_within(process, plugin_limit_ms()) ? 0 : ETIME;
+    if (error != 0) {
+        /* SAFE: the group of a child that has not been reaped; nobody else's process joins it. */
+        (void)kill(-pid, SIGKILL);
+        if (process >= 0)
+            (void)ends_within(process, KILLED_MS); /* one in the kernel's hands may stay there */
+    }
+    if (process >= 0)
+        close(process);
+    while (waitpid(pid, &status, error != 0 ? WNOHANG : 0) < 0)
         if (errno != EINTR)
             return -1;
-    return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+    return error != 0 ? -error : WIFEXITED(status) ? WEXITSTATUS(status) : -1;
 }
 
 /* Where its plugin says what has failed, a user gets this: a file of root's in memory whose seals
@@ -147,15 +180,22 @@ static int run(const struct launch *l, const struct call *c, int space, int *sai
     int in = compose(c), out = make_result(), status = -1;
     pid_t pid = in < 0 || out < 0 ? -1 : fork();
     if (pid == 0) {
-        if (dup2(0, 2) < 0 || dup2(in, 0) < 0 || dup2(out, 1) < 0) /* 0 is /dev/null */
+        if (setpgid(0, 0) < 0 || dup2(0, 2) < 0 || /* 0 is /dev/null */
+            dup2(in, 0) < 0 || dup2(out, 1) < 0)
             _exit(PLUGIN_LOST);
         become_plugin(l, c, program, space);
     }
-    if (pid > 0)
+    if (pid > 0) {
+        (void)setpgid(pid, pid); /* whoever comes first */
         status = wait_for(pid);
+    }
     close(program);
     if (in >= 0)
         close(in);
+    if (status < -1) {
+        close(out);
+        return -status;
+    }
     *said = out;
     return status == 0 ? 0 : -1;
 }
@@ -192,18 +232,24 @@ int networks_connect(const struct launch *l, int space, uint32_t *which, int *sa
     return 0;
 }
 
+static void warn(const char *type, int error) {
+    char text[256] = "the CNI plugin ";
+    append_text(text, sizeof(text), type);
+    append_text(text, sizeof(text), " could not undo its part of the container's network");
+    append_text(text, sizeof(text), error == ETIME ? ": it did not end within a minute" : "");
+    report("WARNING: ", text);
+}
+
 /* In reverse order; what one cannot undo does not keep the others from it. */
 void networks_disconnect(const struct launch *l, int space) {
-    bool good = true;
     for (size_t i = networks.count; i-- > 0;)
         for (struct network *n = &networks.at[i]; n->begun > 0; n->begun--) {
             struct call c = {n, &n->file.plugins[n->begun - 1], i, false};
             int said;
             int error = run(l, &c, space, &said);
-            good = good && (error == 0 || error == ENOENT);
+            if (error != 0 && error != ENOENT)
+                warn(c.plugin->type, error);
             if (said >= 0)
                 close(said);
         }
-    if (!good)
-        report("WARNING: ", "a CNI plugin could not undo its part of the container's network");
 }

@@ -11,6 +11,7 @@
 
 enum { TEST_PATIENCE_MS = 120000 };
 static const char die_name[] = "APY_TEST_DIE=", wait_name[] = "APY_TEST_WAIT=";
+static const char limit_name[] = "APY_TEST_LIMIT_MS=";
 
 struct place {
     int step, role, end;
@@ -23,6 +24,7 @@ static struct place die_place = {-1, -1, 0}, wait_place = {-1, -1, 0};
 static volatile struct gate *gate;
 static char texts[2][64];
 static char *environment[3];
+static int limit_ms;
 
 static const char *find(char *const envp[], const char *name, char *copy) {
     size_t length = strlen(name);
@@ -45,7 +47,11 @@ static void read_wait(const char *text) {
 
 void test_read_environment(char *const envp[]) {
     const char *die = find(envp, die_name, texts[0]), *wait = find(envp, wait_name, texts[1]);
+    char number[sizeof(texts[0])];
+    const char *limit = find(envp, limit_name, number);
     size_t count = 0;
+    if (limit)
+        (void)sscanf(limit, "%d", &limit_ms);
     if (die)
         (void)sscanf(die, "%d:%d:%d", &die_place.step, &die_place.role, &die_place.end);
     if (wait)
@@ -53,6 +59,10 @@ void test_read_environment(char *const envp[]) {
     for (int i = 0; i < 2; i++)
         if (texts[i][0])
             environment[count++] = texts[i];
+}
+
+int test_limit_ms(int usual) {
+    return limit_ms > 0 ? limit_ms : usual;
 }
 
 char *const *test_environment(void) {

@@ -198,8 +198,11 @@ def check_use(network: Network, arguments: Arguments) -> None:
 
 def plugin_reason(path: str, error: int, said: bytes) -> str:
     """Return why a plugin has failed: what could not be done, or what it says itself."""
+    import errno
     import json
 
+    if error == errno.ETIME:
+        return "it did not end within a minute, and was killed"
     if error:
         return f"{path}: {os.strerror(error).lower()}"
     try:

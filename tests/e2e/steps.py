@@ -224,7 +224,7 @@ def flow_of(flow: str) -> int:
 def launch(
     world: Any, flow: str, *, die: str = "", wait: str = "", trace: Path | None = None,
     inherited: Sequence[int] = (), script: str = "echo ran", netns: str = "/proc/self/ns/net",
-    before: Sequence[str] = (),
+    before: Sequence[str] = (), limit_ms: int = 0,
 ) -> subprocess.Popen[bytes]:  # fmt: skip
     """Start the starter as the launcher does, with variables that it would not pass on.
 
@@ -266,7 +266,7 @@ def launch(
             [*before, str(program) if before else "Apptainer runtime parent", str(request)],
             executable=before[0] if before else program,
             pass_fds=(request, trace_fd, *inherited),
-            env={"APY_TEST_DIE": die, "APY_TEST_WAIT": wait},
+            env={"APY_TEST_DIE": die, "APY_TEST_WAIT": wait, "APY_TEST_LIMIT_MS": str(limit_ms)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

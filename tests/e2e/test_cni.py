@@ -453,3 +453,47 @@ def has_ranges(host: Host) -> bool:
         any(line.split(":")[0] == name for line in Path(file).read_text().splitlines())
         for file in ("/etc/subuid", "/etc/subgid")
     )
+
+
+HANGS = """\
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+int main(void) {
+    if (strcmp(getenv("CNI_COMMAND"), HANGS_IN) != 0)
+        return write(1, "{}", 2) != 2;
+    (void)!fork();
+    for (;;)
+        pause();
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "said"),
+    [
+        ("ADD", 255, 'failed: plugin type="hangs" failed (add): it did not end within a minute'),
+        ("DEL", 0, "WARNING: the CNI plugin hangs could not undo its part of the container's"),
+    ],
+)
+def test_a_plugin_that_hangs_is_killed(
+    world, host: Host, restored: None, monkeypatch: pytest.MonkeyPatch,
+    command: str, status: int, said: str,
+) -> None:  # fmt: skip
+    folder = host.installed.sysconfdir / "networks-of-tests"
+    configure(host, {"name": "own", "plugins": [BRIDGE, {"type": "hangs"}]})
+    for program in ("bridge", "host-local"):
+        shutil.copy(PLUGINS.parent / program, folder)
+    line = ["gcc", "-x", "c", f'-DHANGS_IN="{command}"', "-o", str(folder / "hangs"), "-"]
+    subprocess.run(line, input=HANGS, text=True, check=True)
+    text = f"cni configuration path = {folder}\ncni plugin path = {folder}\n"
+    words = steps.words("--network", "own")
+    monkeypatch.setitem(steps.FLOWS, "network", (words, text, "sif", []))
+    monkeypatch.setattr(steps, "ROOT_FLOWS", ("network",))
+    with household() as home:
+        started = steps.launch(world, "network", before=host.inside, limit_ms=3000)
+        ended, out, err = steps.finish(home.adopt(started))
+        assert (ended, out) == (status, b"" if status else b"ran\n"), err
+        assert err.decode().count(said) == 1, err
+        eventually(lambda: not home.alive(), "what the plugin has started is killed, too")
+    assert host.traces() == []

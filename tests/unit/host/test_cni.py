@@ -128,6 +128,7 @@ def test_ports_need_a_plugin_that_passes_them_on() -> None:
         (0, b"nonsense", "it gave no reason"),
         (0, b"[" * 5000, "it gave no reason"),
         (2, b"", "/x/bridge: no such file or directory"),
+        (62, b"", "it did not end within a minute, and was killed"),
     ],
 )
 def test_why_a_plugin_failed(error: int, said: bytes, reason: str) -> None:
