@@ -14,7 +14,7 @@
 
 #if defined(__x86_64__)
 #define FILTER_MACHINE AUDIT_ARCH_X86_64
-#define FILTER_TIMER SYS_alarm
+#define FILTER_TIMER SYS_alarm, SYS_time /* the latter where the kernel was started with vdso=0 */
 #elif defined(__aarch64__)
 #define FILTER_MACHINE AUDIT_ARCH_AARCH64
 #define FILTER_TIMER SYS_setitimer

@@ -373,12 +373,12 @@ def _read_record(folder: int, file: str, owner: Owner) -> Instance | None:
 
 
 def _pair(found: object) -> tuple[bytes, ...]:
-    """Return two strings; nothing for what is neither none nor two."""
-    if not isinstance(found, list) or len(found) != 2:
+    """Return two strings, or none; what is neither is two that no joiner takes for valid."""
+    if found is None or found == []:
         return ()
-    if not all(isinstance(item, str) for item in found):
-        return ()
-    return tuple(item.encode("utf-8", "surrogateescape") for item in found)
+    if isinstance(found, list) and len(found) == 2 and all(isinstance(item, str) for item in found):
+        return tuple(item.encode("utf-8", "surrogateescape") for item in found)
+    return (b"", b"")
 
 
 # ---- processes ----

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,7 @@ from apptainer_py.base.errors import LaunchError
 from apptainer_py.engines.apptainer import joining, security
 from apptainer_py.engines.apptainer.message import refused_label
 from apptainer_py.model import protocol
+from apptainer_py.runtime import instances
 
 FACTS = SimpleNamespace(flow=protocol.FLOW_SETUID)
 
@@ -96,3 +99,16 @@ def test_what_binds_who_joins():
 def test_a_record_that_is_damaged(damaged):
     with pytest.raises(LaunchError, match="damaged"):
         joining.bound(damaged, (0,) * 5)
+
+
+@pytest.mark.parametrize("key", ["label", "filter"])
+@pytest.mark.parametrize("value", [["1"], ["1", "x", "y"], ["1", 2], [1, "x"], "1x", {}, 0])
+def test_what_binds_an_instance_is_never_dropped_from_a_damaged_record(tmp_path, key, value):
+    (tmp_path / "x.json").write_text(json.dumps({key: value}))
+    folder = os.open(tmp_path, os.O_RDONLY)
+    owner = SimpleNamespace(uid=os.getuid(), name="somebody")
+    found = instances._read_record(folder, "x.json", owner)
+    os.close(folder)
+    assert found is not None
+    with pytest.raises(LaunchError):
+        joining.bound(found, (0,) * 5)
