@@ -26,9 +26,9 @@ CLASSES = (
     ("Test", "test", ()),
     ("Start", "instance start", ()),
     ("StartRun", "instance run", ()),
-    ("Build", "build", ()),
-    ("Pull", "pull", ("name",)),
-    ("Push", "push", ()),
+    ("Build", "build", ("docker-login",)),
+    ("Pull", "pull", ("name", "docker-login")),
+    ("Push", "push", ("docker-login",)),
 )
 _TYPES = {
     BOOL: "bool",

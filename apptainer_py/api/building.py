@@ -180,6 +180,19 @@ def push_image(path: str, uri: str, options: Mapping[str, Any], environ: Mapping
     return digest
 
 
+def tag_image(image: str, name: str, options: Mapping[str, Any], environ: Mapping[str, str]) -> str:
+    """Give an image of a registry one more tag; return the digest of its manifest.
+
+    Raises:
+        ApptainerError: there is no such image, or the registry does not take the tag.
+    """
+    from apptainer_py.verbs import push
+
+    digest = push.tag(image, name, fetching(options), environ)
+    log.info(f'Image {image.partition(":")[2]} tagged "{name}".')
+    return digest
+
+
 def _push_to_library(
     path: str, uri: str, options: Mapping[str, Any], environ: Mapping[str, str]
 ) -> str:

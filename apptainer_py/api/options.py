@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from apptainer_py.cli.table import Option
 
 _KINDS = {BOOL: "a bool", INT: "an int", STRING: "a str", MAP: "a mapping of str to str"}
+# These ask whoever sits at the terminal.
+_ASKING = ("docker_login",)
 _OWN = frozenset(("version",))
 
 
@@ -60,7 +62,7 @@ def values(command: str, keywords: Mapping[str, object]) -> dict[str, object]:
     Raises:
         TypeError, NotSupported: as `global_words`.
     """
-    own = _rows(command)
+    own = {name: row for name, row in _rows(command).items() if name not in _ASKING}
     found: dict[str, object] = {row[0]: row[3] for row in own.values()}
     for keyword, value in keywords.items():
         row = own.get(keyword)

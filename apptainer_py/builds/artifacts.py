@@ -109,6 +109,18 @@ def push(
         return registry.put_manifest(reference, OCI_MANIFEST, manifest)
 
 
+def tag(reference: Reference, name: str, how: Fetching, environ: Mapping[str, str]) -> str:
+    """Give what a reference means one more tag; return the manifest's digest.
+
+    Raises:
+        ApptainerError: there is none of that name, or the registry does not take the tag.
+    """
+    with registry_of(reference, how, environ) as registry:
+        found = registry.manifest(reference)
+        tagged = reference.replace(tag=name, digest="")
+        return registry.put_manifest(tagged, found.media_type, found.data)
+
+
 def _manifest(title: str, digest: str, size: int, annotations: Mapping[str, str]) -> bytes:
     manifest = {
         "schemaVersion": 2,

@@ -358,5 +358,6 @@ _COMMANDS: dict[str, Callable[[Parsed], int]] = {
     "sif header": _sif_header,
     "sif info": _sif_info,
     "sif list": _sif_list,
+    "tag": _images,
     "version": _version,
 }

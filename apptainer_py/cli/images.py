@@ -1,4 +1,4 @@
-"""From the command lines of `pull`, `push`, `cache` and `registry` to their verbs."""
+"""From the command lines of `pull`, `push`, `tag`, `cache` and `registry` to their verbs."""
 
 from __future__ import annotations
 
@@ -28,13 +28,26 @@ def _around(parsed: Parsed) -> Surroundings:
     return Surroundings(environ=environment.of_caller(), config_file=parsed.config_file)
 
 
+def _with_account(parsed: Parsed) -> dict[str, Any]:
+    """Return the options, with the account that `--docker-login` asks for."""
+    options: dict[str, Any] = dict(parsed.options)
+    if options["docker-login"]:
+        from apptainer_py.cli import ask
+
+        options["docker-username"] = ask.ask("Enter Docker Username: ")
+        options["docker-password"] = ask.ask_hidden("Enter Docker Password: ")
+        if not options["docker-username"] or not options["docker-password"]:
+            raise UsageError(text="--docker-login: no user name, or no password, was given")
+    return options
+
+
 def build(parsed: Parsed) -> int:
     """Build an image."""
     from apptainer_py.api import building
 
     target, spec = parsed.arguments
     around = _around(parsed).replace(ask=_new_passphrase)
-    building.build_image(target, spec, parsed.options, around)
+    building.build_image(target, spec, _with_account(parsed), around)
     return 0
 
 
@@ -63,7 +76,7 @@ def start(parsed: Parsed, typed: Sequence[str]) -> int:
     from apptainer_py.base import build as facts
     from apptainer_py.builds import uris
 
-    how, around = building.fetching(parsed.options), _around(parsed)
+    how, around = building.fetching(_with_account(parsed)), _around(parsed)
     environ = dict(around.environ)
     # Nothing behind the image is an option of ours.
     place = len(typed) - len(parsed.arguments)
@@ -100,7 +113,7 @@ def pull(parsed: Parsed) -> int:
     if name and parsed.options["name"]:
         raise UsageError(text="the name of the file is given twice")
     file = "".join(name) or str(parsed.options["name"])
-    building.pull_image(uri, file, parsed.options, _around(parsed))
+    building.pull_image(uri, file, _with_account(parsed), _around(parsed))
     return 0
 
 
@@ -109,7 +122,16 @@ def push(parsed: Parsed) -> int:
     from apptainer_py.api import building
 
     path, uri = parsed.arguments
-    building.push_image(path, uri, parsed.options, environment.of_caller())
+    building.push_image(path, uri, _with_account(parsed), environment.of_caller())
+    return 0
+
+
+def tag(parsed: Parsed) -> int:
+    """Give an image of a registry one more tag."""
+    from apptainer_py.api import building
+
+    image, name = parsed.arguments
+    building.tag_image(image, name, _with_account(parsed), environment.of_caller())
     return 0
 
 

@@ -61,6 +61,11 @@ class Reference(Record):
         return f"{last}_{self.tag or self.digest.partition(':')[2][:12]}"
 
 
+def is_tag(text: str) -> bool:
+    """Return whether a text may be a tag."""
+    return _TAG.fullmatch(text) is not None
+
+
 def parse(text: str, *, docker: bool = True) -> Reference:
     """Return what a name means; with `docker` a name without a host is one of Docker Hub.
 

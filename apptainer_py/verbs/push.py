@@ -1,4 +1,4 @@
-"""`push`: a SIF file into a registry, as an artifact, or into a library."""
+"""`push`: a SIF file into a registry, as an artifact, or into a library; `tag`: its other names."""
 
 from __future__ import annotations
 
@@ -60,6 +60,32 @@ def push(
             return artifacts.push(path, digesting, named, how, environ, notes)
     except OSError as error:
         raise CannotPush(path=path, reason=(error.strerror or "").lower()) from None
+
+
+class CannotTag(ApptainerError):
+    message = "Unable to tag image in oci registry: {reason}"
+
+
+def tag(image: str, name: str, how: Fetching, environ: Mapping[str, str]) -> str:
+    """Give an image that a registry has one more tag; return the digest of its manifest.
+
+    Raises:
+        ApptainerError: there is no such image, or the registry does not take the tag.
+    """
+    from apptainer_py.builds import artifacts
+
+    transport, colon, rest = image.partition("://")
+    if not colon:
+        raise BadUri(uri=image)
+    if transport != _ORAS:
+        raise UnknownTransport(name=transport)
+    if not reference.is_tag(name):
+        raise CannotTag(reason=f"{name[:100]!a} is no tag")
+    named = reference.parse(f"//{rest}", docker=False)
+    try:
+        return artifacts.tag(named, name, how, environ)
+    except ApptainerError as error:
+        raise CannotTag(reason=error) from None
 
 
 class Unsigned(ApptainerError):

@@ -184,7 +184,7 @@ def test_what_cannot_be(own, made):
     reason = "it was encrypted with a passphrase, not with a key"
     refused(own, failed.format(made.passphrase, reason), "--pem-path", made.pem, made.passphrase)
     done = own.run("exec", "--pem-path", "/etc/hostname", made.key, "true")
-    assert "invalid encryption private key" in done.stderr
+    assert "Invalid encryption private key" in done.stderr
 
 
 def test_a_changed_block_is_noticed(own, made):

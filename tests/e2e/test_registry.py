@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -183,6 +184,53 @@ def test_a_sif_file_goes_to_a_registry_and_back(do: Do, host: str, home: Path, s
     assert layer["mediaType"] == "application/vnd.sylabs.sif.layer.v1.sif"
     assert layer["annotations"]["org.opencontainers.image.title"] == sif.name
     assert manifest["config"]["mediaType"] == "application/vnd.sylabs.sif.config.v1+json"
+
+
+def test_one_more_tag(do: Do, host: str, home: Path, sif: Path) -> None:
+    """It is the same manifest, byte for byte; a digest names one too."""
+    uri = f"oras://{host}/lib/tags"
+    good(do("push", "--no-https", sif, f"{uri}:1.2.3"))
+    done = do("tag", f"{uri}:1.2.3", "latest", APPTAINER_NOHTTPS="1")
+    assert done.returncode == 0 and f'Image //{host}/lib/tags:1.2.3 tagged "latest".' in done.stderr
+    good(do("pull", "--no-https", "back.sif", f"{uri}:latest"))
+    assert (home / "back.sif").read_bytes() == sif.read_bytes()
+    raw = [
+        subprocess.run(
+            ["skopeo", "inspect", "--raw", "--tls-verify=false", f"docker://{host}/lib/tags:{tag}"],
+            check=True, capture_output=True,
+        ).stdout
+        for tag in ("1.2.3", "latest")
+    ]  # fmt: skip
+    assert raw[0] == raw[1]
+    digest = hashlib.sha256(raw[0]).hexdigest()
+    good(do("tag", "--no-https", f"{uri}@sha256:{digest}", "1.2"))
+    good(do("pull", "--no-https", "again.sif", f"{uri}:1.2"))
+    refused(do("tag", "--no-https", f"{uri}:absent", "x"), "Unable to tag", "absent")
+    refused(do("tag", "--no-https", f"{uri}:1.2.3", "a b"), "'a b' is no tag")
+    refused(do("tag", f"docker://{host}/lib/small:1", "x"), "Unsupported transport type: docker")
+    refused(do("tag", "small.sif", "x"), "bad uri small.sif")
+    assert do("tag", f"{uri}:1.2.3").returncode == 1
+
+
+def test_an_account_that_is_asked_for(
+    do: Do, closed: str, home: Path, place: Path, sif: Path
+) -> None:
+    trusted = {"SSL_CERT_FILE": str(place / "closed/cert.pem")}
+    name, password = docker_registry.ACCOUNT
+    uri = f"docker://{closed}/lib/small:1"
+    for words in (
+        ("pull", "--docker-login", "a.sif", uri),
+        ("exec", "--docker-login", uri, "true"),
+    ):
+        done = do(*words, stdin=f"{name}\n{password}\n", **trusted)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == "Enter Docker Username: Enter Docker Password: "
+    push = ("push", "--docker-login", sif, f"oras://{closed}/lib/sif:1")
+    assert do(*push, stdin=f"{name}\n{password}\n", **trusted).returncode == 0
+    refused(do(*push, stdin=f"{name}\nwrong\n", **trusted), "authentication required")
+    done = do(*push, stdin="\n", **trusted)
+    assert done.returncode == 1 and "no user name, or no password, was given" in done.stderr
+    assert not (home / ".docker").exists()
 
 
 @pytest.mark.parity
