@@ -377,7 +377,10 @@ def _pair(found: object) -> tuple[bytes, ...]:
     if found is None or found == []:
         return ()
     if isinstance(found, list) and len(found) == 2 and all(isinstance(item, str) for item in found):
-        return tuple(item.encode("utf-8", "surrogateescape") for item in found)
+        try:
+            return tuple(item.encode("utf-8", "surrogateescape") for item in found)
+        except UnicodeEncodeError:
+            pass  # half of a pair of surrogates, which JSON can hold and no file's name
     return (b"", b"")
 
 

@@ -102,7 +102,9 @@ def test_a_record_that_is_damaged(damaged):
 
 
 @pytest.mark.parametrize("key", ["label", "filter"])
-@pytest.mark.parametrize("value", [["1"], ["1", "x", "y"], ["1", 2], [1, "x"], "1x", {}, 0])
+@pytest.mark.parametrize(
+    "value", [["1"], list("1xy"), ["1", 2], [1, "x"], "1x", {}, 0, ["1", "\ud800"]]
+)
 def test_what_binds_an_instance_is_never_dropped_from_a_damaged_record(tmp_path, key, value):
     (tmp_path / "x.json").write_text(json.dumps({key: value}))
     folder = os.open(tmp_path, os.O_RDONLY)
