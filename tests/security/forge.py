@@ -43,6 +43,11 @@ PATIENCE_S = 20
 _PR_SET_CHILD_SUBREAPER = 36
 
 
+def without_hints(errors: str) -> list[str]:
+    """Return the lines of an error, without those that say what to do next."""
+    return [line for line in errors.splitlines() if not line.startswith("INFO:")]
+
+
 def request(
     build_id: str,
     arguments: Sequence[str | bytes],

@@ -336,7 +336,7 @@ def test_i05_layers_write_inside_only(own, place, what):
 @pytest.mark.parametrize(
     ("data", "lies"),
     [
-        (packed([member("a", size=5)])[:700], {}),
+        (packed([member("a", size=5)])[:515], {}),
         (packed([member("a")]), {"digest": "sha256:" + "0" * 64}),
         (b"\x1f\x8b\x08\0" + bytes(20), {}),
         (b"(\xb5/\xfd" + bytes(20), {}),
