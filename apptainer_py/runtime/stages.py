@@ -596,11 +596,21 @@ def _make_host_ready(fd: int, operations: engines.Operations, context: PrepareHo
     try:
         _starter.run_hook(protocol.HOOK_PREPARE_HOST, operations.prepare_host, context)
     except ApptainerError as error:
-        report(error)
+        if not _has_hung_up(fd):
+            report(error)
         answer = b"f"
     _tell(fd, answer, context.device)
     if context.device >= 0:
         os.close(context.device)
+
+
+def _has_hung_up(fd: int) -> bool:
+    """Return whether master has gone: the other of the host pair then undoes what is begun here."""
+    import select
+
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return any(events & select.POLLHUP for _, events in poll.poll(0))
 
 
 def _let_streams_go() -> None:
