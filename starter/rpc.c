@@ -52,22 +52,24 @@ static const struct row *find_row(struct rpc *r, const struct op_request *q) {
     abandon(q, ERR_MALFORMED);
 }
 
-/* The two first operations, done before they are asked for; the answers wait here. */
+/* The two first operations, done before they are asked for; the answers wait here.  A failure is
+ * one too: it has used up the device, so that another try could not tell the reason. */
 static struct early {
     struct op_request q;
     struct op_reply a;
     int fd;
+    bool waits;
 } early[2];
 static pid_t reader;
 
 static bool answered_early(const struct op_request *q, size_t size, struct op_reply *a,
                            int *fd_out) {
     for (size_t i = 0; i < ARRAY_SIZE(early); i++) {
-        if (early[i].fd < 0 || memcmp(q, &early[i].q, size) != 0)
+        if (!early[i].waits || memcmp(q, &early[i].q, size) != 0)
             continue;
         *a = early[i].a;
         *fd_out = early[i].fd;
-        early[i].fd = -1;
+        early[i].waits = false;
         return true;
     }
     return false;
@@ -77,11 +79,13 @@ static bool do_early(struct rpc *r, struct early *e, uint32_t op, uint64_t numbe
     memset(&e->q, 0, sizeof(e->q));
     e->q.op = e->a.op = op;
     e->q.num[0] = number;
+    e->fd = -1;
     uint64_t start = trace_now();
     step_operation(op, false);
     e->a.code = run(r, &e->q, &e->a, &e->fd);
     trace_operation(op, start, e->a.code, e->a.error, "early");
     step_operation(op, true);
+    e->waits = true;
     return e->a.code == ERR_OK;
 }
 
@@ -132,7 +136,6 @@ static void tell_server(struct launch *l) {
 static void head_start(struct rpc *r) {
     const struct launch *l = r->launch;
     bool read_before = l->loan_mount >= 0; /* what another launch has read is in memory */
-    early[0].fd = early[1].fd = -1;
     if (!l->early_fuse ||
         !do_early(r, &early[0], OP_SESSION,
                   config_uint(&l->config, CONFIG_SESSIONDIR_MAX_SIZE), op_session) ||
@@ -157,8 +160,6 @@ static int run_once(struct rpc *r, const struct row *row, const struct op_reques
     if (row->op == OP_PIVOT)
         stop_reader();
     int code = row->run(r, q, a, fd_out);
-    if (code == ERR_OK && row->op == OP_ROOT_FUSE)
-        tell_server(r->launch); /* what was to be begun early had failed */
     return code;
 }
 

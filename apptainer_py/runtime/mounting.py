@@ -16,6 +16,7 @@ from apptainer_py.model import protocol
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
     from apptainer_py.model.plan import Mount
     from apptainer_py.runtime.janitor import Janitor
@@ -129,6 +130,15 @@ class Mounting:
             fd = self._fetch()
         return fd
 
+    def _ask_fuse(self, what: str, op: int, **how: Any) -> int:
+        try:
+            return self._ask(what, op, **how)
+        except StarterRefused as error:
+            facts = error.facts
+            if facts["code"] == protocol.ERR_MOUNT and facts["errno"] in _DENIED:
+                raise FuseRefused(**facts) from None
+            raise
+
     def session(self, size_mib: int) -> int:
         """Make the memory file system; returns a descriptor of its directory (size 0: no limit)."""
         return self._ask(
@@ -201,13 +211,7 @@ class Mounting:
 
     def root_fuse(self, device: int, what: str, flags: int = 0) -> int:
         """Mount the served image; returns a descriptor of its root."""
-        try:
-            return self._ask(what, protocol.OP_ROOT_FUSE, flags=flags, numbers=(device,))
-        except StarterRefused as error:
-            facts = error.facts
-            if facts["code"] == protocol.ERR_MOUNT and facts["errno"] in _DENIED:
-                raise FuseRefused(**facts) from None
-            raise
+        return self._ask_fuse(what, protocol.OP_ROOT_FUSE, flags=flags, numbers=(device,))
 
     def root_squashfs(
         self, path: str, facts: tuple[int, int, int, int], what: str, flags: int = 0
@@ -228,7 +232,7 @@ class Mounting:
 
     def image_fuse(self, number: int, device: int, flags: int, what: str) -> int:
         """Mount a served image beside the root; returns a descriptor of its root."""
-        return self._ask(what, protocol.OP_IMAGE_FUSE, flags=flags, numbers=(number, device))
+        return self._ask_fuse(what, protocol.OP_IMAGE_FUSE, flags=flags, numbers=(number, device))
 
     def image_kernel(self, path: str, facts: tuple[int, ...], flags: int, what: str) -> int:
         """Mount an image beside the root; `facts` are those of `root_squashfs`, and its number."""
@@ -283,7 +287,7 @@ class Mounting:
 
     def user_fuse(self, device: int, target: bytes, what: str) -> int:
         """Mount what a program of the user's will serve; returns the device for it."""
-        return self._ask(what, protocol.OP_USER_FUSE, numbers=(device,), paths=(target,))
+        return self._ask_fuse(what, protocol.OP_USER_FUSE, numbers=(device,), paths=(target,))
 
     def hostname(self, name: str) -> None:
         """Set the host name of the container's UTS namespace."""

@@ -198,3 +198,23 @@ def test_where_fuse_is_refused_the_directive_is_named(own, sif):
     assert done.returncode == 255
     assert "the FUSE device cannot be opened: permission denied" in done.stderr
     assert "`allow userns-mount fuse = no`" in done.stderr
+
+
+@pytest.mark.parametrize("flow", [(), ("-u",)])
+@pytest.mark.parametrize("image", ["root", "overlay"])
+def test_a_mount_that_is_refused_names_the_directive(own, sif, world, flow, image):
+    """A tracer that denies the call stands for a security module; the root is mounted early."""
+    own.configure()
+    number, more = 2, []
+    if image == "overlay":
+        number, more = 3, ["--overlay", f"{world.place}/extfs.img:ro"]
+    words = ["strace", "-f", "-o", "/dev/null", "-u", own.user.pw_name, "-e", "trace=fsmount"]
+    words += ["-e", f"inject=fsmount:error=EACCES:when={number}", own.program, "exec", *flow]
+    done = subprocess.run(
+        [*words, *more, sif, "true"], capture_output=True, text=True, check=False, timeout=60,
+        cwd=own.user.pw_dir, env=own.environment(),
+    )  # fmt: skip
+    assert done.returncode == 255
+    assert "the mount failed: permission denied" in done.stderr
+    assert "`allow userns-mount fuse = no`" in done.stderr
+    assert "malformed" not in done.stderr
