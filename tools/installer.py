@@ -174,7 +174,10 @@ def plain_path(value: str, name: str) -> str:
     value = value.rstrip("/")
     plain = all(c.isascii() and (c.isalnum() or c in "/._+-") for c in value)
     if not value.startswith("/") or os.path.normpath(value) != value or not plain:
-        raise Refused(f"--{name} {value!r} is not a plain absolute path")
+        raise Refused(
+            f"--{name} {value!r} is not a plain absolute path: "
+            "letters, digits and . _ + - between slashes"
+        )
     return value
 
 
@@ -337,7 +340,8 @@ def install(prefix: str, sysconfdir: str, *, setuid: bool) -> None:
         check_module(built / "package")
         with alone(prefix):
             place_all(Installation(prefix, sysconfdir), built, setuid=setuid)
-    print(f"install: apptainer-py is {prefix}/bin/apptainer-py; configuration in {sysconfdir}")
+    said = f"install: apptainer-py is {prefix}/bin/apptainer-py; configuration in {sysconfdir}"
+    print(said, flush=True)
 
 
 def uninstall(prefix: str) -> None:

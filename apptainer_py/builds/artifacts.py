@@ -11,6 +11,7 @@ from apptainer_py.base.errors import ApptainerError
 from apptainer_py.builds import report
 from apptainer_py.builds.remote import Named, download, look_up, registry_of
 from apptainer_py.registry.client import OCI_MANIFEST, digest_of
+from apptainer_py.registry.library import Part
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -103,8 +104,9 @@ def push(
             registry.put_blob(reference, config, len(_CONFIG), io.BytesIO(_CONFIG))
         digest, size = digesting.wait()
         if not registry.has_blob(reference, digest):
-            with report.working("Uploading"):
-                registry.put_blob(reference, digest, size, digesting.file)
+            with report.counting("Uploading", size) as told:
+                part = Part(digesting.file, 0, size, told)
+                registry.put_blob(reference, digest, size, part)
         manifest = _manifest(os.path.basename(path), digest, size, annotations)
         return registry.put_manifest(reference, OCI_MANIFEST, manifest)
 

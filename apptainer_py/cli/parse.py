@@ -177,12 +177,16 @@ def _general(
     level, more = _message_level(values, environ)
     return {
         "message_level": level,
-        "colour": False if values["nocolor"] else None,
+        "colour": False if values["nocolor"] or _is_without_colour(environ) else None,
         "config_file": values["config"],
         "build_config": values["build-config"],
         "trace_file": values["trace"],
         "notes": more + notes,
     }
+
+
+def _is_without_colour(environ: Mapping[str, str]) -> bool:
+    return bool(environ.get("NO_COLOR")) or environ.get("TERM") == "dumb"
 
 
 def _message_level(

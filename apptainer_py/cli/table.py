@@ -784,7 +784,7 @@ COMMANDS: Final[tuple[Command, ...]] = (
      "Search a library for images"),
     ("shell", "[shell options...] <container>", 1, -1, SUPPORTED,
      "Run a shell within a container"),
-    ("sif", "", 0, -1, SUPPORTED, "Look into SIF images"),
+    ("sif", "", 0, -1, SUPPORTED, "Look into SIF images, and change them"),
     ("sif add", "[add options...] <sif_path> <object_path>", 2, 2, SUPPORTED, "Add a data object"),
     ("sif del", "<id> <sif_path>", 2, 2, SUPPORTED, "Delete a data object"),
     ("sif dump", "<id> <sif_path>", 2, 2, SUPPORTED, "Write a data object to stdout"),

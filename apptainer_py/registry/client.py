@@ -14,6 +14,7 @@ from apptainer_py.base.record import Record
 from apptainer_py.registry.server import (
     CLIENT,
     TOKEN_BYTES,
+    WHO_IS_ASKED,
     Interrupted,
     NotAllowed,
     NotThere,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from typing import BinaryIO
 
     from apptainer_py.registry.accounts import Account
+    from apptainer_py.registry.library import Part
     from apptainer_py.registry.reference import Reference
 
 __all__ = [
@@ -97,7 +99,10 @@ class Registry(Server):
         with self._ask("GET", "/v2/", scope="") as answer:
             if answer.status_code not in (200, 401, 403):
                 raise self._wrong(f"it answers {answer.status_code}, as no registry does")
-            self._judge(answer, "the account")
+            if answer.status_code in (401, 403):
+                # No hint at a login: this is one.
+                raise self._wrong(f"it lets nobody in {self._who()}: {WHO_IS_ASKED}")
+            self._judge(answer, "/v2/")
 
     def manifest(self, reference: Reference) -> Manifest:
         """Return the manifest or index of a name, which is what its digest says.
@@ -146,7 +151,9 @@ class Registry(Server):
 
     # -- what it is given
 
-    def put_blob(self, reference: Reference, digest: str, size: int, opened: BinaryIO) -> None:
+    def put_blob(
+        self, reference: Reference, digest: str, size: int, opened: BinaryIO | Part
+    ) -> None:
         """Give it a blob of so many bytes.
 
         Raises:
@@ -181,7 +188,9 @@ class Registry(Server):
     # -- who asks
 
     def _who(self) -> str:
-        return f"the account {self._account.username!r}" if self._account else "no account"
+        if self._account is None:
+            return "without an account"
+        return f"with the account {self._account.username!r}"
 
     def _prove(self, headers: dict[str, str], scope: str) -> None:
         account = self._account

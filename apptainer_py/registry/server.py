@@ -41,6 +41,7 @@ _MOVED = (301, 302, 303, 307, 308)
 CLIENT = "apptainer-py"
 _HEADERS = {"User-Agent": CLIENT, "Accept-Encoding": "identity", "Accept": "*/*"}
 _TOO_SLOW = "it does not answer in time"
+WHO_IS_ASKED = "authentication required"
 
 
 class RegistryError(ApptainerError):
@@ -331,9 +332,10 @@ class Server:
         except RegistryError:
             pass
         answer.close()
-        told = f" ({told})" if told else ""
+        told = f" ({told})" if told and told != WHO_IS_ASKED else ""
+        what = what.removeprefix(f"{self._server}/")
         if answer.status_code in (401, 403) and not is_file:
-            reason = f"{what} is not to be had with {self._who()}: authentication required{told}"
+            reason = f"{what} is not to be had {self._who()}: {WHO_IS_ASKED}{told}"
             raise self.not_allowed(host=self._server, reason=reason, program=CLIENT)
         if answer.status_code == 404:
             raise NotThere(host=self._server, reason=f"there is no {what}{told}")
@@ -352,7 +354,7 @@ class Server:
         return False
 
     def _who(self) -> str:
-        return "no account"
+        return "without an account"
 
 
 def is_of_the_net(error: BaseException) -> bool:

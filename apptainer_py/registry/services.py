@@ -55,7 +55,7 @@ class Service(Server):
             headers["Authorization"] = self._authorization
 
     def _who(self) -> str:
-        return "this token" if self._authorization else "no token"
+        return "with this token" if self._authorization else "without a token"
 
     def json(self, method: str, path: str, what: str, body: bytes | None = None) -> dict[str, Any]:
         """Return an answer's JSON object, an empty one where it is none.

@@ -29,6 +29,14 @@ def executed(*options: str, **environ: str) -> ActionRequest:
     return action("exec", *options, "image", "command", **environ)
 
 
+@pytest.mark.parametrize(
+    ("environ", "colour"),
+    [({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False), ({"NO_COLOR": "", "TERM": "x"}, None)],
+)
+def test_colour_is_not_for_who_wants_none(environ: dict[str, str], colour: bool | None) -> None:
+    assert executed(**environ).colour is colour
+
+
 def test_a_plain_launch() -> None:
     assert action("exec", "i.sif", "ls", "-l", "--") == ActionRequest(
         command="exec", image="i.sif", arguments=("ls", "-l", "--")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 
 import pytest
 
 from apptainer_py.cli import table
+from apptainer_py.cli.help import full as help_of
+from apptainer_py.cli.help_texts import EXAMPLES
+from apptainer_py.cli.parse import parse
 from apptainer_py.model.request import ActionRequest
 
 KINDS = {table.BOOL, table.STRING, table.LIST, table.REPEAT, table.INT, table.MAP}
@@ -120,3 +124,17 @@ def test_every_command_of_the_real_one_is_in_the_table() -> None:
         assert names
         for name in names:
             assert table.command_row(f"{group} {name}".strip())
+
+
+@pytest.mark.parametrize("path", [row[0] for row in table.COMMANDS])
+def test_help_fits_a_terminal_and_says_what_a_command_does(path: str) -> None:
+    text = help_of(path)
+    wide = [line for line in text.splitlines() if len(line) > 80]
+    assert all(f" {path} [" in line for line in wide)  # a synopsis stays one line
+    bare = path.startswith("oci ") or path in (*table.HIDDEN_COMMANDS, "completion powershell")
+    assert bare or "\nDescription:\n" in text
+
+
+@pytest.mark.parametrize("example", [line for rows in EXAMPLES.values() for line in rows])
+def test_examples_are_commands_that_the_parser_takes(example: str) -> None:
+    parse(shlex.split(example.partition(" >")[0]), {})
