@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from apptainer_py.image.oci_layout import Layout
 
 TOOLS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-_MS_NOSUID, _MS_NODEV = 2, 4
+_MS_NOSUID, _MS_NODEV, _MS_BIND = 2, 4, 0x1000
+_AT_FDCWD, _ATTR_RDONLY, _MNT_DETACH = -100, 1, 2
 _INITIAL_USERNS = "user:[4026531837]"
 
 
@@ -302,9 +303,59 @@ def _lay_over(image: OpenImage, order: Order) -> bool:
             continue
         # What was checked is what is there: the path may lead elsewhere by now.
         if os.stat(image.realpath).st_ino == image.ino:
+            if order.plan is not None:
+                _show_as_it_is(image, order.root)
             return True
         _container.umount2(os.fsencode(order.root), 2)
     return False
+
+
+def _show_as_it_is(image: OpenImage, root: str) -> None:
+    """Show folders that such a build leaves alone without the layer, which costs time per file."""
+    from apptainer_py.builds.skeleton import FOLDERS, LINKS
+
+    changed = {*LINKS, *(folder.partition("/")[0] for folder in FOLDERS)}
+    source = f"/proc/self/fd/{image.fd}"
+    shown = []
+    with os.scandir(source) as entries:
+        for entry in entries:
+            is_folder = entry.is_dir(follow_symlinks=False)
+            if is_folder and entry.name not in changed:
+                shown.append(entry.name)
+            elif _has_links(entry.path) if is_folder else _links_of(entry.path) > 1:
+                return  # two names of one file, one here and one there, would become two files
+    for name in shown:
+        _show(f"{source}/{name}", f"{root}/{name}")
+
+
+def _has_links(folder: str) -> bool:
+    """Return whether a file below a folder has more names than one."""
+    for above, _, files in os.walk(folder):
+        if any(_links_of(f"{above}/{name}") > 1 for name in files):
+            return True
+    return False
+
+
+def _links_of(path: str) -> int:
+    try:
+        return os.lstat(path).st_nlink
+    except OSError:
+        return 1
+
+
+def _show(source: str, target: str) -> None:
+    """Bind a folder, only to be read; where that is refused, what is there is the same."""
+    from apptainer_py.kernel import _container
+
+    place = os.fsencode(target)
+    try:
+        _container.mount(os.fsencode(source), place, b"", _MS_BIND)
+    except OSError:
+        return
+    try:
+        _container.mount_setattr(_AT_FDCWD, place, 0, _ATTR_RDONLY, 0)
+    except OSError:
+        _container.umount2(place, _MNT_DETACH)
 
 
 # -- OCI images of this machine

@@ -301,20 +301,22 @@ def _place_sandbox(job: Job, root: str) -> None:
 def _place_sif(job: Job, root: str, base: Base) -> None:
     log.info("Creating SIF file...")
     packed, made = f"{job.near}/{_PACKED}", f"{job.near}/sif"
+    told = _Told(job, root, base)
     with report.working("Packing"):
         if base.streamed is not None:
             base.streamed.finish(root)
+            told.read()
         else:
-            squashfs.pack(root, packed, _packing(job))
+            squashfs.pack(root, packed, _packing(job), meanwhile=told.read)
     fs, message = sif.SQUASHFS, b""
     if job.lock is not None:
         packed, fs, message = _sealed(job, job.lock, packed), sif.GOCRYPTFS, job.lock.message
     sif_write.write_sif(
         made,
         packed,
-        arch=_machine_of(job, root, base),
+        arch=told.machine,
         deffile=_whole(job).encode("utf-8", "surrogateescape"),
-        metadata=job.describe(root).encode("utf-8", "surrogateescape"),
+        metadata=told.metadata,
         oci_config=base.oci_config or None,
         epoch=job.epoch,
         fs=fs,
@@ -322,6 +324,22 @@ def _place_sif(job: Job, root: str, base: Base) -> None:
         quick_start=True,
     )
     os.rename(made, job.target)
+
+
+class _Told:
+    """What a SIF file says of the root directory in it."""
+
+    def __init__(self, job: Job, root: str, base: Base) -> None:
+        self._job = job
+        self._root = root
+        self._base = base
+        self.machine = ""
+        self.metadata = b""
+
+    def read(self) -> None:
+        """Look at the directory, which is not changed."""
+        self.machine = _machine_of(self._job, self._root, self._base)
+        self.metadata = self._job.describe(self._root).encode("utf-8", "surrogateescape")
 
 
 def _machine_of(job: Job, root: str, base: Base) -> str:

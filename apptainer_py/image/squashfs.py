@@ -11,7 +11,7 @@ from apptainer_py.base.record import Record
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import subprocess
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 MAGIC = b"hsqs"
 SUPERBLOCK_BYTES = 96
@@ -139,30 +139,36 @@ def find_tool(program: str, *, folders: Sequence[str] = _TOOL_FOLDERS) -> str:
     raise ToolMissing(program=program, folders=":".join(folders))
 
 
-def pack(tree: str, target: str, how: Packing | None = None) -> Superblock:
+def pack(
+    tree: str,
+    target: str,
+    how: Packing | None = None,
+    *,
+    meanwhile: Callable[[], None] | None = None,
+) -> Superblock:
     """Make a squashfs file of a directory tree and return its facts; an old target is replaced.
+
+    What only reads the tree can be done `meanwhile`.
 
     Raises:
         ToolMissing: no mksquashfs.
         PackFailed: mksquashfs said no, or died.
     """
-    import subprocess
-
     how = how or Packing()
     argv = [how.program or find_tool("mksquashfs"), tree, target, *_options(how), *_actions(how)]
-    if too_many_alike(tree):
-        argv.append("-no-duplicates")
-    environment = _environment(how)
-    result = subprocess.run(
-        argv,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        check=False,
-    )
-    if result.returncode != 0:
-        raise PackFailed(tree=tree, reason=_last_line(result.stderr, result.returncode))
+    child = _start(argv, how)
+    try:
+        # It is still scanning the tree by then.
+        if too_many_alike(tree):
+            _end(child)
+            child = _start([*argv, "-no-duplicates"], how)
+        if meanwhile is not None:
+            meanwhile()
+        _, said = child.communicate()
+    finally:
+        _end(child)
+    if child.returncode != 0:
+        raise PackFailed(tree=tree, reason=_last_line(said, child.returncode))
     fd = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return read_superblock(fd, 0, image=target)
@@ -170,22 +176,56 @@ def pack(tree: str, target: str, how: Packing | None = None) -> Superblock:
         os.close(fd)
 
 
+def _start(argv: Sequence[str], how: Packing) -> subprocess.Popen[bytes]:
+    import subprocess
+
+    return subprocess.Popen(
+        argv,
+        env=_environment(how),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """End it, if it has not ended."""
+    child.kill()
+    child.wait()
+    if child.stderr:
+        child.stderr.close()
+
+
 def too_many_alike(tree: str, most: int = _ALIKE_MOST) -> bool:
     """Return whether more files of a tree than `most` are of one size, and not empty."""
-    seen: dict[int, int] = {}
-    left = [tree]
+    folders, files, left = [], 0, [tree]
     while left:
+        folder = left.pop()
         try:
-            with os.scandir(left.pop()) as entries:
+            with os.scandir(folder) as entries:
+                kinds = [(entry.is_dir(follow_symlinks=False), entry.name) for entry in entries]
+        except OSError:
+            continue  # what cannot be read is mksquashfs's to tell
+        folders.append(folder)
+        below = [f"{folder}/{name}" for is_folder, name in kinds if is_folder]
+        files += len(kinds) - len(below)
+        left += below
+    # Only to look at each of them takes long.
+    return files > most and _most_of_one_size(folders) > most
+
+
+def _most_of_one_size(folders: Sequence[str]) -> int:
+    seen: dict[int, int] = {}
+    for folder in folders:
+        try:
+            with os.scandir(folder) as entries:
                 for entry in entries:
-                    if entry.is_dir(follow_symlinks=False):
-                        left.append(entry.path)
-                    elif entry.is_file(follow_symlinks=False):
+                    if entry.is_file(follow_symlinks=False):
                         size = entry.stat(follow_symlinks=False).st_size
                         seen[size] = seen.get(size, 0) + 1
         except OSError:
-            continue  # what cannot be read is mksquashfs's to tell
-    return any(count > most for size, count in seen.items() if size)
+            continue
+    return max((count for size, count in seen.items() if size), default=0)
 
 
 def _options(how: Packing) -> list[str]:

@@ -241,6 +241,32 @@ def test_a_sandbox_of_a_group_that_is_nobodys(
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("across", [False, True], ids=["apart", "across"])
+def test_files_with_several_names(
+    build: Callable[..., str], place: SimpleNamespace, user: pwd.struct_passwd, across: bool
+) -> None:
+    """Folders that the build leaves alone are packed from the sandbox, others through a layer."""
+    tree = place.folder / f"linked-{across}"
+    for name in ("usr/lib", "opt", "etc", "environment"):
+        (tree / name).mkdir(parents=True)
+    (tree / "usr/lib/one").write_text("one")
+    os.setxattr(tree / "usr/lib/one", "user.note", b"kept")
+    (tree / "opt/two").hardlink_to(tree / "usr/lib/one")
+    if across:
+        (tree / "etc/three").hardlink_to(tree / "usr/lib/one")
+    for path in (tree, *tree.rglob("*")):
+        os.chown(path, user.pw_uid, user.pw_gid)
+    assert build(f"linked-{across}.sif", str(tree)).returncode == 0
+    done = build("--sandbox", f"again-{across}.box", f"linked-{across}.sif")
+    assert done.returncode == 0, done.stderr
+    box = place.folder / f"again-{across}.box"
+    names = [box / "usr/lib/one", box / "opt/two", *([box / "etc/three"] if across else [])]
+    assert {path.stat().st_nlink for path in names} == {len(names)}
+    assert os.getxattr(names[1], "user.note") == b"kept"
+    assert (box / "environment").is_dir()
+    assert sorted(os.listdir(tree)) == ["environment", "etc", "opt", "usr"]
+
+
 def test_without_subordinate_ids(build: Callable[..., str], place: SimpleNamespace) -> None:
     definition = HEADER + "%post\n id -u; touch /o; chown 5:6 /o || echo no such id\n"
     words = ("--ignore-subuid", "--ignore-fakeroot-command")

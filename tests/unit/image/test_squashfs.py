@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import struct
 import subprocess
-import sys
 
 import pytest
 
@@ -125,13 +124,31 @@ def test_many_files_of_one_size_are_not_compared(tmp_path, monkeypatch):
         (tree / f"empty{number}").touch()
     assert squashfs.too_many_alike(str(tree), 39)
     assert not squashfs.too_many_alike(str(tree), 40)
-    said = []
-    monkeypatch.setattr(subprocess, "run", lambda argv, **_: said.append(argv) or sys.exit())
+    said, start = [], subprocess.Popen
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda argv, **how: said.append(argv) or start(argv, **how)
+    )
+    sizes = []
     for alike in (False, True):
         monkeypatch.setattr(squashfs, "too_many_alike", lambda tree, alike=alike: alike)
-        with pytest.raises(SystemExit):
-            squashfs.pack(str(tree), str(tmp_path / "out"))
-    assert ["-no-duplicates" in argv for argv in said] == [False, True]
+        sizes.append(squashfs.pack(str(tree), str(tmp_path / "out")).used_bytes)
+    assert ["-no-duplicates" in argv for argv in said] == [False, False, True]
+    assert sizes[0] < sizes[1]
+
+
+def test_what_is_done_meanwhile_may_fail(tmp_path, monkeypatch):
+    started, start = [], subprocess.Popen
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *a, **b: started.append(start(*a, **b)) or started[-1]
+    )
+    (tmp_path / "tree").mkdir()
+
+    def fail():
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        squashfs.pack(str(tmp_path / "tree"), str(tmp_path / "out"), meanwhile=fail)
+    assert started[0].returncode is not None
 
 
 def test_packing_what_is_not_there(tmp_path):
