@@ -1,8 +1,11 @@
 /* What the image server may ask of the kernel from its first instruction on.  It is the user's own
  * process, which reads what others have made: an image that takes it over gets no socket, no other
- * program, no process, no file that it makes.  What it serves with is narrower: unpack_filter.c. */
+ * program, no process, no file that it makes or writes to.  To open one for writing is refused and
+ * not its end: libfuse asks for /dev/null, and goes on without.  What it serves with is narrower:
+ * unpack_filter.c. */
 #include "server_filter.h"
 
+#include <errno.h>
 #include <fcntl.h>
 
 #include "starter.h"
@@ -20,10 +23,12 @@ void server_filter(const char *path) {
     const uint64_t address = (uintptr_t)path;
     const struct sock_filter judged[] = {
         FILTER_BEGIN,
-        FILTER_UNLESS(SYS_openat, 4),
+        FILTER_UNLESS(SYS_openat, 6),
         FILTER_LOAD(args[2]),
         BPF_JUMP(BPF_JMP | BPF_JSET | BPF_K, MAKES, 0, 1),
         FILTER_KILL,
+        BPF_JUMP(BPF_JMP | BPF_JSET | BPF_K, O_ACCMODE, 0, 1),
+        FILTER_REFUSE(EACCES),
         FILTER_ALLOW,
         FILTER_UNLESS(SYS_execve, 7),
         ADDRESS(0, 0, (uint32_t)address),
@@ -37,8 +42,9 @@ void server_filter(const char *path) {
         FILTER_SERVING, SYS_newfstatat, SYS_fstat, SYS_faccessat, SYS_fcntl, SYS_chdir, SYS_getuid,
         SYS_lseek, SYS_getrandom, SYS_prlimit64, SYS_set_tid_address, SYS_set_robust_list, SYS_rseq,
         SYS_seccomp};
+    FILTER_FITS(judged, loading);
     struct filter_code filter = {.length = 0};
-    filter_add(&filter, judged, sizeof(judged) / sizeof(judged[0]));
-    filter_allow(&filter, loading, sizeof(loading) / sizeof(loading[0]));
+    filter_add(&filter, judged, FILTER_COUNT(judged));
+    filter_allow(&filter, loading, FILTER_COUNT(loading));
     filter_bind(&filter);
 }

@@ -23,6 +23,7 @@
 #endif
 
 enum { FILTER_MOST = 128, FILTER_GROUP = 6 };
+#define FILTER_COUNT(array) (sizeof(array) / sizeof((array)[0]))
 struct filter_code {
     unsigned short length;
     struct sock_filter code[FILTER_MOST];
@@ -31,6 +32,7 @@ struct filter_code {
 #define FILTER_LOAD(field) BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, field))
 #define FILTER_ALLOW BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW)
 #define FILTER_KILL BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS)
+#define FILTER_REFUSE(error) BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | (error))
 #define FILTER_UNLESS(value, skipped) BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, (value), 0, (skipped))
 /* Another machine's numbers would mean other calls. */
 #define FILTER_BEGIN                                                                              \
@@ -44,8 +46,16 @@ struct filter_code {
         SYS_rt_sigreturn, SYS_restart_syscall, SYS_clock_gettime, SYS_getpid, SYS_exit,           \
         SYS_exit_group, FILTER_TIMER
 
+/* Two instructions a call, two a group: a filter that lost its end would be another one. */
+#define FILTER_FITS(first, calls)                                                                 \
+    _Static_assert(FILTER_COUNT(first) + 2 * FILTER_COUNT(calls) +                                \
+                           2 * ((FILTER_COUNT(calls) + FILTER_GROUP - 1) / FILTER_GROUP) <=       \
+                       FILTER_MOST,                                                               \
+                   "the filter is longer than FILTER_MOST")
+
+/* Its callers state FILTER_FITS() of all that they add. */
 static inline void filter_add(struct filter_code *f, const struct sock_filter *code, size_t count) {
-    for (size_t i = 0; i < count && f->length < FILTER_MOST; i++)
+    for (size_t i = 0; i < count; i++)
         f->code[f->length++] = code[i];
 }
 

@@ -11,9 +11,10 @@ int fuse_session_loop(void *session);
 static void narrow(void) {
     const struct sock_filter begin[] = {FILTER_BEGIN};
     int serving[] = {FILTER_SERVING};
+    FILTER_FITS(begin, serving);
     struct filter_code filter = {.length = 0};
-    filter_add(&filter, begin, sizeof(begin) / sizeof(begin[0]));
-    filter_allow(&filter, serving, sizeof(serving) / sizeof(serving[0]));
+    filter_add(&filter, begin, FILTER_COUNT(begin));
+    filter_allow(&filter, serving, FILTER_COUNT(serving));
     filter_bind(&filter);
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import platform
 import signal
@@ -23,7 +24,7 @@ FORBIDDEN = {
     "execveat": 322, "io_uring_setup": 425, "pidfd_getfd": 438, "open of x32": 0x40000002,
 }  # fmt: skip
 COMPRESSIONS = ("gzip", "lz4", "lzo", "xz", "zstd")
-PTRACE_CONT, PTRACE_GETREGS, PTRACE_SETREGS = 7, 12, 13
+PTRACE_CONT, PTRACE_SINGLESTEP, PTRACE_GETREGS, PTRACE_SETREGS = 7, 9, 12, 13
 PTRACE_SEIZE, PTRACE_INTERRUPT = 0x4206, 0x4207
 RAX, RDX, RSI, RDI, ORIG_RAX, RIP = 10, 12, 13, 14, 15, 16
 O_CREAT = 0o100
@@ -55,8 +56,8 @@ def ptrace(request: int, pid: int, data: object = None) -> None:
         raise OSError(ctypes.get_errno(), f"ptrace {request:#x}")
 
 
-def have_it_call(pid: int, number: int, *arguments: int) -> int:
-    """Have a waiting server make one system call; return the signal that ends it."""
+def set_call(pid: int, number: int, *arguments: int) -> None:
+    """Stop a waiting server before a system call of ours."""
     ptrace(PTRACE_SEIZE, pid)
     ptrace(PTRACE_INTERRUPT, pid)
     os.waitpid(pid, 0)
@@ -67,8 +68,25 @@ def have_it_call(pid: int, number: int, *arguments: int) -> int:
     for place, value in zip((RDI, RSI, RDX), arguments, strict=False):
         registers[place] = value
     ptrace(PTRACE_SETREGS, pid, registers)
+
+
+def have_it_call(pid: int, number: int, *arguments: int) -> int:
+    """Have a waiting server make one system call; return the signal that ends it."""
+    set_call(pid, number, *arguments)
     ptrace(PTRACE_CONT, pid)
     return os.WTERMSIG(os.waitpid(pid, 0)[1])
+
+
+def answer_to(pid: int, number: int, *arguments: int) -> int:
+    """Have a waiting server make one system call; return the error that it gets, then end it."""
+    set_call(pid, number, *arguments)
+    ptrace(PTRACE_SINGLESTEP, pid)
+    assert os.WSTOPSIG(os.waitpid(pid, 0)[1]) == signal.SIGTRAP
+    registers = (ctypes.c_ulonglong * 27)()
+    ptrace(PTRACE_GETREGS, pid, registers)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return -ctypes.c_longlong(registers[RAX]).value
 
 
 def served(own: Installation, home: Household, *options: str) -> tuple[subprocess.Popen, int]:
@@ -122,6 +140,17 @@ def test_the_first_filter_by_itself(bare, home, name, arguments):
     _, server = served(bare, home)
     assert status_of(server, "Seccomp_filters") == "1"
     assert have_it_call(server, FORBIDDEN[name], *arguments) == signal.SIGSYS
+
+
+@pytest.mark.parametrize(("flags", "error"), [
+    (os.O_RDONLY, errno.EFAULT),  # the filter lets it pass: the path is nowhere
+    (os.O_WRONLY, errno.EACCES), (os.O_RDWR, errno.EACCES),
+    (os.O_WRONLY | os.O_RDWR, errno.EACCES),
+])  # fmt: skip
+def test_the_first_filter_refuses_to_open_for_writing(bare, home, flags, error):
+    """A file of its user's stays what it is, before and after the first question."""
+    _, server = served(bare, home)
+    assert answer_to(server, FORBIDDEN["openat"], 0, 0, flags) == error
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
