@@ -34,6 +34,12 @@ else:
         return cls
 
 
+# The module `signal` is too heavy to be imported for a number; a shell adds 128.
+_SIGBUS = 7
+_BUS_ERRORS = (-_SIGBUS, 128 + _SIGBUS)
+_SERVERS_END_S = 0.25
+
+
 class Facts:
     """What the starter says about the caller and the flow; read-only."""
 
@@ -326,9 +332,25 @@ class MonitorContext:
                 served = not os.WIFSIGNALED(event[2])
             elif event[0] == protocol.EVENT_PAYLOAD_ENDED:
                 # The server ends with every container; the starter kills those that need it still.
-                if self.pid and not served and os.WIFSIGNALED(event[2]):
+                if self.pid and event[2] and not (served and self._is_served_after(event[2])):
                     log.fatal(str(ImageGone()))
                 return event[2]
+
+    def _is_served_after(self, status: int) -> bool:
+        """Return whether an end was the payload's own.
+
+        A page that its server did not bring is a bus error, and the starter may find the payload's
+        end before the server's.
+        """
+        if os.waitstatus_to_exitcode(status) not in _BUS_ERRORS:
+            return True
+        while self.ends_within(_SERVERS_END_S):
+            event = _starter.receive_event(self._keeper_fd)
+            if event is None:
+                return True
+            if event[0] == protocol.EVENT_SERVER_ENDED and os.WIFSIGNALED(event[2]):
+                return False
+        return True
 
 
 @final

@@ -12,7 +12,7 @@ import pytest
 
 from apptainer_py.base.errors import ImageGone
 from tests import images, own_install
-from tests.own_install import Household, descendants, household, read_until
+from tests.own_install import Household, descendants, eventually, household, read_until
 
 FLOWS = {"setuid": (), "userns": ("-u",)}
 ALONE = ("unpack.so", "libdeflate.so.0")
@@ -54,6 +54,14 @@ def name_of(pid: int) -> str:
         return ""
 
 
+def runs(pid: int) -> bool:
+    """Return whether a process is there and has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_the_payloads_own_end_is_no_fault_of_its(own, home, flow, number):
     image = images.own_sif(images.shared_folder())
@@ -68,20 +76,49 @@ def test_the_payloads_own_end_is_no_fault_of_its(own, home, flow, number):
         assert said == b""
 
 
-def test_its_end_is_told(own, home, flow):
-    """The payload needs its image still, and is killed; that is no mystery to the user."""
-    script = "echo on; read line"  # the shell itself, which has all that it needs
-    words = ["exec", *flow, images.own_sif(images.shared_folder()), "sh", "-c", script]
+def waiting(own, home, *options: str, ends: str = "") -> tuple[subprocess.Popen, int]:
+    """Start a payload that waits for a line; return its keeper, and its image server."""
+    image = images.own_sif(images.shared_folder())
+    words = ["exec", *options, image, "sh", "-c", f"echo on; read line; {ends}"]
     process = home.adopt(own.start(*words, stdin=subprocess.PIPE, stderr=subprocess.PIPE))
-    assert process.stdout is not None
-    assert process.stderr is not None
     read_until(process.stdout.fileno(), b"on\n")
-    servers = [pid for pid in descendants(process.pid) if name_of(pid) == "squashfuse_ll"]
-    assert len(servers) == 1
-    os.kill(servers[0], signal.SIGKILL)
-    assert process.wait(20) == -signal.SIGKILL
+    (server,) = [pid for pid in descendants(process.pid) if name_of(pid) == "squashfuse_ll"]
+    return process, server
+
+
+def assert_told(process: subprocess.Popen, *statuses: int) -> None:
+    """Assert how it ended, and that its user was told why."""
+    assert process.wait(20) in statuses
     said = process.stderr.read().decode()
     assert said.splitlines() == [f"FATAL:   {ImageGone()}"]
+
+
+def test_its_end_is_told(own, home, flow):
+    """The payload is killed, or comes upon a page that nobody brings before that."""
+    process, server = waiting(own, home, *flow)
+    os.kill(server, signal.SIGKILL)
+    assert_told(process, -signal.SIGKILL, -signal.SIGBUS)
+
+
+@pytest.mark.parametrize("shim", [(), ("-p",)], ids=["plain", "shim"])
+def test_a_bus_error_is_told_by_its_reason(own, home, flow, shim):
+    """Keeper hears of it and of the server's end at once, in an order that is chance."""
+    process, server = waiting(own, home, *flow, *shim, ends="kill -BUS $$")
+    inside = [pid for pid in descendants(process.pid) if name_of(pid) in ("sh", "appinit")]
+    assert len(inside) == 1 + len(shim)
+    os.kill(process.pid, signal.SIGSTOP)
+    os.kill(server, signal.SIGKILL)
+    process.stdin.write(b"\n")
+    process.stdin.flush()
+    eventually(lambda: not any(map(runs, inside)), "payload and shim end")
+    os.kill(process.pid, signal.SIGCONT)
+    assert_told(process, 128 + signal.SIGBUS if shim else -signal.SIGBUS)
+
+
+def test_a_bus_error_of_the_payloads_own_is_its_own(own, home, flow):
+    process, _ = waiting(own, home, *flow, ends="kill -BUS $$")
+    said = process.communicate(b"\n", timeout=20)[1]
+    assert (process.returncode, said) == (-signal.SIGBUS, b"")
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
