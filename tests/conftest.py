@@ -13,9 +13,12 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.own_install import Household
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ORDINARY_USER = "apytest"
@@ -178,3 +181,12 @@ def tool() -> Iterator[object]:
         return found
 
     yield find
+
+
+@pytest.fixture
+def home(require_root: None) -> Iterator[Household]:
+    """The processes that a test starts, orphans included."""
+    from tests.own_install import household
+
+    with household() as found:
+        yield found

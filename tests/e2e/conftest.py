@@ -13,7 +13,7 @@ import pytest
 
 from tests import extfs_images, images, own_install
 from tests.e2e import steps
-from tests.own_install import Household, Installation, household
+from tests.own_install import Installation
 
 
 @pytest.fixture(scope="session")
@@ -34,13 +34,6 @@ def own(installed: Installation) -> Iterator[Installation]:
 def sif(installed: Installation) -> Path:
     """A SIF file that belongs to root and that everybody may read."""
     return images.own_sif(images.shared_folder())
-
-
-@pytest.fixture
-def home(require_root: None) -> Iterator[Household]:
-    """The processes that a test starts, orphans included."""
-    with household() as found:
-        yield found
 
 
 @pytest.fixture(scope="session")

@@ -8,12 +8,11 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests import images, own_install
+from tests import fixtures, images
 from tests.e2e.identities import own_capabilities
 from tests.own_install import HostState, Installation, assert_nothing_left, eventually, household
 
@@ -32,12 +31,7 @@ def grants(own: Installation, text: object) -> None:
     file.chmod(0o644)
 
 
-@pytest.fixture(scope="module")
-def own(require_root) -> Iterator[Installation]:
-    made = own_install.installation()
-    made.configure()
-    yield made
-    made.restore()
+own = fixtures.own()
 
 
 @pytest.fixture

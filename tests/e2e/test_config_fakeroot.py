@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import pytest
-
-from tests import own_install
+from tests import fixtures
 from tests.e2e.subids import launch, range_of
 from tests.own_install import Installation
 
@@ -21,12 +17,7 @@ COPY = """
     cat /etc/subuid; ls /etc; cmp /etc/subuid /etc/subgid"""
 
 
-@pytest.fixture(scope="module")
-def own(require_root) -> Iterator[Installation]:
-    made = own_install.installation()
-    made.configure()
-    yield made
-    made.restore()
+own = fixtures.own()
 
 
 def after(own: Installation, text: str, script: str) -> tuple[list[str], str]:

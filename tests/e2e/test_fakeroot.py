@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import images, own_install
+from tests import fixtures, images
 from tests.e2e.subids import BASE, both, launch, range_of
 from tests.own_install import HostState, Installation, assert_nothing_left, eventually, household
 
@@ -28,12 +28,7 @@ ALONE = "INFO:    No user namespaces available, using only the fakeroot command\
 FLOWS = {"setuid": (), "userns": ("-u",)}
 
 
-@pytest.fixture(scope="module")
-def own(require_root) -> Iterator[Installation]:
-    made = own_install.installation()
-    made.configure()
-    yield made
-    made.restore()
+own = fixtures.own()
 
 
 @pytest.fixture(scope="module")

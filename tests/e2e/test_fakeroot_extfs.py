@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import extfs_images, images, own_install
+from tests import extfs_images, fixtures, images
 from tests.e2e.subids import both, launch, range_of
 from tests.own_install import Installation
 
@@ -20,12 +20,7 @@ DEGREES = {"setuid": (), "userns": ("-u",), "one": ONE_ID}
 OWNERS = "umask 022; echo x >/new; touch /n2; chown 5:6 /n2; stat -c '%u:%g %n' /new /n2"
 
 
-@pytest.fixture(scope="module")
-def own(require_root) -> Iterator[Installation]:
-    made = own_install.installation()
-    made.configure()
-    yield made
-    made.restore()
+own = fixtures.own()
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import images, own_install
-from tests.own_install import Household, descendants, household, read_until
+from tests import fixtures, images
+from tests.own_install import Household, descendants, read_until
 
 FILES = 40  # more than the image server keeps at hand
 BLOCK = 131072
@@ -30,18 +30,7 @@ def content_of(number: int) -> bytes:
     return (seed * 6000)[: number * number * 300]
 
 
-@pytest.fixture(scope="module")
-def own(require_root, open_fuse) -> Iterator[own_install.Installation]:
-    made = own_install.installation()
-    made.restore()
-    yield made
-    made.restore()
-
-
-@pytest.fixture
-def home(own) -> Iterator[Household]:
-    with household() as found:
-        yield found
+own = fixtures.own(None, needs=("open_fuse",))
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from apptainer_py.base.errors import ImageGone
-from tests import images, own_install
-from tests.own_install import Household, descendants, eventually, household, read_until
+from tests import fixtures, images
+from tests.own_install import descendants, eventually, read_until
 
 FLOWS = {"setuid": (), "userns": ("-u",)}
 ALONE = ("unpack.so", "libdeflate.so.0")
@@ -20,18 +19,7 @@ ALONE = ("unpack.so", "libdeflate.so.0")
 KINDS = {"gzip": (images.bare_squashfs, set(ALONE)), "zstd": (images.own_sif, {"unpack.so"})}
 
 
-@pytest.fixture(scope="module")
-def own(require_root, open_fuse) -> Iterator[own_install.Installation]:
-    made = own_install.installation()
-    made.restore()
-    yield made
-    made.restore()
-
-
-@pytest.fixture
-def home(own) -> Iterator[Household]:
-    with household() as found:
-        yield found
+own = fixtures.own(None, needs=("open_fuse",))
 
 
 @pytest.fixture(params=list(FLOWS))

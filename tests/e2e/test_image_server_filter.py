@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import images, own_install
-from tests.own_install import Household, Installation, descendants, household, read_until
+from tests import fixtures, images
+from tests.own_install import Household, Installation, descendants, read_until
 
 SERVER = "squashfuse_ll"
 FLOWS = {"setuid": (), "userns": ("-u",)}
@@ -37,18 +37,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
 
 
-@pytest.fixture(scope="module")
-def own(require_root, open_fuse) -> Iterator[Installation]:
-    made = own_install.installation()
-    made.restore()
-    yield made
-    made.restore()
-
-
-@pytest.fixture
-def home(own) -> Iterator[Household]:
-    with household() as found:
-        yield found
+own = fixtures.own(None, needs=("open_fuse",))
 
 
 def ptrace(request: int, pid: int, data: object = None) -> None:

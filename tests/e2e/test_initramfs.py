@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests import images, own_install
+from tests import fixtures, images
 
 HERE = Path(__file__).parent / "initramfs.py"
 # The host's directories are not there: not by name, not from above, not through the process.
@@ -17,13 +16,7 @@ ABOVE = "'' /.. /proc/self/root /proc/1/root"
 LOOK = f"echo in; for up in {ABOVE}; do ls -d $up/opt/*; done 2>/dev/null"
 
 
-@pytest.fixture(scope="module")
-def own(require_root) -> Iterator[own_install.Installation]:
-    made = own_install.installation()
-    made.restore()
-    made.configure()
-    yield made
-    made.restore()
+own = fixtures.own()
 
 
 @pytest.mark.parametrize("options", [(), ("-p",), ("-u",), ("-u", "-p"), ("--writable-tmpfs",)])

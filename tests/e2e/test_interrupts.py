@@ -146,14 +146,6 @@ def folder(world: SimpleNamespace, tmp_path: Path) -> Iterator[Path]:
     return made
 
 
-@pytest.fixture
-def home(require_root: None) -> Iterator[Household]:
-    from tests.own_install import household
-
-    with household() as found:
-        yield found
-
-
 def start(world: SimpleNamespace, folder: Path, case: Case) -> subprocess.Popen[bytes]:
     user = images.ordinary_user()
     if case.definition:

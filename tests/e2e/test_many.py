@@ -50,12 +50,6 @@ def _of(uid: int) -> set[str]:
     return found
 
 
-@pytest.fixture
-def home(require_root):
-    with own_install.household() as found:
-        yield found
-
-
 def assert_as_before(own, counts: Counts) -> None:
     try:
         eventually(lambda: not counts.left(own), "nothing is left")

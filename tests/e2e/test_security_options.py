@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests import images, own_install
-from tests.own_install import Installation
+from tests import fixtures, images
 
 SHOW = "grep -e Uid -e Gid -e Groups -e Cap -e NoNewPrivs -e Seccomp: /proc/self/status"
 FLOWS = {"setuid": ([], False), "userns": (["-u"], False), "root": ([], True)}
@@ -20,12 +18,7 @@ NO_CHMOD = {
 TRY = "mkdir /tmp/$$; chmod 700 /tmp/$$; rmdir /tmp/$$"
 
 
-@pytest.fixture(scope="module")
-def own(require_root) -> Iterator[Installation]:
-    made = own_install.installation()
-    made.configure()
-    yield made
-    made.restore()
+own = fixtures.own()
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from apptainer_py.base.errors import ImageGone
 from tests import images, own_install
 from tests.e2e import sharing
 from tests.e2e.sharing import hold, is_offered, servers, tell
-from tests.own_install import HostState, Household, assert_nothing_left, eventually, household
+from tests.own_install import HostState, assert_nothing_left, eventually
 
 FLOWS = {"setuid": (), "userns": ("-u",)}
 
@@ -27,12 +27,6 @@ def own(require_root) -> Iterator[own_install.Installation]:
     made.restore()
     yield made
     made.restore()
-
-
-@pytest.fixture
-def home(own) -> Iterator[Household]:
-    with household() as found:
-        yield found
 
 
 @pytest.fixture(params=list(FLOWS))

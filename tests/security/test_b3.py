@@ -21,7 +21,7 @@ import pytest
 
 from apptainer_py.model import protocol
 from apptainer_py.model.directive_table import ROWS
-from tests import images, own_install
+from tests import fixtures, images, own_install
 from tests.e2e import steps, test_oci_images
 from tests.own_install import Installation, files, read_until
 from tests.security.forge import without_hints
@@ -46,11 +46,7 @@ ELSEWHERE = {
 ABSENT = {"S23": "no Dockerfile is built"}
 
 
-@pytest.fixture(scope="module")
-def own(require_root) -> Iterator[Installation]:
-    made = own_install.installation()
-    yield made
-    made.restore()
+own = fixtures.own(None)
 
 
 @pytest.fixture
@@ -59,12 +55,6 @@ def place(own) -> Iterator[Path]:
     made.chmod(0o755)
     yield made
     shutil.rmtree(made)
-
-
-@pytest.fixture
-def home(require_root) -> Iterator[own_install.Household]:
-    with own_install.household() as found:
-        yield found
 
 
 @pytest.fixture(params=list(FLOWS))

@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 
 from apptainer_py.image import arch
-from tests import images, own_install, sif_bytes
+from tests import fixtures, images, sif_bytes
 from tests.e2e import steps, three_flows
 from tests.own_install import Installation, eventually, files, household
 
@@ -42,11 +42,7 @@ PLAIN = (
 )
 
 
-@pytest.fixture(scope="module")
-def own(require_root) -> Iterator[Installation]:
-    made = own_install.installation()
-    yield made
-    made.restore()
+own = fixtures.own(None)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from apptainer_py.crypto import openpgp
 from apptainer_py.engines.apptainer import ecl as judge
 from apptainer_py.host.ecl import ExecGroup
 from apptainer_py.image import integrity, sif
-from tests import images, own_install
+from tests import fixtures, images
 from tests.own_install import Installation
 
 pytestmark = pytest.mark.skipif(
@@ -68,12 +68,7 @@ def signed(readable_tmp: Path, require_root: None) -> SimpleNamespace:
 # ---- the list, in the flows ----
 
 
-@pytest.fixture(scope="module")
-def own(require_root: None) -> Iterator[Installation]:
-    made = own_install.installation()
-    made.configure()
-    yield made
-    made.restore()
+own = fixtures.own()
 
 
 def write_list(own: Installation, signed: SimpleNamespace, text: str) -> None:

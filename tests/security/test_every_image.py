@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import extfs_images, images, own_install
+from tests import extfs_images, fixtures, images
 from tests.own_install import Installation
 
 LIMITS = {
@@ -42,12 +42,7 @@ FITS = {
 CASES = [(kind, use) for kind, uses in FITS.items() for use in uses]
 
 
-@pytest.fixture(scope="module")
-def own(require_root) -> Iterator[Installation]:
-    made = own_install.installation()
-    made.configure()
-    yield made
-    made.restore()
+own = fixtures.own()
 
 
 @pytest.fixture(scope="module")

@@ -13,19 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from tests import images, own_install
-from tests.own_install import Installation
+from tests import fixtures, images
 
 SECRET = "for the eyes of one"
 BUSYBOX = "/bin/busybox"
 
 
-@pytest.fixture(scope="module")
-def own(require_root) -> Iterator[Installation]:
-    made = own_install.installation()
-    made.configure()
-    yield made
-    made.restore()
+own = fixtures.own()
 
 
 @pytest.fixture

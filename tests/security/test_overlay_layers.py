@@ -11,18 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from tests import extfs_images, images, own_install
+from tests import extfs_images, fixtures, images
 from tests.own_install import Installation
 
 SECRET = "for the eyes of one"
 
 
-@pytest.fixture(scope="module")
-def own(require_root) -> Iterator[Installation]:
-    made = own_install.installation()
-    made.configure()
-    yield made
-    made.restore()
+own = fixtures.own()
 
 
 @pytest.fixture

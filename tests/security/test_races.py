@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests import images, own_install
+from tests import fixtures, images, own_install
 from tests.own_install import Installation, files
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
@@ -25,12 +25,7 @@ FLOWS = {"setuid": (), "userns": ("-u",)}
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-@pytest.fixture(scope="module")
-def own(require_root) -> Iterator[Installation]:
-    made = own_install.installation()
-    made.configure("allow setuid-mount squashfs = no")
-    yield made
-    made.restore()
+own = fixtures.own("allow setuid-mount squashfs = no")
 
 
 @pytest.fixture

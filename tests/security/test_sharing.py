@@ -27,7 +27,7 @@ from tests.e2e.sharing import (
     take,
     tell,
 )
-from tests.own_install import HostState, Household, assert_nothing_left, eventually, household
+from tests.own_install import HostState, Household, assert_nothing_left, eventually
 
 _SEALS = 0x2F  # F_SEAL_SEAL, _SHRINK, _GROW, _WRITE and _EXEC
 _OPEN_TREE, _CLONE, _EMPTY_PATH, _NEWPID = 428, 1, 0x1000, 0x20000000
@@ -43,12 +43,6 @@ def own(require_root) -> Iterator[own_install.Installation]:
     made.restore()
     yield made
     made.restore()
-
-
-@pytest.fixture
-def home(own) -> Iterator[Household]:
-    with household() as found:
-        yield found
 
 
 @pytest.fixture

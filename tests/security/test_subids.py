@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests import images, own_install
+from tests import fixtures, images
 from tests.e2e.subids import both, launch, range_of
 from tests.own_install import Installation
 
@@ -20,12 +19,7 @@ IDS = ("cat", "/proc/self/uid_map", "/proc/self/gid_map")
 FLOWS = {"setuid": (), "userns": ("-u",)}
 
 
-@pytest.fixture(scope="module")
-def own(require_root) -> Iterator[Installation]:
-    made = own_install.installation()
-    made.configure()
-    yield made
-    made.restore()
+own = fixtures.own()
 
 
 @pytest.fixture(scope="module")

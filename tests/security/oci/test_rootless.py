@@ -13,17 +13,11 @@ from pathlib import Path
 import pytest
 
 from tests.oci import bed as beds
-from tests.own_install import Household, eventually, household
+from tests.own_install import Household, eventually
 from tests.security.oci.rootless import Rootless, subordinate
 
 SCRIPT = "id -u; id -g; cat /proc/self/uid_map /proc/self/setgroups"
 OTHER = "apyother"
-
-
-@pytest.fixture
-def home(require_root: None) -> Iterator[Household]:
-    with household() as found:
-        yield found
 
 
 @pytest.fixture
