@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
+from apptainer_py.base import temporary
 from apptainer_py.base.errors import ApptainerError
 from apptainer_py.image.oci_layers import remove_tree
 
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
 _STREAMS = 3
+_PREFIX = "apptainer-py-fetch-"
 
 
 class NoPlace(ApptainerError):
@@ -30,8 +33,12 @@ class Folder:
     def __init__(self, above: str) -> None:
         import tempfile
 
+        for path in temporary.abandoned(above, _PREFIX):
+            with contextlib.suppress(OSError):
+                _remove(path)
         try:
-            self.path = tempfile.mkdtemp(prefix="apptainer-py-fetch-", dir=above)
+            self.path = tempfile.mkdtemp(prefix=_PREFIX, dir=above)
+            self._lock = temporary.hold(self.path)
         except OSError as error:
             raise NoPlace(folder=above, reason=(error.strerror or "").lower()) from None
         reading, self._held = os.pipe()
@@ -53,6 +60,7 @@ class Folder:
         os.write(self._held, b"\n")
         os.close(self._held)
         os.waitpid(self._sweeper, 0)
+        os.close(self._lock)
 
     def _sweep(self, reading: int) -> NoReturn:
         import signal
@@ -69,14 +77,17 @@ class Folder:
             os.closerange(reading + 1, os.sysconf("SC_OPEN_MAX"))
             os.chdir("/")
             os.read(reading, 1)
-            self._remove()
+            _remove(self.path)
         finally:
             os._exit(0)
 
-    def _remove(self) -> None:
-        above, name = os.path.split(self.path)
-        parent = os.open(above, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            remove_tree(parent, os.fsencode(name))
-        except FileNotFoundError:
-            pass
+
+def _remove(path: str) -> None:
+    above, name = os.path.split(path)
+    parent = os.open(above, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        remove_tree(parent, os.fsencode(name))
+    except FileNotFoundError:
+        pass
+    finally:
+        os.close(parent)

@@ -2,7 +2,7 @@
 
 caller ── sweeper ── worker: the caller may be killed at any instruction; the sweeper sees the end
 of a pipe, ends every process below itself and removes the build's folders. What a killed sweeper
-leaves has no lock any more, and goes with the next build.
+leaves is not held any more (`base/temporary.py`), and goes with the next build there.
 """
 
 from __future__ import annotations
@@ -78,11 +78,13 @@ def run(
     identity: Identity,
     folders: Sequence[str],
     *,
+    left: Sequence[str] = (),
     keep: bool,
     output: int = -1,
 ) -> None:
     """Do work as somebody else, and remove folders when it is done, or undone.
 
+    What others have left is removed before. Folders that are to be kept are not removed.
     What it and the programs that it starts print goes to the descriptor `output`, if there is one.
 
     Raises:
@@ -96,7 +98,7 @@ def run(
         os.close(said_read)
         if output >= 0:
             _print_to(output)
-        _Sweeper(work, identity, alive_read, said_write).run(() if keep else folders)
+        _Sweeper(work, identity, alive_read, said_write).run(() if keep else folders, left)
     os.close(alive_read)
     os.close(said_write)
     try:
@@ -180,7 +182,7 @@ class _Sweeper:
         self._said = said
         self._namespaces: Namespaces | None = None
 
-    def run(self, folders: Sequence[str]) -> NoReturn:
+    def run(self, folders: Sequence[str], left: Sequence[str]) -> NoReturn:
         """Be that process, to its end."""
         import signal
 
@@ -190,7 +192,7 @@ class _Sweeper:
                 # A handler, as what is ignored would be ignored by the programs started here.
                 signal.signal(number, _pass)
             _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-            status = self._guard()
+            status = self._guard(left)
             _end_children()
         except BaseException as error:  # noqa: BLE001 it has to reach the user as a line
             _say(self._said, error)
@@ -199,11 +201,13 @@ class _Sweeper:
             self._clean(folders)
             os._exit(status)
 
-    def _guard(self) -> int:
+    def _guard(self, left: Sequence[str]) -> int:
         import socket
 
         if not self._identity.is_root:
             self._namespaces = identities.namespaces(self._identity)
+        if left:
+            self._clean(left)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         worker = os.fork()
         if worker == 0:

@@ -10,6 +10,7 @@ import json
 import os
 import time
 
+from apptainer_py.base import temporary
 from apptainer_py.base.errors import ApptainerError
 from apptainer_py.base.files import copy_rest
 from apptainer_py.base.record import Record
@@ -283,7 +284,8 @@ class Cache:
                 if _PART not in name and _LEASE not in name:
                     continue
                 try:
-                    if time.time() - _written_s(path) > older_s:
+                    # A conversion may write deep below, for hours.
+                    if time.time() - _written_s(path) > older_s and not temporary.is_held(path):
                         yield path
                 except OSError:
                     continue

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 
+from apptainer_py.base import temporary
 from apptainer_py.base.errors import ApptainerError
 from apptainer_py.crypto import packets
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 GPG, AGENT = "/usr/bin/gpg", "/usr/bin/gpg-agent"
 _MEMORY = "/dev/shm"
+_PREFIX = "apptainer-py-gpg-"
 _SECONDS = 120
 _AGENT_SETTINGS = "disable-scdaemon\nmax-cache-ttl 0\ndefault-cache-ttl 0\ns2k-count 65011712\n"
 _OPTIONS = (
@@ -118,12 +120,17 @@ class _Home:
     """A home of gpg's; an agent of it lives as long as one call."""
 
     def __enter__(self) -> _Home:
+        import shutil
         import tempfile
 
         if not os.access(GPG, os.X_OK) or not os.access(AGENT, os.X_OK):
             raise GpgError(text="gpg is not installed: install the packages gpg and gpg-agent")
         place = _MEMORY if os.access(_MEMORY, os.W_OK) else None
-        self.path = tempfile.mkdtemp(prefix="apptainer-py-", dir=place)
+        # Keys lie in it: what a killed command has left is not to stay.
+        for path in temporary.abandoned(place or tempfile.gettempdir(), _PREFIX):
+            shutil.rmtree(path, ignore_errors=True)
+        self.path = tempfile.mkdtemp(prefix=_PREFIX, dir=place)
+        self._lock = temporary.hold(self.path)
         with open(f"{self.path}/gpg-agent.conf", "w", encoding="ascii") as file:
             file.write(_AGENT_SETTINGS)
         self._start_agent()
@@ -138,6 +145,7 @@ class _Home:
             if stream is not None:
                 stream.close()
         self._holder.wait()
+        os.close(self._lock)
 
     def _start_agent(self) -> None:
         import subprocess

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from apptainer_py.base import build as build_facts
-from apptainer_py.base import epoch, log
+from apptainer_py.base import epoch, log, temporary
 from apptainer_py.base.errors import ApptainerError
 from apptainer_py.base.files import temporary_directory
 from apptainer_py.base.record import Record
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from apptainer_py.crypto.sealing import Lock
 
 _DEFINITION_BYTES = 16 << 20
+_TEMPORARY = "build-temp-"
 _EXISTS = "build target '{target}' already exists. Use --force if you want to overwrite it"
 _ALL, _NONE = "all", "none"
 # Agents that need more than a name.
@@ -100,14 +101,17 @@ def build(request: Request, describe: Callable[[str], str]) -> None:
         ignore_userns=request.ignore_userns,
         userns=request.userns,
     )
-    name = f"build-temp-{os.urandom(6).hex()}"
+    # What shall stay is no leftover of a build that was killed.
+    kind = "build-kept-" if request.no_cleanup else _TEMPORARY
+    name = f"{kind}{os.urandom(6).hex()}"
     config = config_file.read(request.config_file, require_root_owned=False).config
     above, target = os.path.split(os.path.abspath(request.target))
+    tmpdir, beside = _tmpdir(request), f".{target[:200]}."
     job = pipeline.Job(
         stages=stages,
         target=request.target,
-        folder=f"{_tmpdir(request)}/{name}",
-        near=f"{above}/.{target[:200]}.{name}",
+        folder=f"{tmpdir}/{name}",
+        near=f"{above}/{beside}{name}",
         identity=identity,
         environ=request.environ,
         describe=describe,
@@ -131,6 +135,10 @@ def build(request: Request, describe: Callable[[str], str]) -> None:
         lambda launches: pipeline.run(job, launches),
         identity,
         (job.folder, job.near),
+        left=(
+            *temporary.abandoned(tmpdir, _TEMPORARY),
+            *temporary.abandoned(above, f"{beside}{_TEMPORARY}"),
+        ),
         keep=request.no_cleanup,
         output=request.output,
     )

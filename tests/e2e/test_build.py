@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -18,8 +19,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from apptainer_py.base import temporary
 from apptainer_py.image import arch, sif
 from tests.conftest import AsUser
+from tests.own_install import descendants, read_until
 
 HEADER = "Bootstrap: localimage\nFrom: base.sif\n"
 WHOLE = (
@@ -574,6 +577,38 @@ def test_an_interrupted_build_leaves_nothing(
     while left() != before and time.monotonic() < deadline:
         time.sleep(0.05)
     assert left() == before
+
+
+def test_what_is_killed_as_a_whole_goes_with_the_next_build(
+    product: SimpleNamespace, build: Callable[..., str], place: SimpleNamespace, user, home
+) -> None:
+    """Nobody is left to clean up; what another build holds stays."""
+    tmp, target = place.folder / "tmp", place.folder / "whole.sif"
+    held = tmp / "build-temp-held"
+    held.mkdir()
+    os.chown(held, user.pw_uid, user.pw_gid)
+    lock = temporary.hold(str(held))
+    (place.folder / "slow.def").write_text(HEADER + "%post\n echo on\n sleep 1079\n")
+    child = home.adopt(subprocess.Popen(
+        [product.program, "build", target, "slow.def"], cwd=place.folder,
+        env={"PATH": "/usr/bin:/bin", "TMPDIR": str(tmp)}, user=user.pw_uid,
+        group=user.pw_gid, extra_groups=[], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    ))  # fmt: skip
+    read_until(child.stdout.fileno(), b"on\n")
+    # Keeper first: a container that loses another process goes on to its end.
+    for pid in [*descendants(child.pid), child.pid]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    child.wait()
+    left = [*tmp.glob("build-temp-*"), *place.folder.glob(".whole.sif.build-temp-*")]
+    assert len(left) == 3
+    for path in left:
+        os.utime(path, (0, 0))
+    done = build(target, definition=HEADER + "%post\n true\n")
+    os.close(lock)
+    assert done.returncode == 0, done.stderr
+    assert [path for path in left if path.exists()] == [held]
+    held.rmdir()
 
 
 def test_who_encrypts_is_closed_to_others_of_the_same_user(
