@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 
 from apptainer_py.base import temporary
@@ -34,8 +33,10 @@ class Folder:
         import tempfile
 
         for path in temporary.abandoned(above, _PREFIX):
-            with contextlib.suppress(OSError):
+            try:
                 _remove(path)
+            except OSError:
+                pass  # it is in nobody's way
         try:
             self.path = tempfile.mkdtemp(prefix=_PREFIX, dir=above)
             self._lock = temporary.hold(self.path)
