@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from apptainer_py.base import temporary
+from apptainer_py.base import held
 from apptainer_py.base.errors import ApptainerError
 from apptainer_py.image.oci_layers import remove_tree
 
@@ -32,14 +32,14 @@ class Folder:
     def __init__(self, above: str) -> None:
         import tempfile
 
-        for path in temporary.abandoned(above, _PREFIX):
+        for path in held.abandoned(above, _PREFIX):
             try:
                 _remove(path)
             except OSError:
                 pass  # it is in nobody's way
         try:
             self.path = tempfile.mkdtemp(prefix=_PREFIX, dir=above)
-            self._lock = temporary.hold(self.path)
+            self._lock = held.hold(self.path)
         except OSError as error:
             raise NoPlace(folder=above, reason=(error.strerror or "").lower()) from None
         reading, self._held = os.pipe()

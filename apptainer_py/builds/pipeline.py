@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 
-from apptainer_py.base import log, temporary
+from apptainer_py.base import held, log
 from apptainer_py.base.record import Record
 from apptainer_py.builds import (
     agents,
@@ -82,7 +82,7 @@ def run(job: Job, launch: Launch) -> None:
     job = job.replace(umask=os.umask(0o022))
     for folder in dict.fromkeys((job.folder, job.near)):
         os.mkdir(folder, 0o700)
-        temporary.hold(folder)
+        held.hold(folder)
     log.info("Starting build...")
     roots: dict[str, str] = {}
     base: Base | None = None

@@ -2,7 +2,7 @@
 
 caller ── sweeper ── worker: the caller may be killed at any instruction; the sweeper sees the end
 of a pipe, ends every process below itself and removes the build's folders. What a killed sweeper
-leaves is not held any more (`base/temporary.py`), and goes with the next build there.
+leaves is not held any more (`base/held.py`), and goes with the next build there.
 """
 
 from __future__ import annotations

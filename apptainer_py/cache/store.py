@@ -10,7 +10,7 @@ import json
 import os
 import time
 
-from apptainer_py.base import temporary
+from apptainer_py.base import held
 from apptainer_py.base.errors import ApptainerError
 from apptainer_py.base.files import copy_rest
 from apptainer_py.base.record import Record
@@ -285,7 +285,7 @@ class Cache:
                     continue
                 try:
                     # A conversion may write deep below, for hours.
-                    if time.time() - _written_s(path) > older_s and not temporary.is_held(path):
+                    if time.time() - _written_s(path) > older_s and not held.is_held(path):
                         yield path
                 except OSError:
                     continue

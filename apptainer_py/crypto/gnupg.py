@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from apptainer_py.base import temporary
+from apptainer_py.base import held
 from apptainer_py.base.errors import ApptainerError
 from apptainer_py.crypto import packets
 
@@ -127,10 +127,10 @@ class _Home:
             raise GpgError(text="gpg is not installed: install the packages gpg and gpg-agent")
         place = _MEMORY if os.access(_MEMORY, os.W_OK) else None
         # Keys lie in it: what a killed command has left is not to stay.
-        for path in temporary.abandoned(place or tempfile.gettempdir(), _PREFIX):
+        for path in held.abandoned(place or tempfile.gettempdir(), _PREFIX):
             shutil.rmtree(path, ignore_errors=True)
         self.path = tempfile.mkdtemp(prefix=_PREFIX, dir=place)
-        self._lock = temporary.hold(self.path)
+        self._lock = held.hold(self.path)
         with open(f"{self.path}/gpg-agent.conf", "w", encoding="ascii") as file:
             file.write(_AGENT_SETTINGS)
         self._start_agent()

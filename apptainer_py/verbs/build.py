@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from apptainer_py.base import build as build_facts
-from apptainer_py.base import epoch, log, temporary
+from apptainer_py.base import epoch, held, log
 from apptainer_py.base.errors import ApptainerError
 from apptainer_py.base.files import temporary_directory
 from apptainer_py.base.record import Record
@@ -136,8 +136,8 @@ def build(request: Request, describe: Callable[[str], str]) -> None:
         identity,
         (job.folder, job.near),
         left=(
-            *temporary.abandoned(tmpdir, _TEMPORARY),
-            *temporary.abandoned(above, f"{beside}{_TEMPORARY}"),
+            *held.abandoned(tmpdir, _TEMPORARY),
+            *held.abandoned(above, f"{beside}{_TEMPORARY}"),
         ),
         keep=request.no_cleanup,
         output=request.output,

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from apptainer_py.base import temporary
+from apptainer_py.base import held
 from apptainer_py.image import arch, sif
 from tests.conftest import AsUser
 from tests.own_install import descendants, read_until
@@ -584,10 +584,10 @@ def test_what_is_killed_as_a_whole_goes_with_the_next_build(
 ) -> None:
     """Nobody is left to clean up; what another build holds stays."""
     tmp, target = place.folder / "tmp", place.folder / "whole.sif"
-    held = tmp / "build-temp-held"
-    held.mkdir()
-    os.chown(held, user.pw_uid, user.pw_gid)
-    lock = temporary.hold(str(held))
+    busy = tmp / "build-temp-busy"
+    busy.mkdir()
+    os.chown(busy, user.pw_uid, user.pw_gid)
+    lock = held.hold(str(busy))
     (place.folder / "slow.def").write_text(HEADER + "%post\n echo on\n sleep 1079\n")
     child = home.adopt(subprocess.Popen(
         [product.program, "build", target, "slow.def"], cwd=place.folder,
@@ -607,8 +607,8 @@ def test_what_is_killed_as_a_whole_goes_with_the_next_build(
     done = build(target, definition=HEADER + "%post\n true\n")
     os.close(lock)
     assert done.returncode == 0, done.stderr
-    assert [path for path in left if path.exists()] == [held]
-    held.rmdir()
+    assert [path for path in left if path.exists()] == [busy]
+    busy.rmdir()
 
 
 def test_who_encrypts_is_closed_to_others_of_the_same_user(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from apptainer_py.base import temporary
+from apptainer_py.base import held
 from apptainer_py.cache import lease
 from apptainer_py.cache.store import Cache, CacheError, folder_of
 
@@ -207,7 +207,7 @@ def test_the_folder_of_a_killed_conversion_is_swept(cache: Cache) -> None:
 def test_the_folder_of_a_conversion_that_works_deep_below_is_not(cache: Cache) -> None:
     folder = Path(f"{cache.path('oci-tmp', KEY)}.part.1.build-temp")
     folder.mkdir(parents=True)
-    lock = temporary.hold(str(folder))
+    lock = held.hold(str(folder))
     os.utime(folder, (0, 0))
     cache.sweep(100)
     assert folder.exists()

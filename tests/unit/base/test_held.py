@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from apptainer_py.base import temporary
+from apptainer_py.base import held
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def old(tmp_path: Path) -> Path:
 
 
 def abandoned(folder: Path) -> list[str]:
-    return temporary.abandoned(str(folder), "kind-")
+    return held.abandoned(str(folder), "kind-")
 
 
 def test_what_nobody_holds_is_abandoned(old: Path, tmp_path: Path) -> None:
@@ -30,11 +30,11 @@ def test_what_nobody_holds_is_abandoned(old: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_held_is_not(old: Path, tmp_path: Path) -> None:
-    fd = temporary.hold(str(old))
-    assert temporary.is_held(str(old))
+    fd = held.hold(str(old))
+    assert held.is_held(str(old))
     assert not abandoned(tmp_path)
     os.close(fd)
-    assert not temporary.is_held(str(old))
+    assert not held.is_held(str(old))
     assert abandoned(tmp_path) == [str(old)]
 
 
@@ -48,7 +48,7 @@ def test_neither_links_nor_files_nor_nothing(old: Path, tmp_path: Path) -> None:
     (tmp_path / "kind-3").touch()
     os.utime(tmp_path / "kind-3", (0, 0))
     assert abandoned(tmp_path) == [str(old)]
-    assert temporary.abandoned(f"{tmp_path}/none", "kind-") == []
+    assert held.abandoned(f"{tmp_path}/none", "kind-") == []
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives a directory away")
