@@ -106,7 +106,11 @@ def push(
         if not registry.has_blob(reference, digest):
             with report.counting("Uploading", size) as told:
                 part = Part(digesting.file, 0, size, told)
-                registry.put_blob(reference, digest, size, part)
+                try:
+                    registry.put_blob(reference, digest, size, part)
+                finally:
+                    # Then whatever the registry says of the bytes is not the point.
+                    digesting.check()
         manifest = _manifest(os.path.basename(path), digest, size, annotations)
         return registry.put_manifest(reference, OCI_MANIFEST, manifest)
 

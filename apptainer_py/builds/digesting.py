@@ -6,6 +6,8 @@ import hashlib
 import os
 import threading
 
+from apptainer_py.base.errors import ApptainerError
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import TracebackType
@@ -14,11 +16,17 @@ if TYPE_CHECKING:
 _CHUNK = 1 << 20
 
 
+class FileChanged(ApptainerError):
+    message = "{path} has changed while it was pushed"
+    hint = "push it again when nobody writes to it"
+
+
 class Digesting:
     """A file's digest and size, found in a thread; whoever goes away ends it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
+        self._facts = self._now()
         self._hash = hashlib.sha256()
         self._size_bytes = 0
         self._error: OSError | None = None
@@ -48,6 +56,19 @@ class Digesting:
         if self._error is not None:
             raise self._error
         return f"sha256:{self._hash.hexdigest()}", self._size_bytes
+
+    def check(self) -> None:
+        """Find out whether the file is what it was.
+
+        Raises:
+            FileChanged: somebody has written to it.
+        """
+        if self._now() != self._facts:
+            raise FileChanged(path=self.file.name)
+
+    def _now(self) -> tuple[int, int]:
+        facts = os.fstat(self.file.fileno())
+        return facts.st_size, facts.st_mtime_ns
 
     def _work(self) -> None:
         buffer = bytearray(_CHUNK)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 SCHEME = "library"
 LATEST = "latest"
+_SHORTER = "the file has become shorter"
 _PREFIX = "sha256."
 _HASH = re.compile(r"sha256\.[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9_+~-][A-Za-z0-9_.+~-]{0,127}")
@@ -379,6 +380,8 @@ class Part:
         left = self._size - self._place
         wanted = left if most < 0 else min(most, left)
         data = os.pread(self._opened.fileno(), wanted, self._start + self._place)
+        if wanted and not data:
+            raise Interrupted(host=CLIENT, reason=_SHORTER)  # the server would wait for the rest
         self._place += len(data)
         self._told(len(data))
         return data
@@ -392,7 +395,7 @@ class Part:
         while place < end:
             data = os.pread(self._opened.fileno(), min(1 << 20, end - place), place)
             if not data:
-                raise Interrupted(host=CLIENT, reason="the file has become shorter")
+                raise Interrupted(host=CLIENT, reason=_SHORTER)
             found.update(data)
             place += len(data)
         return found.hexdigest()
