@@ -15,7 +15,7 @@ from apptainer_py.base.record import Record
 from apptainer_py.builds.skeleton import EMPTY_FILES, FOLDERS, LINKS, META
 from apptainer_py.image import squashfs, tar_stream
 from apptainer_py.image.blobs import Layer
-from apptainer_py.image.oci_stream import Merger, NotPlain, Owners, TooLarge
+from apptainer_py.image.oci_stream import Merger, NotPlain, Owners, TooLarge, TooManyAlike
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ class Streamed:
         self._packer = squashfs.StreamPacker(plan.target, plan.how)
         owners = Owners(all_root=plan.how.all_root, epoch=plan.how.epoch)
         reserved = (os.fsencode(name) for name in _RESERVED)
-        self._merger = Merger(self._packer.write, owners, reserved)
+        most = squashfs.ALIKE_MOST if plan.how.compare else 0
+        self._merger = Merger(self._packer.write, owners, reserved, alike_most=most)
         self._known: set[str] = set()
 
     def take(self, layers: Sequence[Object], opened: Opened, root: str) -> None:
@@ -156,11 +157,15 @@ def stream(plan: Plan, layers: Sequence[Object], opened: Opened, root: str) -> S
     except TooLarge:
         made.abandon()
         raise
+    except TooManyAlike:
+        made.abandon()
+        _empty(root)
+        plan = plan.replace(how=plan.how.replace(compare=False))
+        return stream(plan, layers, opened, root)
     except (NotPlain, ImageError, tar_stream.TarWrong):
         made.abandon()
         log.verbose("the layers are unpacked first: they cannot be merged as they come")
-        for name in os.listdir(root):
-            _remove(root, name)
+        _empty(root)
         return None
     except BaseException:
         made.abandon()
@@ -168,11 +173,12 @@ def stream(plan: Plan, layers: Sequence[Object], opened: Opened, root: str) -> S
     return made
 
 
-def _remove(root: str, name: str) -> None:
+def _empty(root: str) -> None:
     from apptainer_py.image.oci_layers import remove_tree
 
     fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        remove_tree(fd, os.fsencode(name))
+        for name in os.listdir(fd):
+            remove_tree(fd, os.fsencode(name))
     finally:
         os.close(fd)

@@ -42,6 +42,10 @@ class NotPlain(Exception):
     """The layers cannot be merged in one pass."""
 
 
+class TooManyAlike(NotPlain):
+    """So many files are of one size that to compare them with each other would take hours."""
+
+
 class TooLarge(LayerWrong):
     """The layers are beyond the limits, in whatever way they are read."""
 
@@ -70,10 +74,19 @@ class _Layer:
 
 
 class Merger:
-    """A tar stream that layer after layer goes to, the newest first."""
+    """A tar stream that layer after layer goes to, the newest first.
+
+    With `alike_most` no more files than that may be of one size.
+    """
 
     def __init__(
-        self, write: Write, owners: Owners, reserved: Iterable[bytes], limits: Limits | None = None
+        self,
+        write: Write,
+        owners: Owners,
+        reserved: Iterable[bytes],
+        limits: Limits | None = None,
+        *,
+        alike_most: int = 0,
     ) -> None:
         self._write = write
         self._owners = owners
@@ -90,6 +103,9 @@ class Merger:
         self._entries = 0
         self._bytes = 0
         self._names_bytes = 0
+        self._alike_most = alike_most
+        # How many files of each size are in the stream, for a packer that compares them.
+        self._sizes: dict[int, int] = {}
 
     # -- what is there in the end
 
@@ -264,12 +280,20 @@ class Merger:
         if entry.kind in (tar_stream.HARD_LINK, tar_stream.FILE):
             layer.files[path] = link or path
         self._others[path] = entry.kind
+        self._count_alike(entry)
         self._emit(entry, path, link)
         if entry.kind == tar_stream.FILE:
             self._count(entry.holes_bytes)
             for data in stream.content():
                 self._write(data)
             self._write(bytes(-entry.size_bytes % BLOCK))
+
+    def _count_alike(self, entry: Entry) -> None:
+        size = entry.size_bytes
+        if self._alike_most and size and entry.kind == tar_stream.FILE:
+            self._sizes[size] = self._sizes.get(size, 0) + 1
+            if self._sizes[size] > self._alike_most:
+                raise TooManyAlike
 
     def _link(self, entry: Entry, layer: _Layer) -> bytes:
         """Return where a link leads, also one that does not show: a tree would want to know."""

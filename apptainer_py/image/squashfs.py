@@ -26,8 +26,9 @@ _MS_BIND, _MS_REC, _MS_PRIVATE = 0x1000, 0x4000, 0x40000
 _AT_FDCWD, _AT_RECURSIVE, _ATTR_RDONLY = -100, 0x8000, 1
 _LEVELS = {"gzip": range(1, 10), "zstd": range(1, 23)}
 
-# mksquashfs compares each file with all others of its size: with so many the hours begin.
-_ALIKE_MOST = 50_000
+# mksquashfs compares each file with all others of its size: what that takes grows with the square.
+# For so many it is some seconds.
+ALIKE_MOST = 20_000
 
 # What a launch reads before its program runs; small, and apart from others it is read without them.
 _AS_IT_IS = "pathname(etc/passwd)||pathname(etc/group)||subpathname(.singularity.d)"
@@ -68,7 +69,7 @@ class Packing(Record):
 
     With `epoch`, in seconds since 1970, no time stamp in the file is younger. With `quick_start`,
     what a launch reads before its program runs is not compressed: inodes, folders, small files; the
-    rest of it is `squashfs_start`'s.
+    rest of it is `squashfs_start`'s. Without `compare`, files of the same content are packed twice.
     """
 
     compression: str = "zstd"
@@ -76,6 +77,7 @@ class Packing(Record):
     block_size_bytes: int = 131072
     quick_start: bool = True
     all_root: bool = True
+    compare: bool = True
     epoch: int | None = None
     processors: int | None = None
     memory: str | None = None
@@ -155,13 +157,12 @@ def pack(
         PackFailed: mksquashfs said no, or died.
     """
     how = how or Packing()
-    argv = [how.program or find_tool("mksquashfs"), tree, target, *_options(how), *_actions(how)]
-    child = _start(argv, how)
+    child = _start(tree, target, how)
     try:
         # It is still scanning the tree by then.
-        if too_many_alike(tree):
+        if how.compare and too_many_alike(tree):
             _end(child)
-            child = _start([*argv, "-no-duplicates"], how)
+            child = _start(tree, target, how.replace(compare=False))
         if meanwhile is not None:
             meanwhile()
         _, said = child.communicate()
@@ -176,9 +177,10 @@ def pack(
         os.close(fd)
 
 
-def _start(argv: Sequence[str], how: Packing) -> subprocess.Popen[bytes]:
+def _start(tree: str, target: str, how: Packing) -> subprocess.Popen[bytes]:
     import subprocess
 
+    argv = [how.program or find_tool("mksquashfs"), tree, target, *_options(how), *_actions(how)]
     return subprocess.Popen(
         argv,
         env=_environment(how),
@@ -196,7 +198,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
         child.stderr.close()
 
 
-def too_many_alike(tree: str, most: int = _ALIKE_MOST) -> bool:
+def too_many_alike(tree: str, most: int = ALIKE_MOST) -> bool:
     """Return whether more files of a tree than `most` are of one size, and not empty."""
     folders, files, left = [], 0, [tree]
     while left:
@@ -237,6 +239,8 @@ def _options(how: Packing) -> list[str]:
         options.append("-noI")
     if how.all_root:
         options.append("-all-root")
+    if not how.compare:
+        options.append("-no-duplicates")
     if how.processors:
         options += ["-processors", str(how.processors)]
     if how.memory:
