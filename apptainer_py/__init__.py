@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from apptainer_py.api.errors import ApptainerError as ApptainerError
+    from apptainer_py.api.errors import Cancelled as Cancelled
     from apptainer_py.api.errors import CommandFailed as CommandFailed
     from apptainer_py.api.errors import ImageError as ImageError
     from apptainer_py.api.errors import LaunchError as LaunchError
@@ -42,8 +43,8 @@ if TYPE_CHECKING:
 # Where each name is defined.
 _PLACES = {
     "api.errors": (
-        "ApptainerError", "CommandFailed", "ImageError", "LaunchError", "NotSupported", "TimedOut",
-        "UsageError",
+        "ApptainerError", "Cancelled", "CommandFailed", "ImageError", "LaunchError",
+        "NotSupported", "TimedOut", "UsageError",
     ),
     "api.images": ("Image", "Metadata", "build", "pull", "push"),
     "api.instances": ("Instance",),

@@ -41,6 +41,8 @@ class Surroundings(Record):
     environ: Mapping[str, str]
     config_file: str = ""
     output: int = -1
+    # Asked while a build goes on, whether it may end.
+    is_unwanted: Callable[[], bool] | None = None
     # Returns the passphrase that an image is to be encrypted with.
     ask: Callable[[], str] | None = None
 
@@ -88,6 +90,7 @@ def build_image(target: str, spec: str, options: Mapping[str, Any], around: Surr
             config_file=around.config_file or facts.CONFIG_FILE,
             container_options=tuple(passed),
             output=around.output,
+            is_unwanted=around.is_unwanted,
             **{name: known[name] for name in _OWN},
         )
         build.build(request, _describe)

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from apptainer_py.api.launching import Completed
 
 __all__ = [
-    "ApptainerError", "CommandFailed", "ImageError", "LaunchError", "NotSupported", "TimedOut",
-    "UsageError",
+    "ApptainerError", "Cancelled", "CommandFailed", "ImageError", "LaunchError", "NotSupported",
+    "TimedOut", "UsageError",
 ]  # fmt: skip
 
 
@@ -39,6 +39,12 @@ class CommandFailed(ApptainerError):
     def __init__(self, result: Completed) -> None:
         super().__init__(command=" ".join(result.args), status=result.returncode)
         self.result = result
+
+
+class Cancelled(ApptainerError):
+    """The caller did not want the build any more."""
+
+    message = "the build was cancelled; nothing of it is left"
 
 
 class TimedOut(ApptainerError):

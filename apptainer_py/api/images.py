@@ -10,8 +10,10 @@ from __future__ import annotations
 import os
 import select
 import threading
+import time
 
 from apptainer_py.api import building, inspecting, launching
+from apptainer_py.api.errors import Cancelled, TimedOut
 from apptainer_py.api.messages import quiet, tell
 from apptainer_py.api.options import values
 from apptainer_py.base.errors import ApptainerError
@@ -160,11 +162,13 @@ class Image:
         return f"Image({self.path!r})"
 
 
-def build(
+def build(  # noqa: PLR0913 as `launching.exec`
     target: Path,
     spec: Path,
     *,
     output: Stream | None = None,
+    timeout: float | None = None,
+    cancel: threading.Event | None = None,
     environ: Mapping[str, str] | None = None,
     on_message: OnMessage | None = None,
     **options: Unpack[keywords.Build],
@@ -172,19 +176,30 @@ def build(
     """Build an image from a definition file, a directory, another image or a URI.
 
     What the build and its scripts print goes to `output`, a descriptor or a file; the end of it is
-    a note of the error otherwise.
+    a note of the error otherwise.  After `timeout` seconds, or soon after another thread has set
+    `cancel`, it ends as one that fails.
 
     Raises:
         ApptainerError: it cannot be done; nothing is left of it.
+        Cancelled, TimedOut: it was not to go on.
         TypeError: an option has no such name or type.
     """
+    from apptainer_py.builds.supervised import InterruptedByUser
+
     wanted, config = _with_config("build", options)
     path = os.fspath(target)
     with quiet(on_message), _Output(output, on_message) as kept:
+        patience = _Patience(timeout, cancel)
         around = building.Surroundings(
-            environ=launching.environment_of(environ), config_file=config, output=kept.fd
+            environ=launching.environment_of(environ),
+            config_file=config,
+            output=kept.fd,
+            is_unwanted=patience.is_over if timeout is not None or cancel is not None else None,
         )
-        building.build_image(path, os.fspath(spec), wanted, around)
+        try:
+            building.build_image(path, os.fspath(spec), wanted, around)
+        except InterruptedByUser:
+            raise patience.error(f"build {path} {os.fspath(spec)}") from None
     return Image(path)
 
 
@@ -228,6 +243,26 @@ def push(
     wanted, _ = _with_config("push", options)
     with quiet(on_message):
         return building.push_image(os.fspath(image), uri, wanted, launching.environment_of(environ))
+
+
+class _Patience:
+    """How long a caller wants a build to go on."""
+
+    def __init__(self, timeout: float | None, cancel: threading.Event | None) -> None:
+        self._seconds, self._cancel = timeout, cancel
+        self._end_s = None if timeout is None else time.monotonic() + timeout
+
+    def is_over(self) -> bool:
+        is_late = self._end_s is not None and time.monotonic() >= self._end_s
+        return is_late or (self._cancel is not None and self._cancel.is_set())
+
+    def error(self, command: str) -> BaseException:
+        """Return what a build raises that was interrupted; without a reason here it was ^C."""
+        if self._cancel is not None and self._cancel.is_set():
+            return Cancelled()
+        if self._seconds is not None and self.is_over():
+            return TimedOut(command=command, seconds=self._seconds, stdout=b"", stderr=b"")
+        return KeyboardInterrupt()
 
 
 class _Output:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 
+from apptainer_py.api import ending
 from apptainer_py.api.errors import CommandFailed, NotLaunched, TimedOut
 from apptainer_py.api.options import global_words
 from apptainer_py.base import build
@@ -194,8 +195,7 @@ class Running:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        if self._child.poll() is None:
-            self._child.kill()
+        ending.end(self._child)
         for pipe in (self.stdin, self.stdout, self.stderr):
             try:
                 if pipe is not None:
@@ -263,11 +263,12 @@ def complete(
                 data.encode() if isinstance(data, str) else data, timeout=how.timeout
             )
         except subprocess.TimeoutExpired:
-            child.kill()
+            ending.end(child)
             out, err = _last_words(child)
             raise _timed_out(args, how.timeout, out, err) from None
         except BaseException:
-            child.kill()
+            ending.end(child)
+            child.wait()
             raise
     done = Completed(
         args=args, returncode=_status(child.returncode), stdout=out or b"", stderr=err or b""

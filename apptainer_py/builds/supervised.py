@@ -29,6 +29,7 @@ _PR_SET_CHILD_SUBREAPER: Final = 36
 _FAILED: Final = 255
 _INTERRUPTED: Final = 130
 _SAID_BYTES: Final = 1 << 20
+_LOOK_MS: Final = 100
 
 
 class BuildFailed(ApptainerError):
@@ -46,6 +47,10 @@ class BuildMisused(BuildFailed, UsageError):
 class Interrupted(ApptainerError):
     message = "the build was interrupted; nothing of it is left"
     exit_code = _INTERRUPTED
+
+
+class InterruptedByUser(Interrupted):
+    """The caller got a SIGINT while the build was going on, or does not want it any more."""
 
 
 class Launches:
@@ -81,11 +86,13 @@ def run(
     left: Sequence[str] = (),
     keep: bool,
     output: int = -1,
+    is_unwanted: Callable[[], bool] | None = None,
 ) -> None:
     """Do work as somebody else, and remove folders when it is done, or undone.
 
     What others have left is removed before. Folders that are to be kept are not removed.
     What it and the programs that it starts print goes to the descriptor `output`, if there is one.
+    Where `is_unwanted` is given, it is asked now and then whether the work may end.
 
     Raises:
         ApptainerError: what the work raised, or that it was interrupted.
@@ -102,12 +109,14 @@ def run(
     os.close(alive_read)
     os.close(said_write)
     try:
-        said = _read_all(said_read)
+        said = _read_all(said_read, is_unwanted)
         _, status = os.waitpid(sweeper, 0)
-    except KeyboardInterrupt:
+    except BaseException as error:
         os.close(alive_write)
         os.waitpid(sweeper, 0)
-        raise Interrupted from None
+        if isinstance(error, KeyboardInterrupt):
+            raise InterruptedByUser from None
+        raise
     os.close(alive_write)
     if said:
         _raise(said)
@@ -126,12 +135,23 @@ def _print_to(output: int) -> None:
     log.forget_listeners()
 
 
-def _read_all(fd: int) -> bytes:
-    parts = []
-    while data := os.read(fd, 65536):
-        parts.append(data)
-    os.close(fd)
-    return b"".join(parts)
+def _read_all(fd: int, is_unwanted: Callable[[], bool] | None) -> bytes:
+    import select
+
+    parts: list[bytes] = []
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    try:
+        while True:
+            while is_unwanted is not None and not poll.poll(_LOOK_MS):
+                if is_unwanted():
+                    raise InterruptedByUser
+            data = os.read(fd, 65536)
+            if not data:
+                return b"".join(parts)
+            parts.append(data)
+    finally:
+        os.close(fd)
 
 
 def _raise(said: bytes) -> None:

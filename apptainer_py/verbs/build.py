@@ -81,6 +81,7 @@ class Request(Record):
     config_file: str = build_facts.CONFIG_FILE
     # Where what the build prints goes, if not to where the caller's does.
     output: int = -1
+    is_unwanted: Callable[[], bool] | None = None
 
 
 def build(request: Request, describe: Callable[[str], str]) -> None:
@@ -141,6 +142,7 @@ def build(request: Request, describe: Callable[[str], str]) -> None:
         ),
         keep=request.no_cleanup,
         output=request.output,
+        is_unwanted=request.is_unwanted,
     )
     if request.no_cleanup:
         log.info(f"The build's directories are kept: {job.folder}, {job.near}")

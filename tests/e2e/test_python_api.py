@@ -171,3 +171,74 @@ def test_the_test_venv_sees_the_same_package(packages):
     environ = {"PYTHONPATH": str(packages), "PATH": os.environ["PATH"]}
     done = subprocess.run(argv, env=environ, capture_output=True, text=True, check=False, cwd="/")
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_is_not_wanted_any_more_ends_with_all_that_it_started(script):
+    assert script(
+        """
+import os
+import signal
+import threading
+
+import apptainer_py
+
+# A shell that waits for a program, which holds the pipe.
+WAITS = ["sh", "-c", "echo begun; sleep 61; echo never"]
+
+
+def left():
+    found = []
+    for name in filter(str.isdecimal, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{name}/cmdline", "rb") as file:
+                words = file.read().split(b"\\0")
+            if words[:2] == [b"sleep", b"61"] and os.stat(f"/proc/{name}").st_uid == os.getuid():
+                found.append(name)
+        except OSError:
+            continue
+    return found
+
+
+try:
+    apptainer_py.exec("image.sif", WAITS, timeout=1)
+except apptainer_py.TimedOut as error:
+    assert error.stdout == b"begun\\n", error.stdout
+assert not left()
+
+with apptainer_py.stream("image.sif", WAITS) as running:
+    assert next(running.lines()) == "begun"
+assert running.returncode == 137 and not left()
+
+threading.Timer(1, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+try:
+    apptainer_py.exec("image.sif", WAITS)
+except KeyboardInterrupt:
+    print("interrupted")
+assert not left()
+
+with open("slow.def", "w") as file:
+    file.write("Bootstrap: localimage\\nFrom: image.sif\\n%post\\n    sleep 61\\n")
+stop = threading.Event()
+threading.Timer(0.5, stop.set).start()
+before = sorted(os.listdir("."))
+for how, kind in (
+    ({"cancel": stop}, apptainer_py.Cancelled),
+    ({"timeout": 0.3}, apptainer_py.TimedOut),
+):
+    try:
+        apptainer_py.build("slow.sif", "slow.def", **how)
+    except kind as error:
+        print(error)
+threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+try:
+    apptainer_py.build("slow.sif", "slow.def")
+except KeyboardInterrupt:
+    print("interrupted")
+assert not left() and sorted(os.listdir(".")) == before
+"""
+    ) == (
+        "interrupted\n"
+        "the build was cancelled; nothing of it is left\n"
+        "build slow.sif slow.def did not end within 0.3 s\n"
+        "interrupted\n"
+    )
