@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _LINE_EACH_S = 20.0
+_CLEAR_LINE_SHOW_CURSOR = b"\r\x1b[2K\x1b[?25h"
 _PART_BYTES = 1 << 18  # drawn at once: a file comes in far smaller pieces
 
 
@@ -75,6 +76,12 @@ def counting(text: str, total_bytes: int) -> AbstractContextManager[Callable[[in
             yield gathered.told
 
     return shown()
+
+
+def after_a_kill() -> None:
+    """Undo what a moving line has done to the terminal, where its process could not."""
+    if _terminal() is not None:
+        os.write(2, _CLEAR_LINE_SHOW_CURSOR)
 
 
 class _Gathered:

@@ -12,6 +12,7 @@ import os
 from apptainer_py.base import log
 from apptainer_py.base.errors import ApptainerError, UsageError
 from apptainer_py.builds import identity as identities
+from apptainer_py.builds import report
 from apptainer_py.image.oci_layers import remove_tree
 from apptainer_py.kernel import _container
 
@@ -114,6 +115,7 @@ def run(
     except BaseException as error:
         os.close(alive_write)
         os.waitpid(sweeper, 0)
+        report.after_a_kill()
         if isinstance(error, KeyboardInterrupt):
             raise InterruptedByUser from None
         raise
@@ -121,6 +123,7 @@ def run(
     if said:
         _raise(said)
     if status:
+        report.after_a_kill()
         raise Interrupted
 
 
