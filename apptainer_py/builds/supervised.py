@@ -79,7 +79,7 @@ class Launches:
         return int.from_bytes(answer, "little")
 
 
-def run(
+def run(  # noqa: PLR0913 each is another matter
     work: Callable[[Launches], None],
     identity: Identity,
     folders: Sequence[str],
