@@ -8,15 +8,16 @@ after the other until there is none that is not, and then killed.
 from __future__ import annotations
 
 import os
-import signal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import subprocess
-    from typing import Any
+    from typing import Any, Final
 
 # One that starts others faster than they are found is killed as far as it is known.
 _ROUNDS = 50
+_SIGKILL: Final = 9
+_SIGSTOP: Final = 19
 
 
 def end(child: subprocess.Popen[Any]) -> None:
@@ -33,7 +34,7 @@ def end(child: subprocess.Popen[Any]) -> None:
                 _stop(pid, child.pid, held)
         child.kill()
         for fd in held.values():
-            _send(fd, signal.SIGKILL)
+            _send(fd, _SIGKILL)
     finally:
         for fd in held.values():
             os.close(fd)
@@ -49,10 +50,12 @@ def _stop(pid: int, top: int, held: dict[int, int]) -> None:
         os.close(fd)
         return
     held[pid] = fd
-    _send(fd, signal.SIGSTOP)
+    _send(fd, _SIGSTOP)
 
 
-def _send(fd: int, number: signal.Signals) -> None:
+def _send(fd: int, number: int) -> None:
+    import signal
+
     try:
         signal.pidfd_send_signal(fd, number)
     except OSError:
