@@ -90,13 +90,14 @@ int open_target(const struct rpc *r, const char *path) {
     return fd;
 }
 
-/* A path "x/." makes an automounter mount x, which O_PATH on x alone would not. */
+/* A path "x/." makes an automounter mount x, which O_PATH on x alone would not.  A directory that
+ * the user cannot enter is shown all the same, and stays as closed as it is outside. */
 static int open_host_source(const char *path, uint64_t resolve) {
     char inside[LIMIT_PATH_BYTES + 4] = "";
     append_text(inside, sizeof(inside), path);
     append_text(inside, sizeof(inside), "/.");
     int fd = open2(AT_FDCWD, inside, O_PATH, resolve);
-    if (fd < 0 && errno == ENOTDIR)
+    if (fd < 0 && (errno == ENOTDIR || errno == EACCES))
         fd = open2(AT_FDCWD, path, O_PATH, resolve);
     return fd;
 }

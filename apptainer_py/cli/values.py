@@ -75,7 +75,8 @@ def _pairs(value: str) -> list[tuple[str, str]]:
         name, equals, content = pair.partition("=")
         if not equals:
             raise ValueError(f"{plain(pair)} must be formatted as key=value")
-        found.append((name, content))
+        # As in "A=1, B=2".
+        found.append((name.lstrip(), content))
     return found
 
 

@@ -71,7 +71,8 @@ def parse_bind(spec: str, cwd: str) -> Bind | None:
     Raises:
         BindError: the syntax or an option is wrong, or not supported.
     """
-    fields = [_plain(field) for field in _split(spec, ":")]
+    # As in "a, b": what stands before a word is no part of it.
+    fields = [_plain(field.lstrip()) for field in _split(spec, ":")]
     if not fields[0] and len(fields) > 1:
         fields.pop(0)
     if not fields[0]:
@@ -83,7 +84,7 @@ def parse_bind(spec: str, cwd: str) -> Bind | None:
     source = fields[0] if os.path.isabs(fields[0]) else os.path.join(cwd, fields[0])
     source = os.path.normpath(source)
     target = fields[1] if len(fields) > 1 else source
-    options = fields[2].split(",") if len(fields) > 2 else []
+    options = [word.lstrip() for word in fields[2].split(",")] if len(fields) > 2 else []
     inside, number = "", ""
     for option in options:
         key, _, value = option.partition("=")
@@ -142,7 +143,7 @@ def parse_mount(spec: str, cwd: str) -> Bind:
     paths: dict[str, str] = {}
     read_only = False
     doing = f'while parsing mount "{spec}": '
-    for field in _csv_fields(spec):
+    for field in _csv_fields(spec, doing):
         key, _, value = field.partition("=")
         if key == "type":
             kind = value
@@ -151,7 +152,14 @@ def parse_mount(spec: str, cwd: str) -> Bind:
         elif key in ("ro", "readonly"):
             read_only = True
         elif key in ("image-src", "id"):
+            if not value:
+                raise _bad(f"{doing}{key} cannot be empty")
             paths[key] = value
+        elif key == "bind-propagation":
+            raise _bad(
+                f"{doing}bind-propagation not supported for individual mounts, check "
+                "apptainer.conf for global setting"
+            )
         else:
             raise _bad(f'{doing}invalid key "{key}" in mount specification')
     if kind != "bind":
@@ -163,15 +171,16 @@ def parse_mount(spec: str, cwd: str) -> Bind:
     return _from_image(bind, paths.get("image-src", ""), paths.get("id", ""))
 
 
-def _csv_fields(spec: str) -> list[str]:
+def _csv_fields(spec: str, doing: str) -> list[str]:
     if '"' not in spec:
         return spec.split(",")
     import csv
+    import re
 
-    try:
-        return next(csv.reader([spec], strict=True))
-    except (csv.Error, StopIteration):
-        raise _bad(f"bad quoting in mount specification {spec}") from None
+    field = '(?:"(?:[^"]|"")*"|[^",]*)'
+    if not re.fullmatch(f"{field}(?:,{field})*", spec):
+        raise _bad(f"{doing}bad quoting: a quote that is not around a whole field")
+    return next(csv.reader([spec], strict=True))
 
 
 def parse_all(binds: Iterable[str], mounts: Iterable[str], cwd: str) -> list[Bind]:

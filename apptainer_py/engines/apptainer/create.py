@@ -425,6 +425,8 @@ class Creation:
                 self.mounting.settle()
                 if self.is_there(mount.target):
                     continue
+            elif mount.tag == "tmp" and mount.target == "/var/tmp" and self.is_tmp(mount.target):
+                continue
             elif mount.required and places.above(mounts, at):
                 problem = places.make(mounts, at, self.session)
                 if problem is not None:
@@ -457,6 +459,18 @@ class Creation:
                     )
             return TargetMissing(what=what, source=mount.source, reason=reason, way_out=way_out)
         return error
+
+    def is_tmp(self, path: str) -> bool:
+        """Return whether a path of the image leads to its /tmp, which the host's /tmp covers."""
+        found = []
+        for name in (b"tmp", os.fsencode(path)):
+            try:
+                fd = _starter.openat2(self.root, name, os.O_PATH, _RESOLVE)
+            except OSError:
+                return False
+            found.append(os.fstat(fd))
+            os.close(fd)
+        return os.path.samestat(*found)
 
     def is_there(self, path: str) -> bool:
         """Return whether the container shows the host's own directory at that path already."""

@@ -99,7 +99,7 @@ def collect(action: ActionRequest, environment: Mapping[str, str]) -> Environmen
     elif "PATH" in environment:
         result.forwarded["USER_PATH"] = environment["PATH"]
     for path in action.env_file:
-        overrides.update(_read_env_file(path, environment.get("HOME", "")))
+        overrides.update(_read_env_file(path, environment))
     for name, value in action.env:
         if name in overrides and overrides[name] != value and action.env_file:
             log.warning(f"Ignored environment file variable {name}: override from --env")
@@ -145,14 +145,16 @@ def _place(result: Environment, name: str, value: str) -> None:
             result.injected[name] = f"{value}:/.singularity.d/libs"
     elif is_name(name):
         result.injected[name] = value
+        # An empty one would count for the image's own, which removes the host's.
+        result.forwarded.pop(name, None)
     elif name:
         log.verbose(f"Environment variable {name} is not forwarded: no shell can hold that name")
     else:
         log.warning(f"Ignore environment variable ={value}: variable name missing")
 
 
-def _read_env_file(path: str, home: str) -> dict[str, str]:
-    """Evaluate an --env-file with the host's shell and an empty environment (facts §5.6.3)."""
+def _read_env_file(path: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """Evaluate an --env-file, which sees the caller's environment, and return what it sets."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(fd, "rb") as source:
@@ -162,34 +164,12 @@ def _read_env_file(path: str, home: str) -> dict[str, str]:
         raise EnvFileUnreadable(path=path, reason=reason) from None
     if len(text) > _ENV_FILE_BYTES or b"\0" in text:
         raise EnvFileUnreadable(path=path, reason="it is larger than 1 MiB, or has a NUL in it")
-    return _evaluate(path, text, home)
+    from apptainer_py.engines.apptainer import envfile
 
-
-def _evaluate(path: str, text: bytes, home: str) -> dict[str, str]:
-    import subprocess
-
-    words = [line.split(b"=", 1)[0] for line in text.splitlines() if b"=" in line]
-    words = [word.lstrip().removeprefix(b"export ").strip() for word in words]
-    names = sorted({word.decode("ascii", "ignore") for word in words})
-    names = [name for name in names if name and is_name(name)]
-    shows = [
-        f'if [ -n "${{{name}+x}}" ]; then printf "%s\\0" "{name}=${{{name}}}"; fi\n'
-        for name in names
-    ]
-    script = text + b"\n" + "".join(shows).encode()
-    done = subprocess.run(
-        ["/bin/sh", "-s"],
-        input=script,
-        capture_output=True,
-        env={"HOME": home},
-        check=False,
-        timeout=60,
-    )
-    if done.returncode != 0:
-        lines = done.stderr.decode("utf-8", "replace").strip().splitlines() or ["it fails"]
-        raise EnvFileUnreadable(path=path, reason=lines[-1])
-    pairs = [entry.partition(b"=") for entry in done.stdout.split(b"\0") if entry]
-    return {os.fsdecode(name): os.fsdecode(value) for name, _, value in pairs}
+    try:
+        return envfile.evaluate(text, environment)
+    except envfile.Failed as error:
+        raise EnvFileUnreadable(path=path, reason=str(error)) from None
 
 
 def own_variables(action: ActionRequest, image: str, home: str, binds: str) -> dict[str, str]:

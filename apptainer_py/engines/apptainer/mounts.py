@@ -434,6 +434,9 @@ def _home(p: Plan) -> None:
             )
         if missing:
             log.warning(f"Not mounting home directory {user.home_source}: it does not exist")
+            # $HOME is a directory all the same: in memory, as with --contain.
+            p.staged.append(("directory", "home", "", 0o750))
+            p.session("home", user.home, HOME, required=False)
             return
         p.bind(os.path.abspath(user.home_source), user.home, HOME, create="directory")
     elif action.workdir and p.configuration["user bind control"]:
@@ -452,6 +455,8 @@ def _tmp(p: Plan) -> None:
     for source, name, below in (("/tmp", "tmp", "tmp"), ("/var/tmp", "var_tmp", "var_tmp")):
         if not p.action.contain:
             p.bind(source, source, TMP, create="directory")
+        elif p.action.home and source == p.prepared.user.home:
+            continue
         elif p.action.workdir:
             p.bind(_workdir(p, below, 0o1777), source, TMP, create="directory")
         else:
@@ -496,6 +501,8 @@ def _cwd(p: Plan) -> None:
         or not p.configuration["user bind control"]
         or cwd in _SYSTEM_CWD
         or any(cwd == top or cwd.startswith(top + "/") for top in ("/sys", "/proc", "/dev"))
+        # What was asked for there is not covered.
+        or any(mount.target == cwd for mount in p.mounts)
     ):
         return
     p.bind(cwd, cwd, CWD, create="directory")

@@ -185,7 +185,7 @@ trap - EXIT
 unset __again __done __docker __exits __flags __resume __text
 [ -n "${__injected-}" ] || __inject
 @PATH@
-[ "$PWD" = "$__pwd" ] || cd "$__pwd" || :
+[ "$PWD" = "$__pwd" ] || { cd "$__pwd" && unset OLDPWD; } || :
 """
 # An image's own value wins over the host's, and one that it sets empty is removed.  A shell that
 # minds what it is given, as bash minds locales, does so in silence.
@@ -285,6 +285,7 @@ if [ -n "${BASH_VERSION-}" ]; then
 fi
 __become() {
     __found=$1
+    [ ! -d "$1" ] || { __say "FATAL:   $1 is a directory"; exit 255; }
 @PREFIX@    trap '__say "FATAL:   exec $__found failed: @FAILED@"; exit 255' EXIT
 @ODD@
     exec "$@"

@@ -23,6 +23,7 @@ CWD = "/here"
         (":/a", "/a", "/a", False),
         (r"/a\:b:/c", "/a:b", "/c", False),
         (r"/a\,b:/c", "/a,b", "/c", False),
+        (" /a: /b: rw, ro", "/a", "/b", True),
         ("/a//b/:/c/../d", "/a/b", "/d", False),
     ],
 )
@@ -113,3 +114,25 @@ def test_a_list_is_split_at_commas_but_not_inside_options() -> None:
         ("/d", "/d", False),
         ("/e", "/f", False),
     ]
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        ("type=bind,src=/a,dst=/b,id", "id cannot be empty"),
+        ("type=bind,src=/a,dst=/b,image-src=", "image-src cannot be empty"),
+        ("type=bind,src=/a,dst=/b,bind-propagation=shared", "check apptainer.conf"),
+        ('type=bind,src="/a",dst=/b', "a quote that is not around a whole field"),
+        ('type=bind,"src=/a"x,dst=/b', "a quote that is not around a whole field"),
+        ('type=bind,"src=/a,dst=/b', "a quote that is not around a whole field"),
+    ],
+)
+def test_a_mount_is_not_read_in_a_way_that_was_not_meant(spec: str, text: str) -> None:
+    with pytest.raises(BindError) as raised:
+        parse_mount(spec, CWD)
+    assert text in str(raised.value)
+
+
+def test_a_quoted_field_of_a_mount_may_hold_anything() -> None:
+    bind = parse_mount('type=bind,"src=/a,""b",dst=/c', CWD)
+    assert (bind.source, bind.target) == ('/a,"b', "/c")
