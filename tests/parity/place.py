@@ -78,6 +78,11 @@ def make_images(folder: Path) -> dict[str, Path]:
     _write(linked / "bin/noshebang", "echo ran without a first line\n", 0o755)
     _write(linked / "bin/nointerpreter", "#!/nonexistent\n", 0o755)
     found["linked"] = linked
+    onetmp = folder / "onetmp"
+    shutil.copytree(images.small_tree(folder), onetmp, symlinks=True)
+    (onetmp / "var/tmp").rmdir()
+    (onetmp / "var/tmp").symlink_to("../tmp")
+    found["onetmp"] = onetmp
     broken = folder / "broken"
     shutil.copytree(found["dash"], broken, symlinks=True)
     _write(
@@ -110,8 +115,12 @@ def make_place(home: Path, shared: dict[str, str], user: pwd.struct_passwd) -> d
     _write(home / "a:b,c", "odd name\n")
     _write(home / "env", "# comment\nexport EF1=one\nEF2='two words'\nEF3=$EF1/three\nEF4=$HOME\n")
     _write(home / "env2", "EF1=later\n")
+    _write(home / "env3", "EF5=1;EF6=$HOST\nEF7=$USER EF8=\"$EF5$PWD\"\nif true; then EF9=x; fi\n"
+           "HOST=$HOST-2\nEFA+=1\nEFB=$'a\tb'\nreadonly EFC=c\n. /none\nEFD=\n")  # fmt: skip
+    _write(home / "env-blank", "EF1 = one\n")
+    _write(home / "env-open", "EF1='one\n")
     (home / "work/link").symlink_to("../data")
     shutil.copytree(shared["linked"], home / "linked", symlinks=True)
     _give(home, user)
-    folders = ("work", "data", "other", "away", "env", "env2", "linked")
+    folders = ("work", "data", "other", "away", "env", "env2", "env3", "linked")
     return {**shared, **{name: str(home / name) for name in folders}, "place": str(home)}

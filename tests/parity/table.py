@@ -33,6 +33,7 @@ SHORTER = "what is missing is said without the names of the hooks that found out
 SOONER = "the mistake is found before the image is opened"
 CGROUPFS = "root's limits need no systemd"
 PASSWD = "both files of the image are found and completed"
+WORDING = "the host's own shell says what is wrong with the file"
 MISSING = "who joins is told of the own directory, too, that it is not there"
 SETTING = "a setting that is none, or that is empty, starts nothing"
 
@@ -190,6 +191,14 @@ ENVIRONMENT = [
     environment("exec --env-file {env} --env EF1=cli {sif} env"),
     environment("exec --env-file {env},{env2} {sif} env"),
     environment("exec {sif} env", env={"APPTAINER_ENV_FILE": "{env}"}),
+    environment("exec --env-file {env3} {sif} env", env={"HOST": "h"}),
+    environment("exec --env-file {env3} --no-eval {dash} env", env={"HOST": "h"}),
+    *(
+        Case(f"exec --env-file {{place}}/{name} {{sif}} true", differs={"said": WORDING})
+        for name in ("env-blank", "env-open")
+    ),
+    environment("exec --env ' X=1, Y=2' {sif} env"),
+    environment("exec --env X= {sif} env", env={"X": "host", "APPTAINERENV_Z": "", "Z": "host"}),
     Case("exec --env-file /nonexistent {sif} true"),
     Case("exec --env foo {sif} true", differs={"stdout": HELP}),
     environment("exec -B {data} -B {other}:/mnt:ro {sif} env"),
@@ -294,6 +303,12 @@ BINDS = [
             ("-B {data}/:/mnt/", "cat /mnt/file"),
             ("-B {data}::ro", "touch {data}/new"),
             ("-B {data}:/mnt:", "cat /mnt/file"),
+            ("-B ' {data}: /mnt: ro, {other}:/opt'", "cat /mnt/file /opt/file; touch /mnt/new"),
+            ("-B {data}:{work}", "pwd; cat file"),
+            ("-B {other}:{home}/par", "pwd; cat {home}/par/file"),
+            ("-B /root:/mnt", "stat -c %a /mnt"),
+            ("--mount type=bind,src={data},dst=/mnt,id", "true"),
+            ("--mount type=bind,src={data},dst=/mnt,bind-propagation=rslave", "true"),
             ("-B {data}:/bin/../mnt", "cat /mnt/file"),
             ("-B '{place}/a\\:b\\,c:/mnt/x'", "cat /mnt/x"),
             ("-B {data}:/etc/test-release", "true"),
@@ -459,6 +474,12 @@ MOUNTS = [
     mounted("", cwd="{data}/inner"),
     mounted("", cwd="/usr/share/doc"),
     mounted("", cwd="/srv"),
+    mounted("-B {data}:{work}"),
+    mounted("-B {data}:/srv", cwd="/srv"),
+    mounted("-B {data}:/tmp", cwd="/tmp"),
+    mounted("-c -H {other}:/tmp"),
+    mounted("", "{onetmp}"),
+    mounted("-c", "{onetmp}"),
 ]  # fmt: skip
 
 PROCESS = [
