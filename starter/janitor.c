@@ -1,7 +1,8 @@
 /* Makes and undoes what outlives the processes of a launch: CNI networks, and root's control
  * groups.  What is registered is undone once the container has ended and master's end of the socket
- * is closed, whoever else was killed.  There is none where nothing is registered; for a user there
- * is one where the administrator allows a network, and it does nothing else. */
+ * is closed, whoever was killed: should it be the janitor, then its twin does it.  There is none
+ * where nothing is registered; for a user there is one where the administrator allows a network,
+ * and it does nothing else. */
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -11,6 +12,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
@@ -20,6 +22,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "janitor_group.h"
 #include "networks.h"
 
 enum { GROUPS_MAX = 32 };
@@ -28,8 +31,12 @@ enum { DEPTH_MAX = 16, REMOVE_TRIES = 200, REMOVE_WAIT_MS = 5 };
 enum { STACK_BYTES = 8 << 20, TIMER_SLACK_NS = 50000 };
 enum janitor_phase { WATCH };
 
-static char groups[GROUPS_MAX][LIMIT_PATH_BYTES];
-static size_t group_count;
+/* In memory that the twin shares. */
+struct groups {
+    size_t count;
+    char at[GROUPS_MAX][LIMIT_PATH_BYTES];
+};
+static struct groups *groups;
 static const struct launch *janitor_launch;
 
 /* ---- what is registered ---- */
@@ -39,9 +46,10 @@ static int clean_group(const struct op_request *q, struct op_reply *a) {
     (void)a;
     const char *path = wire_string(q, 0);
     if (janitor_launch->flow != FLOW_ROOT || !path || path[0] != '/' || q->length[1] ||
-        group_count == GROUPS_MAX)
+        groups->count == GROUPS_MAX)
         return ERR_MALFORMED;
-    memcpy(groups[group_count++], path, q->length[0]);
+    memcpy(groups->at[groups->count], path, q->length[0]);
+    groups->count++; /* once the path is whole */
     return ERR_OK;
 }
 
@@ -93,7 +101,9 @@ static bool serve_master(void) {
     if (got < (ssize_t)sizeof(q.op))
         return false;
     struct op_reply a = {.op = q.op};
+    step_operation(q.op, false);
     a.code = register_one(&q, (size_t)got, &a);
+    step_operation(q.op, true);
     int sent = wire_send_now(SOCKET_FD, &a, sizeof(a), network_said);
     if (network_said >= 0)
         close(network_said);
@@ -204,9 +214,9 @@ static bool remove_group(const char *path, bool wait) {
 }
 
 static void remove_groups(bool wait) {
-    for (size_t i = 0; i < group_count; i++)
-        if (groups[i][0] != '\0' && remove_group(groups[i], wait))
-            groups[i][0] = '\0';
+    for (size_t i = 0; i < groups->count; i++)
+        if (groups->at[i][0] != '\0' && remove_group(groups->at[i], wait))
+            groups->at[i][0] = '\0';
 }
 
 /* ---- the process ---- */
@@ -314,6 +324,48 @@ static void find_target(const struct launch *l, struct target_identity *target) 
         target->caps[CAP_SET_BOUNDING] = caps;
 }
 
+/* ---- the twin ---- */
+
+static void undo(const struct launch *l) {
+    wait_for(CONTAINER_FD);
+    networks_disconnect(l, SPACE_FD);
+    close(SPACE_FD);
+    remove_groups(false);
+}
+
+/* Does nothing but wait, and is killed once there is nothing to undo. */
+NO_RETURN static void twin_main(const struct launch *l, int janitor) {
+    close(SOCKET_FD);
+    (void)dup2(0, 2); /* it may outlive its caller, as a process in the background does */
+    wait_for(janitor);
+    undo(l);
+    remove_groups(true);
+    _exit(0);
+}
+
+static pid_t start_twin(const struct launch *l) {
+    int self = (int)syscall(SYS_pidfd_open, getpid(), 0);
+    pid_t pid = self < 0 ? -1 : fork();
+    if (pid == 0)
+        twin_main(l, self);
+    if (self >= 0)
+        close(self);
+    return pid;
+}
+
+static void end_twin(pid_t twin) {
+    int status;
+    /* SAFE: a child of ours that has not been reaped. */
+    (void)kill(twin, SIGKILL);
+    while (waitpid(twin, &status, 0) < 0 && errno == EINTR)
+        ;
+}
+
+static bool share_memory(void) {
+    groups = mmap(NULL, sizeof(*groups), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    return groups != MAP_FAILED && networks_prepare() == 0;
+}
+
 NO_RETURN static void janitor_main(struct launch *l, const struct watched *w) {
     struct target_identity target;
     trace_set_role(ROLE_HOST_HELPER);
@@ -330,17 +382,21 @@ NO_RETURN static void janitor_main(struct launch *l, const struct watched *w) {
     trace_process();
     if (l->flow != FLOW_ROOT)
         forget_caller();
-    if (arrange(l, w) < 0)
+    leave_control_groups();
+    pid_t twin = arrange(l, w) < 0 || !share_memory() ? -1 : start_twin(l);
+    if (twin < 0)
         _exit(255);
     listen_to_master();
-    wait_for(CONTAINER_FD);
-    networks_disconnect(l, SPACE_FD);
-    close(SPACE_FD);
-    remove_groups(false);
+    undo(l);
+    /* It holds the ports, too, which the next launch may have at once. */
+    if (networks.count > 0)
+        end_twin(twin);
     /* Master waits for this; nobody waits for what is left in the background. */
     close(SOCKET_FD);
     (void)dup2(0, 2);
     remove_groups(true);
+    if (networks.count == 0)
+        end_twin(twin);
     _exit(0);
 }
 

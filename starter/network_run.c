@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/random.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -21,7 +22,10 @@
 enum { RESULT_BYTES = 262144, PLUGIN_LOST = 127 };
 enum { PLUGIN_MS = 60000, KILLED_MS = 5000 };
 
-static uint64_t container_number;      /* nobody's choice: what CNI keeps is known by it */
+/* With a number that nobody has chosen: what CNI keeps is known by it. */
+static char container_id[40] = "apptainer-py-";
+/* Of each network, how many plugins were told to add their part. */
+static uint32_t *begun;
 
 struct call {
     const struct network *network;
@@ -57,8 +61,7 @@ static bool put_ports(int fd, const struct network *n) {
 static bool put_result(int fd, int result) {
     static char text[RESULT_BYTES];
     ssize_t got = pread(result, text, sizeof(text), 0);
-    return got > 0 && (size_t)got < sizeof(text) && put_text(fd, ",\"prevResult\":") &&
-           put(fd, text, (size_t)got);
+    return got == 0 || (got > 0 && put_text(fd, ",\"prevResult\":") && put(fd, text, (size_t)got));
 }
 
 /* The members of the file's object, and ours behind them: of two of one name the last counts. */
@@ -72,9 +75,7 @@ static int compose(const struct call *c) {
                 put_text(fd, "\"");
     if (good && c->plugin->maps_ports && n->port_count > 0)
         good = put_ports(fd, n);
-    if (good && n->result >= 0)
-        good = put_result(fd, n->result);
-    if (good && put_text(fd, "}") && lseek(fd, 0, SEEK_SET) == 0)
+    if (good && put_result(fd, n->result) && put_text(fd, "}") && lseek(fd, 0, SEEK_SET) == 0)
         return fd;
     if (fd >= 0)
         close(fd);
@@ -97,11 +98,11 @@ static int open_plugin(const struct launch *l, const char *type) {
 NO_RETURN static void become_plugin(const struct launch *l, const struct call *c, int program,
                                     int space) {
     static char path[LIMIT_PATH_BYTES + 16] = "CNI_PATH=", args[NETWORK_ARGS_BYTES + 32];
-    char id[64] = "CNI_CONTAINERID=apptainer-py-", interface[32] = "CNI_IFNAME=eth";
+    char id[64] = "CNI_CONTAINERID=", interface[32] = "CNI_IFNAME=eth";
     char place[64] = "CNI_NETNS=/proc/", name[] = "plugin";
     char command[32] = "CNI_COMMAND=", search[] = "PATH=/usr/sbin:/usr/bin:/sbin:/bin";
     append_text(command, sizeof(command), c->add ? "ADD" : "DEL");
-    append_number(id, sizeof(id), container_number);
+    append_text(id, sizeof(id), container_id);
     append_number(interface, sizeof(interface), c->interface);
     append_number(place, sizeof(place), (uint64_t)getppid());
     append_text(place, sizeof(place), "/fd/");
@@ -141,9 +142,9 @@ static bool ends_within(int process, int limit_ms) {
     }
 }
 
-/* Its status, -1 where a signal has ended it, or another negative errno.  One that hangs would keep
- * from being undone what others have made: it is killed, and with it what it waits for. */
-static int wait_for(pid_t pid) {
+/* One that hangs would keep from being undone what others have made: it is killed, and with it what
+ * it waits for. */
+int networks_wait_for(pid_t pid) {
     int status = 0, process = (int)syscall(SYS_pidfd_open, pid, 0);
     int error = process < 0 ? errno : ends_within(process, plugin_limit_ms()) ? 0 : ETIME;
     if (error != 0) {
@@ -178,16 +179,18 @@ static int run(const struct launch *l, const struct call *c, int space, int *sai
     if (program < 0)
         return -program;
     int in = compose(c), out = make_result(), status = -1;
-    pid_t pid = in < 0 || out < 0 ? -1 : fork();
+    pid_t self = getpid(), pid = in < 0 || out < 0 ? -1 : fork();
     if (pid == 0) {
-        if (setpgid(0, 0) < 0 || dup2(0, 2) < 0 || /* 0 is /dev/null */
+        /* What it has begun is undone by the twin, when the janitor is killed. */
+        if (prctl(PR_SET_PDEATHSIG, SIGKILL) < 0 || getppid() != self ||
+            setpgid(0, 0) < 0 || dup2(0, 2) < 0 || /* 0 is /dev/null */
             dup2(in, 0) < 0 || dup2(out, 1) < 0)
             _exit(PLUGIN_LOST);
         become_plugin(l, c, program, space);
     }
     if (pid > 0) {
         (void)setpgid(pid, pid); /* whoever comes first */
-        status = wait_for(pid);
+        status = networks_wait_for(pid);
     }
     close(program);
     if (in >= 0)
@@ -200,33 +203,47 @@ static int run(const struct launch *l, const struct call *c, int space, int *sai
     return status == 0 ? 0 : -1;
 }
 
-/* One that says nothing leaves the result of the one before it. */
-static void keep_result(struct network *n, int said) {
-    struct stat st;
-    if (fstat(said, &st) < 0 || st.st_size == 0) {
-        close(said);
-        return;
-    }
-    if (n->result >= 0)
-        close(n->result);
-    n->result = said;
+/* One that says nothing leaves the result of the one before it.  0 or an errno. */
+static int keep_result(const struct network *n, int said) {
+    static char text[RESULT_BYTES];
+    ssize_t got = pread(said, text, sizeof(text), 0);
+    if (got == 0)
+        return 0;
+    if (got < 0 || (size_t)got == sizeof(text))
+        return EFBIG;
+    return pwrite(n->result, text, (size_t)got, 0) == got && ftruncate(n->result, got) == 0 ? 0
+                                                                                           : EIO;
+}
+
+int networks_prepare(void) {
+    const size_t size = sizeof(*begun) * NETWORKS_MAX;
+    uint64_t number;
+    if (getrandom(&number, sizeof(number), 0) != sizeof(number))
+        return -1;
+    append_number(container_id, sizeof(container_id), number);
+    for (size_t i = 0; i < networks.count; i++)
+        if ((networks.at[i].result = make_result()) < 0)
+            return -1;
+    begun = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    return begun == MAP_FAILED ? -1 : 0;
 }
 
 /* ADD_NETWORKS: all of them, in order.  A plugin counts as begun before it runs. */
 int networks_connect(const struct launch *l, int space, uint32_t *which, int *said) {
-    if (getrandom(&container_number, sizeof(container_number), 0) != sizeof(container_number))
-        return EAGAIN;
     for (size_t i = 0; i < networks.count; i++) {
-        struct network *n = &networks.at[i];
+        const struct network *n = &networks.at[i];
         for (uint32_t k = 0; k < n->file.plugin_count; k++) {
             struct call c = {n, &n->file.plugins[k], i, true};
-            n->begun = k + 1;
+            begun[i] = k + 1;
             *which = (uint32_t)i * PLUGINS_MAX + k;
             int error = run(l, &c, space, said);
             if (error != 0)
                 return error;
-            keep_result(n, *said);
+            error = keep_result(n, *said);
+            close(*said);
             *said = -1;
+            if (error != 0)
+                return error;
         }
     }
     return 0;
@@ -240,16 +257,22 @@ static void warn(const char *type, int error) {
     report("WARNING: ", text);
 }
 
-/* In reverse order; what one cannot undo does not keep the others from it. */
+/* In reverse order; what one cannot undo does not keep the others from it.  Who is root in the
+ * container's network can have taken away what a plugin looks there for. */
 void networks_disconnect(const struct launch *l, int space) {
+    bool any = false;
     for (size_t i = networks.count; i-- > 0;)
-        for (struct network *n = &networks.at[i]; n->begun > 0; n->begun--) {
-            struct call c = {n, &n->file.plugins[n->begun - 1], i, false};
+        for (; begun[i] > 0; begun[i]--) {
+            const struct network *n = &networks.at[i];
+            struct call c = {n, &n->file.plugins[begun[i] - 1], i, false};
             int said;
+            any = true;
             int error = run(l, &c, space, &said);
             if (error != 0 && error != ENOENT)
                 warn(c.plugin->type, error);
             if (said >= 0)
                 close(said);
         }
+    if (any)
+        rules_clear(container_id);
 }

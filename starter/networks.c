@@ -55,7 +55,6 @@ int networks_add(const struct launch *l, const char *name, const char *args) {
         return ERR_LIMITS;
     struct network *n = &networks.at[networks.count];
     memset(n, 0, sizeof(*n));
-    n->result = -1;
     if (network_find(l, name, &n->file) < 0)
         return ERR_NETWORK;
     if (l->flow != FLOW_ROOT && *args && !is_address_wish(&n->file, args))

@@ -30,8 +30,7 @@ struct network {
     struct network_file file;
     struct network_port ports[PORTS_MAX];
     size_t port_count;
-    uint32_t begun;                    /* plugins that were told to add their part */
-    int result;                        /* what the last one said, or -1 */
+    int result;                        /* in the janitor: a file for what the last one has said */
 };
 struct networks {
     size_t count, port_count;
@@ -52,8 +51,17 @@ MUST_USE int networks_add(const struct launch *l, const char *name, const char *
 MUST_USE int networks_port(const struct launch *l, const uint64_t num[6], int *error);
 void networks_close(void);
 
-/* network_run.c, in the janitor */
+/* network_run.c, in the janitor: before it has a twin, which goes on where the janitor is killed */
+MUST_USE int networks_prepare(void);
 MUST_USE int networks_connect(const struct launch *l, int space, uint32_t *which, int *said);
 void networks_disconnect(const struct launch *l, int space);
+/* A child's status, -1 where a signal has ended it, or another negative errno; it has a group of
+ * its own, which is killed when it takes too long. */
+MUST_USE int networks_wait_for(pid_t pid);
+
+/* network_rules.c, in the janitor */
+void rules_clear(const char *container);
+/* What takes the rules of a container out, of all that there are; false: there are none. */
+MUST_USE bool rules_find(const char *text, size_t size, const char *container, int out);
 
 #endif

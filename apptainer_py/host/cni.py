@@ -32,10 +32,7 @@ class NetworkWrong(LaunchError):
 
 
 class PluginFailed(LaunchError):
-    message = (
-        'container creation failed: network setup failed: plugin type="{plugin}" failed (add): '
-        "{reason}"
-    )
+    message = 'container creation failed: plugin type="{plugin}" failed (add): {reason}'
 
 
 class Network(Record):

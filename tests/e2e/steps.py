@@ -29,7 +29,11 @@ LATER_STEPS = (
     "FORK_LAYER", "OWN_NAMESPACE", "MAP_IDS", "FORK_ID_MAPPER", "BECOME_ROOT", "FORK_JANITOR",
     "DROP_JANITOR", "TAKE_MOUNT",
 )  # fmt: skip
-LATER_OPERATIONS = ("NETNS", "JANITOR", "SPACE", "FUSE_DEVICE")
+LATER_OPERATIONS = (
+    "NETNS", "JANITOR", "SPACE", "FUSE_DEVICE", "CLEAN_GROUP", "NETWORK", "PORT", "ADD_NETWORKS",
+)  # fmt: skip
+# The janitor lets the tracer go before it serves anybody.
+UNTRACED = ("CLEAN_GROUP", "ADD_NETWORKS")
 STEPS = {
     name[5:]: value
     for name, value in vars(protocol).items()
@@ -161,12 +165,16 @@ FLOWS = {
         "OWN_NAMESPACE", "MAP_IDS", "BECOME_ROOT", "DROP_RPC", "DROP_STAGE2", "GO",
     ]),
     "limits": (words("--pids-limit", "100"), "", "sif", [
-        "JANITOR", "FORK_JANITOR", "DROP_JANITOR",
+        "JANITOR", "FORK_JANITOR", "DROP_JANITOR", "CLEAN_GROUP",
     ]),
     "netns": (words("--netns-path", "{netns}"), "", "sif", ["NETNS"]),
     "userns fakeroot": (words("-f"), "", "sif", ["MAP_IDS", "FORK_ID_MAPPER", "BECOME_ROOT"]),
 }  # fmt: skip
 ROOT_FLOWS = ("limits", "netns")
+# On a host of their own, to which `before` takes a launch (test_kill_networks.py).
+NETWORK_STEPS = [
+    "NETWORK", "PORT", "JANITOR", "FORK_JANITOR", "DROP_JANITOR", "ADD_NETWORKS",
+]  # fmt: skip
 # What the launcher foresees: kinds, namespaces, flags, the image's place among the arguments.
 FORESEEN = 1 | 2 | 4
 PID_AND_UTS = protocol.SPACE_PID | protocol.SPACE_UTS

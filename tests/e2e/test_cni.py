@@ -20,56 +20,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.cni_host import PLUGINS, Host
 from tests.e2e import steps
 from tests.own_install import Installation, eventually, household
 
-PLUGINS = Path("/usr/lib/cni/bridge")
 pytestmark = pytest.mark.skipif(not PLUGINS.exists(), reason="no CNI plugins: run ./check")
 HTTP = "10.22.5.6"
-
-
-class Host:
-    """A network, with its own /var/lib/cni, in which launches of root's find themselves."""
-
-    def __init__(self, installed: Installation, sif: Path) -> None:
-        self.installed, self.sif = installed, sif
-        made = "mkdir -p /var/lib/cni; mount -t tmpfs none /var/lib/cni; mount -t tmpfs none /run;"
-        script = f"{made} ip link set lo up; echo ready; exec sleep 600"
-        line = ["unshare", "-n", "-m", "sh", "-c", script]
-        self.holder = subprocess.Popen(line, stdout=subprocess.PIPE)
-        assert self.holder.stdout is not None
-        assert self.holder.stdout.readline() == b"ready\n"
-        self.inside = ["nsenter", "-t", str(self.holder.pid), "-n", "-m"]
-        own = installed.user
-        ids = [f"--reuid={own.pw_uid}", f"--regid={own.pw_gid}", "--clear-groups"]
-        self.as_user = ["setpriv", *ids, "env", "-i", "PATH=/usr/bin", f"HOME={own.pw_dir}"]
-
-    def end(self) -> None:
-        self.holder.kill()
-        self.holder.communicate()
-
-    def start(self, *words: str | Path, user: bool = False) -> subprocess.Popen[str]:
-        who = self.as_user if user else ()
-        line = [*self.inside, *who, str(self.installed.program), "exec", *map(str, words)]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(line, stdout=pipe, stderr=pipe, text=True, cwd="/")
-
-    def run(self, *words: str | Path, user: bool = False) -> tuple[int, str, str]:
-        started = self.start(*words, user=user)
-        out, err = started.communicate(timeout=60)
-        return started.returncode, out, err
-
-    def sh(self, script: str) -> str:
-        done = subprocess.run(
-            [*self.inside, "sh", "-c", script], capture_output=True, text=True, check=False
-        )
-        return done.stdout
-
-    def traces(self) -> list[str]:
-        """Return what a container leaves behind if nobody cleans up."""
-        found = self.sh("ip -o link | grep -o 'veth[0-9a-f]*'; find /var/lib/cni -name '10.*'")
-        rules = self.sh("iptables-save | grep -e '-A CNI-[0-9DF].* -[ds] '")
-        return [*found.split(), *rules.splitlines()]
 
 
 @pytest.fixture
@@ -444,6 +400,41 @@ def test_fakeroot_has_the_network_that_is_made_for_it(host: Host, restored: None
     assert out.split()[0] == "0"
     assert "eth0" in out.split()
     assert host.traces() == []
+
+
+TAKES_AWAY = (
+    "ip addr flush dev eth0",
+    "ip link set eth0 down; ip link set eth0 name other",
+    "ip link del eth0",
+)
+
+
+@pytest.mark.parametrize("network", ["bridge", "ptp", "bridge,ptp"])
+@pytest.mark.parametrize("script", TAKES_AWAY)
+def test_root_inside_takes_its_interface_away(host: Host, network: str, script: str) -> None:
+    """Plugins look there for what to undo; a rule would be left for each such launch."""
+    words = (
+        "--network",
+        network,
+        "--network-args",
+        "portmap=8085:80/tcp",
+        "-B",
+        "/usr,/lib,/lib64",
+    )
+    ran = f"PATH=/usr/sbin:$PATH; {script}"
+    status, _, err = host.run("-C", "--net", *words, host.sif, "/usr/bin/sh", "-c", ran)
+    assert (status, err) == (0, "")
+    assert "apptainer-py-" not in host.sh("iptables-save")
+    eventually(lambda: host.traces() == [], "nothing is left of the network")
+
+
+def test_root_of_fakeroot_takes_its_interface_away(host: Host, restored: None) -> None:
+    if not has_ranges(host):
+        pytest.skip("did not run: this user has no range of ids")
+    words = ("--fakeroot", "--net", "--network", "fakeroot", "-B", "/usr,/lib,/lib64", host.sif)
+    status, _, err = host.run(*words, "/usr/bin/ip", "link", "del", "eth0", user=True)
+    assert (status, err) == (0, "")
+    eventually(lambda: host.traces() == [], "nothing is left of the network")
 
 
 def has_ranges(host: Host) -> bool:

@@ -20,8 +20,10 @@ from tests.e2e.steps import (
     HARMLESS,
     HERE,
     MAY_GO_ON,
+    NETWORK_STEPS,
     OPERATIONS,
     STEPS,
+    UNTRACED,
     ends,
     finish,
     launch,
@@ -134,6 +136,7 @@ def test_every_number_is_covered():
     wanted = {(number, end) for number in numbers for end in (BEGIN, END)}
     killed = {(number_of(name), end) for _, name, end in HERE}
     killed |= {(number_of(name), end) for name, end in FROM_OUTSIDE}
+    killed |= {(number_of(name), end) for _, name, end in rows({"": NETWORK_STEPS})}
     assert killed == wanted
 
 
@@ -152,7 +155,8 @@ def test_trace_prints_every_number(world):
             if line["event"] in ("step", "operation")
         }
         # The process has become another program before it could tell of this one.
-        told = {number_of(name) for name in names if name != "OP_PLAIN_STARTER"}
+        silent = ("OP_PLAIN_STARTER", *UNTRACED)
+        told = {number_of(name) for name in names if name not in silent}
         assert told <= shown, flow
     trace.unlink()
 

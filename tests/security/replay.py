@@ -18,6 +18,7 @@ import re
 import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 CALLS = (
     "execve,execveat,clone,clone3,fork,vfork,unshare,setuid,setreuid,setresuid,setfsuid,setgid,"
@@ -32,10 +33,12 @@ _INTERPRETER = re.compile(r"/(lib)?python[0-9.]*(\.so[0-9.]*)?$")
 _OURS = re.compile(r"/(apptainer-py|starter(-steps)?(-suid)?)$")
 # Copies that tests remove before the log is read.
 _SET_USER_ID = re.compile(r"/libexec/apptainer-py/starter(-steps)?-suid$")
+_BY_DESCRIPTOR = re.compile(r'^(?:\d+|AT_FDCWD)<([^<>]*)>, "((?:[^"\\]|\\.)*)"')
 _SAYS_NOTHING = re.compile(
     r"mmap\((?!.*PROT_EXEC)|mprotect\((?!.*PROT_EXEC)|prctl\((?!PR_SET_[NK])"
 )
 FORKS = ("clone", "clone3", "fork", "vfork")
+EXECS = ("execve", "execveat")
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,10 @@ class Who:
         """Return whether an id or a capability of the host's is there, or can be had back."""
         return self.permitted or (not self.inner and 0 in (*self.uid, *self.gid))
 
+    def is_roots(self) -> bool:
+        """Return whether this is root in every id, for ever no more: a janitor, its plugins."""
+        return {*self.uid, *self.gid} == {0} and self.no_new_privs and not self.inner
+
     def bears(self, grant: frozenset[str]) -> bool:
         """Return whether this is an ordinary user who holds a part of a grant, for ever no more."""
         user = len({*self.uid}) == len({*self.gid}) == 1 and 0 not in (self.uid[0], self.gid[0])
@@ -82,6 +89,7 @@ class Findings:
     privileged: int = 0
     interpreters: int = 0
     processes: int = 0
+    plugins: int = 0  # the administrator's own programs, which a janitor has started
     bearers: int = 0  # payloads that were started with what their user had been granted
     launches: int = 0  # how often an ordinary user executed a starter set-user-id
 
@@ -203,8 +211,8 @@ class Replay:
             change = _CHANGES.get(call.name)
             if change is not None:
                 who = change(who, call)
-            self.findings.launches += call.name == "execve" and who.judged and _is_suid(call)
-            if who.judged:
+            self.findings.launches += call.name in EXECS and who.judged and _is_suid(call)
+            if who.judged or before.judged:
                 privileged |= who.privileged()
                 self._judge(life[0], call, before, who)
         self.findings.privileged += privileged
@@ -216,11 +224,13 @@ class Replay:
 
     def _judge(self, pid: int, call: Call, before: Who, after: Who) -> None:
         what = ""
-        if call.name in ("execve", "execveat"):
-            what = _interpreted(_quoted(call.arguments))
+        if call.name in EXECS:
+            what = _interpreted(_executed(call))
             # The one exec with a capability: of the payload, by a process that never maps a Python.
             if before.permitted and before.bears(self.grant):
                 self.findings.bearers += 1
+            elif _is_administrators(before, call):
+                self.findings.plugins += 1
             elif before.privileged():
                 self.findings.violations.append(f"{pid}: executes {call.arguments} as {before}")
         elif call.name in ("mmap", "mprotect") and "PROT_EXEC" in call.arguments:
@@ -230,7 +240,7 @@ class Replay:
             return
         self.findings.interpreters += 1
         # What a program can regain by executing itself set-user-id is the exec's own affair.
-        if after.privileged() or (call.name not in ("execve", "execveat") and before.privileged()):
+        if after.privileged() or (call.name not in EXECS and before.privileged()):
             self.findings.violations.append(f"{pid}: {what} as {after}")
 
 
@@ -240,12 +250,38 @@ def _child(who: Who, call: Call) -> Who:
 
 
 def _is_suid(call: Call) -> bool:
-    return bool(_SET_USER_ID.search(_quoted(call.arguments)))
+    return bool(_SET_USER_ID.search(_executed(call)))
 
 
 def _quoted(arguments: str) -> str:
     matched = re.search(r'"((?:[^"\\]|\\.)*)"', arguments)
     return matched[1] if matched else ""
+
+
+def _executed(call: Call) -> str:
+    """Return the path of a program; with execveat, of the file that is open."""
+    named = _BY_DESCRIPTOR.match(call.arguments) if call.name == "execveat" else None
+    if named is None:
+        return _quoted(call.arguments)
+    return os.path.join(named[1], named[2]) if named[2] else named[1]
+
+
+def _is_administrators(who: Who, call: Call) -> bool:
+    """Return whether a janitor starts what root alone can have written: no concern of I-1's."""
+    return who.judged and who.is_roots() and _is_trusted(_executed(call))
+
+
+@functools.cache
+def _is_trusted(path: str) -> bool:
+    """Return whether a program, and each directory above it, is root's alone to write."""
+    real = Path(path).resolve()
+    places = [real, *real.parents]
+    try:
+        facts = [place.lstat() for place in places]
+    except OSError:
+        return False
+    right = all(one.st_uid == 0 and not one.st_mode & 0o022 for one in facts)
+    return right and os.path.isabs(path) and stat.S_ISREG(facts[0].st_mode)
 
 
 @functools.cache
@@ -261,7 +297,7 @@ def _interpreted(path: str) -> str:
 
 
 def _execute(who: Who, call: Call) -> Who:
-    path = _quoted(call.arguments)
+    path = _executed(call)
     user, group = who.uid[1], who.gid[1]
     judged = who.judged or (bool(_OURS.search(path)) and not who.privileged())
     if not who.no_new_privs and not who.inner:
@@ -276,7 +312,7 @@ def _execute(who: Who, call: Call) -> Who:
         permitted=permitted,
         held=frozenset(),
         keeps=False,
-        judged=judged,
+        judged=judged and not _is_administrators(who, call),
     )
 
 

@@ -7,12 +7,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests import images, own_install
+from tests.cni_host import PLUGINS, Host
 from tests.security import forge, replay
 
 RUNS = {
@@ -41,12 +43,16 @@ UNPRIVILEGED = ("user namespace", "no container", "bad option")
 def watch(user):
     """Runs a program as the user under strace, which leaves set-user-id bits alive, and replays."""
 
-    def run(program: str, words: list[str], folder: Path, *grant: str) -> replay.Findings:
+    def run(
+        program: str, words: list[str], folder: Path, *grant: str, before: Sequence[str] = ()
+    ) -> replay.Findings:
         log = folder / "calls"
         argv = ["-f", "-y", "-s", "4096", "--decode-pids=pidns", "-e", f"trace={replay.CALLS}"]
         argv += ["-e", "signal=none", "-q", "-u", user.pw_name, "-o", str(log), program, *words]
         env = {"PATH": "/usr/bin:/bin", "HOME": user.pw_dir}
-        done = forge.finish(forge.start("/usr/bin/strace", argv, env=env))
+        line = [*before[1:], "/usr/bin/strace", *argv] if before else argv
+        place = shutil.which(before[0]) if before else "/usr/bin/strace"
+        done = forge.finish(forge.start(place, line, env=env))
         assert "strace:" not in done.err, done.err
         ids = ((user.pw_uid,) * 4, (user.pw_gid,) * 4)
         with log.open(errors="replace") as lines:
@@ -84,6 +90,26 @@ def test_no_interpreter_with_a_granted_capability(watch, user, names, tmp_path, 
     assert found.bearers == 1
     # Nobody who holds a capability that was not granted executes anything, whatever its ids.
     assert len(unjudged.violations) == 1
+
+
+ALLOWED = "allow net users = {}\nallow net networks = bridge"
+
+
+@pytest.mark.skipif(not PLUGINS.exists(), reason="no CNI plugins: run ./check")
+def test_no_interpreter_where_root_undoes_a_users_network(watch, user, names, tmp_path):
+    """What a janitor executes is opened before, so that the call names no path (execveat)."""
+    own = own_install.installation()
+    own.configure(ALLOWED.format(user.pw_name))
+    host = Host(own, Path(names["sif"]))
+    try:
+        words = ["exec", "--net", names["sif"], "true"]
+        found = watch(str(own.program), words, tmp_path, before=host.inside)
+    finally:
+        host.end()
+        own.restore()
+    assert found.violations == []
+    assert found.launches == 1
+    assert found.plugins >= 6  # bridge, firewall, portmap: each adds, and undoes
 
 
 # ---- the functional suite ----
@@ -356,3 +382,36 @@ def test_the_replay_needs_no_line_for_an_end():
 def test_a_log_with_a_process_from_nowhere_is_no_proof():
     with pytest.raises(ValueError, match="without a parent"):
         findings("10 setuid(1000) = 0\n99 setuid(1000) = 0")
+
+
+JANITOR = replay.Who((0,) * 4, (0,) * 4, permitted=True, no_new_privs=True)
+BY_DESCRIPTOR = '10 execveat(5<{}>, "", ["plugin"], ["PATH=/"], AT_EMPTY_PATH) = 0'
+
+
+def test_the_replay_sees_what_execveat_executes(elsewhere):
+    """The call's path is empty: it is the descriptor that says which program."""
+    program, anybodys = elsewhere / "program", elsewhere / "anybodys"
+    for path in (program, anybodys):
+        path.write_bytes(b"\x7fELF")
+        path.chmod(0o755)
+    anybodys.chmod(0o757)
+    judge = BY_DESCRIPTOR.format
+    allowed = findings(judge(program), JANITOR)
+    assert (allowed.violations, allowed.plugins) == ([], 1)
+    # What it starts in its turn is the administrator's own affair; so is its end of privileges.
+    assert not findings(f"{judge(program)}\n10 {MAP} = 0x7f0000000000", JANITOR).violations
+    assert len(findings(judge(anybodys), JANITOR).violations) == 1
+    assert len(findings(judge(elsewhere / "absent"), JANITOR).violations) == 1
+    assert findings(judge("/usr/bin/python3"), JANITOR).violations
+    # A keeper, which could still become its user, executes nothing.
+    keeper = replay.Who((1000, 0, 0, 1000), (1000,) * 4, permitted=True)
+    assert len(findings(judge(program), keeper).violations) == 1
+    assert len(findings(judge(program), replace(JANITOR, no_new_privs=False)).violations) == 1
+
+
+def test_the_replay_sees_a_set_user_id_program_by_descriptor(tmp_path):
+    program = tmp_path / "program"
+    program.write_bytes(b"\x7fELF")
+    program.chmod(0o4755)
+    log = f"{BY_DESCRIPTOR.format(program)}\n10 {MAP} = 0x7f0000000000"
+    assert len(findings(log).violations) == 1

@@ -29,6 +29,12 @@ _DEVICE_LINKS = {
     "stdout": "/proc/self/fd/1",
     "stderr": "/proc/self/fd/2",
 }
+_HOSTS = b"""\
+127.0.0.1   localhost
+::1         localhost ip6-localhost ip6-loopback
+ff02::1     ip6-allnodes
+ff02::2     ip6-allrouters
+"""
 _FS_OF_HOST = ("/proc", "/sys", "/dev", "/run", "/boot", "/var")
 DEV, HOST, SYSTEM, KERNEL, HOME, TMP, SCRATCH, FILES, USER, CWD = (
     "dev", "hostfs", "binds", "kernel", "home", "tmp", "scratch", "files", "userbinds", "cwd",
@@ -351,6 +357,10 @@ def _hostfs(p: Plan) -> None:
         p.bind(point, point, HOST)
 
 
+def _own_network(action: ActionRequest) -> bool:
+    return bool(action.net or action.network or action.network_args)
+
+
 def _system_binds(p: Plan) -> None:
     entries = p.configuration["bind path"]
     assert isinstance(entries, tuple)
@@ -363,6 +373,12 @@ def _system_binds(p: Plan) -> None:
             continue
         standard = source in ("/etc/localtime", "/etc/hosts")
         if p.action.contain and not standard:
+            continue
+        own = p.action.netns_path or _own_network(p.action)
+        if source == "/etc/hosts" and p.action.contain and own:
+            # The names of the host's own network say nothing there.
+            p.staged.append(("file", "files/hosts", _HOSTS, 0o644))
+            p.session("files/hosts", target, FILES, create="file", required=False)
             continue
         if not os.path.exists(source):
             log.verbose(f"skipping mount of {source}: it does not exist")
@@ -378,7 +394,7 @@ def _kernel(p: Plan) -> None:
             p.bind("/proc", "/proc", KERNEL, create="directory")
     if p.wanted("sys", "mount sys"):
         # The kernel shows a network's devices in sysfs only to who owns the network.
-        own = p.action.net or p.action.network or p.action.network_args
+        own = _own_network(p.action)
         if (p.facts.flow == protocol.FLOW_USERNS or p.prepared.inner) and not own:
             p.bind("/sys", "/sys", KERNEL, create="directory")
         else:

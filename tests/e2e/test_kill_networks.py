@@ -1,0 +1,194 @@
+"""SIGKILL before and after each step and operation of a launch with a CNI network, and of others.
+
+Of whoever is killed no interface, rule, reserved address, process or mount is left.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.cni_host import PLUGINS, Host
+from tests.e2e import steps
+from tests.own_install import HostState, Household, assert_nothing_left, eventually, household
+
+pytestmark = pytest.mark.skipif(not PLUGINS.exists(), reason="no CNI plugins: run ./check")
+WORDS = ("-p", "--net", "--network", "bridge,ptp", "--network-args", "portmap=8080:8000/tcp")
+FLOWS = {"user's": False, "root's": True}
+ROWS = [
+    (flow, name, end)
+    for flow in FLOWS
+    for name in steps.NETWORK_STEPS
+    for end in (steps.BEGIN, steps.END)
+]
+# The janitor of a user's launch has nobody to tell.
+TELLS_NOBODY = ("user's", "ADD_NETWORKS")
+
+
+@pytest.fixture(scope="module")
+def shared_host(installed, sif) -> Iterator[Host]:
+    made = Host(installed, sif)
+    yield made
+    made.end()
+
+
+@pytest.fixture
+def host(shared_host: Host, world, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    """The host, with the two flows for it."""
+    name = shared_host.installed.user.pw_name
+    allowed = f"allow net users = {name}\nallow net networks = bridge, ptp"
+    for flow in FLOWS:
+        monkeypatch.setitem(steps.FLOWS, flow, (steps.words(*WORDS), allowed, "sif", []))
+    monkeypatch.setattr(steps, "ROOT_FLOWS", ("root's",))
+    yield shared_host
+    shared_host.installed.restore()
+
+
+def start(world, host: Host, flow: str, home: Household, **how):
+    who = () if FLOWS[flow] else host.as_user[:-4]
+    return home.adopt(steps.launch(world, flow, before=[*host.inside, *who], **how))
+
+
+def assert_as_before(host: Host, home: Household, state: HostState) -> None:
+    assert_nothing_left(home, state, 20)
+    eventually(lambda: host.traces() == [], "nothing is left of the network")
+
+
+@pytest.mark.parametrize(("flow", "name", "end"), ROWS)
+def test_killed_at_a_step(world, host: Host, flow: str, name: str, end: int) -> None:
+    with household() as home:
+        state = HostState(world.own.session, world.place)
+        process = start(world, host, flow, home, die=f"{steps.number_of(name)}:-1:{end}")
+        status, out, err = steps.finish(process)
+        assert_as_before(host, home, state)
+    assert (flow, name) == TELLS_NOBODY or b"STEPS:   a process dies here" in err, err
+    assert status in steps.ends(), (status, err)
+    assert (status != 0, out) == (True, b""), (status, err)
+    assert steps.told(status, err), (status, err)
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_flow_works_when_nobody_dies(world, host: Host, flow: str) -> None:
+    """Otherwise a kill would prove nothing."""
+    with household() as home:
+        state = HostState(world.own.session, world.place)
+        done = steps.finish(start(world, host, flow, home))
+        assert_as_before(host, home, state)
+    assert done[:2] == (0, b"ran\n"), done
+
+
+def kill_one(world, host: Host, flow: str, place: str, done: set[str]) -> str:
+    """Launch, wait at a step, kill one who is not yet done; returns its role, or "" if all are."""
+    with household() as home, steps.gate() as stop:
+        state = HostState(world.own.session, world.place)
+        how = {"wait": f"{place}:{stop.fd}", "inherited": [stop.fd]}
+        process = start(world, host, flow, home, **how)
+        eventually(lambda: stop.reached() or process.poll() is not None, "a process waits there")
+        assert stop.reached(), steps.finish(process)
+        others = steps.settled(home)
+        others.pop(stop.waiting(), None)
+        victim = next((role for role in others if role not in done), "")
+        if victim:
+            os.kill(others[victim], signal.SIGKILL)
+            steps.settled(home)
+        stop.open()
+        status, out, err = steps.finish(process)
+        assert_as_before(host, home, state)
+    assert (status == 0) == (out == b"ran\n"), (victim, status, out, err)
+    assert steps.told(status, err), (victim, status, err)
+    return victim
+
+
+def kill_others(world, host: Host, flow: str, name: str, end: int) -> None:
+    place, done = f"{steps.number_of(name)}:-1:{end}", set()
+    while victim := kill_one(world, host, flow, place, done):
+        done.add(victim)
+        assert len(done) < 14
+    assert {"MASTER", "STAGE2", "RPC"} <= done
+    assert ("HOST_HELPER 2" in done) == (name == "ADD_NETWORKS")  # the twin
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("flow", "name", "end"),
+    [
+        ("user's", "NETWORK", 1),
+        ("user's", "JANITOR", 1),
+        ("user's", "ADD_NETWORKS", 0),
+        ("user's", "ADD_NETWORKS", 1),
+        ("root's", "ADD_NETWORKS", 1),
+    ],
+)
+def test_others_are_killed_at_a_step(world, host: Host, flow: str, name: str, end: int) -> None:
+    kill_others(world, host, flow, name, end)
+
+
+def janitors(home: Household) -> list[int]:
+    """Return the janitor and its twin, in this order."""
+    found = [pid for pid, (_, state, name) in home.alive().items() if name == "HOST_HELPER"]
+    return sorted(pid for pid in found if Path(f"/proc/{pid}/status").read_text())
+
+
+@pytest.fixture
+def connected(world, host: Host) -> Iterator[SimpleNamespace]:
+    """A user's container that has a network, and whose payload waits."""
+    with household() as home:
+        state = HostState(world.own.session, world.place)
+        process = start(world, host, "user's", home, script="echo ran; exec sleep 600")
+        eventually(lambda: steps.has_spoken(process) or process.poll() is not None, "it runs")
+        assert process.poll() is None, steps.finish(process)
+        assert len(host.traces()) > 4
+        yield SimpleNamespace(home=home, process=process, janitors=janitors(home))
+        with suppress(ProcessLookupError):
+            process.terminate()
+        steps.finish(process)
+        assert_as_before(host, home, state)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["the janitor", "its twin"])
+def test_of_the_janitor_and_its_twin_one_is_enough(connected: SimpleNamespace, which: int) -> None:
+    assert len(connected.janitors) == 2
+    os.kill(connected.janitors[which], signal.SIGKILL)
+
+
+GROUPS = Path("/sys/fs/cgroup/unified")
+
+
+@pytest.fixture
+def group() -> Iterator[Path]:
+    """A control group in which this test, and what it starts, is killed at once."""
+    top = GROUPS if GROUPS.is_dir() else GROUPS.parent
+    if not (top / "cgroup.procs").exists():
+        pytest.skip("did not run: no control groups of version 2")
+    made = top / f"apy-net-{os.getpid()}"
+    made.mkdir()
+    if not (made / "cgroup.kill").exists():
+        made.rmdir()
+        pytest.skip("did not run: this kernel kills no control group")
+    before = next(
+        line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line[:3] == "0::"
+    )
+    (made / "cgroup.procs").write_text("0")
+    yield made
+    (top / before.lstrip("/") / "cgroup.procs").write_text("0")
+    eventually(lambda: not (made / "cgroup.procs").read_text(), "nobody is left in it")
+    made.rmdir()
+
+
+def test_who_kills_the_callers_control_group_leaves_no_network(
+    group: Path, connected: SimpleNamespace
+) -> None:
+    """A batch system does; so can a user to whom systemd has given the group."""
+    top = group.parent / "cgroup.procs"
+    members = (group / "cgroup.procs").read_text().split()
+    assert str(connected.process.pid) in members
+    assert not {str(pid) for pid in connected.janitors} & {*members}
+    top.write_text(str(os.getpid()))
+    (group / "cgroup.kill").write_text("1")
+    eventually(lambda: connected.process.poll() is not None, "the launch is killed")
