@@ -22,9 +22,9 @@ _REPEATED = ("bind", "mount")
 _SWITCHES = ("nv", "nvccli", "rocm")
 _OWN = (
     "build_arg", "build_arg_file", "fakeroot", "fix_perms", "force", "ignore_fakeroot_command",
-    "arch", "ignore_subuid", "ignore_userns", "json", "mksquashfs_args", "no_cleanup", "notest",
-    "reproducible", "sandbox", "section", "tmpdir", "update", "userns", "warn_unused_build_args",
-    "writable_tmpfs",
+    "arch", "arch_variant", "ignore_subuid", "ignore_userns", "json", "mksquashfs_args",
+    "no_cleanup", "notest", "reproducible", "sandbox", "section", "tmpdir", "update", "userns",
+    "warn_unused_build_args", "writable_tmpfs",
 )  # fmt: skip
 
 
@@ -129,6 +129,7 @@ def converter(how: Fetching, around: Surroundings) -> Convert:
             force=True,
             tmpdir=how.tmpdir,
             arch=how.arch,
+            arch_variant=how.arch_variant,
             announced=False,
             output=around.output,
         )

@@ -32,9 +32,9 @@ class Order(Record):
     """What an agent is to do: `root` is an empty directory, `folder` one for temporary files.
 
     `owns_all` tells that files can be given to any id; `may_share` that the base is only read, so
-    that a tree can be laid under `root` in place of a copy; `environ` is the caller's, `arch` the
-    architecture that was asked for; `is_root` tells that the build is the host's root. With
-    `plan` layers may go into the packer at once.
+    that a tree can be laid under `root` in place of a copy; `environ` is the caller's, `arch`
+    and `arch_variant` the machine that was asked for; `is_root` tells that the
+    build is the host's root. With `plan` layers may go into the packer at once.
     """
 
     header: Mapping[str, str]
@@ -45,6 +45,7 @@ class Order(Record):
     environ: Mapping[str, str]
     plan: Plan | None = None
     arch: str = ""
+    arch_variant: str = ""
     is_root: bool = False
 
     @property
@@ -385,7 +386,7 @@ def open_layout(transport: str, source: str, folder: str) -> Layout:
         return Archive(source, folder)
     from apptainer_py.image.oci_layout import Layout
 
-    return Layout(f"{transport}:{source}")
+    return Layout(f"{transport}:{source}", folder=folder)
 
 
 def unpack_layout(layout: Layout, order: Order) -> Base:
@@ -396,8 +397,7 @@ def unpack_layout(layout: Layout, order: Order) -> Base:
     """
     from apptainer_py.image.oci_layers import Unpacker
 
-    if order.arch:
-        layout.take_machine(order.arch)
+    layout.take_machine(order.arch, order.arch_variant)
     try:
         image = layout.image()
         log.info("Extracting OCI image...")

@@ -68,6 +68,7 @@ class Job(Record):
     memory: str = ""
     epoch: int | None = None
     arch: str = ""
+    arch_variant: str = ""
     announced: bool = True
     lock: Lock | None = None
 
@@ -166,6 +167,7 @@ class _Stage:
             environ=job.environ,
             plan=self._plan() if last else None,
             arch=job.arch,
+            arch_variant=job.arch_variant,
             is_root=job.identity.is_root,
         )
         agent = stage.header["bootstrap"].lower()

@@ -184,7 +184,7 @@ def _fits(row: dict[str, Any], wanted: str, variant: str) -> bool:
     platform = row.get("platform")
     if not isinstance(platform, dict):
         return True
-    if variant and platform.get("variant", "") != variant:
+    if not arch.is_variant(platform.get("variant", ""), variant):
         return False
     return platform.get("os", "linux") == "linux" and _machine(row) == wanted
 

@@ -207,6 +207,7 @@ def _of_machine(
             digits = server.identity(rest).partition(":")[2]
             return _converted(f"{transport}:sha256:{digits}", uri, digits, how, cache, convert)
         layout = agents.open_layout(transport, rest, cache.folder)
+        layout.take_machine(how.arch, how.arch_variant)
         try:
             image = layout.image()
         finally:

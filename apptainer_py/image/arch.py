@@ -88,6 +88,11 @@ def can_run(image_arch: str, host: str, *, binfmt_folder: str = _BINFMT_FOLDER) 
     )
 
 
+def is_variant(variant: object, wanted: str) -> bool:
+    """Return whether a platform's variant (`v7`) is the one that is wanted; any is, for ""."""
+    return not wanted or variant == f"v{wanted.removeprefix('v')}"
+
+
 def of_program(start: bytes) -> str:
     """Return whose program an ELF file is by its first bytes, "" where they say nothing."""
     if start[:4] != b"\x7fELF" or len(start) < _ELF_BYTES:

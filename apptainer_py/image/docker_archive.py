@@ -7,7 +7,7 @@ import posixpath
 
 from apptainer_py.base.errors import ImageError
 from apptainer_py.image.blobs import Blob, Digest, Layer, Unpacked
-from apptainer_py.image.oci_layout import LAYERS_MOST, Image, Layout, Object
+from apptainer_py.image.oci_layout import LAYERS_MOST, WHOLE_MOST, Image, Layout, Object
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 TRANSPORT = "docker-archive"
 _CHUNK = 1 << 20
 _LINKS_MOST = 8
-_UNPACKED_MOST = 1 << 38
 _STARTS = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd")
 
 
@@ -33,11 +32,10 @@ class Archive(Layout):
 
     def __init__(self, source: str, folder: str) -> None:
         path, reference = split_name(source)
-        self._folder = folder
-        super().__init__(f"{TRANSPORT}:{path}", named=f"{TRANSPORT}:{source}")
+        super().__init__(f"{TRANSPORT}:{path}", named=f"{TRANSPORT}:{source}", folder=folder)
         self._reference = reference
 
-    def _list(self) -> dict[str, tuple[int, int]]:
+    def _list(self) -> dict[str, tuple[bool, int, int]]:
         if os.pread(self._fd, 4, 0).startswith(_STARTS):
             plain = self._plain()
             os.close(self._fd)
@@ -52,7 +50,7 @@ class Archive(Layout):
             stream, size = Unpacked(whole), 0
             while data := stream.read(_CHUNK):
                 size += len(data)
-                if size > _UNPACKED_MOST:
+                if size > WHOLE_MOST:
                     raise self._wrong("the archive is too large")
                 while data:
                     data = data[os.write(made, data) :]

@@ -21,6 +21,8 @@ _JSON_BYTES = 4 << 20
 _FILES_MOST = 65536
 LAYERS_MOST = 512
 _NESTED_MOST = 8
+# What an archive may be when it is not compressed, or not sparse.
+WHOLE_MOST = 1 << 38
 _RESOLVE_BENEATH_NO_LINKS = 0x08 | 0x04
 _TAG = "org.opencontainers.image.ref.name"
 _INDEXES = (
@@ -82,12 +84,18 @@ class Layout:
 
     _any_machine = False
     _machine = ""
+    _variant = ""
 
-    def __init__(self, name: str, *, named: str = "") -> None:
+    def __init__(self, name: str, *, named: str = "", folder: str = "/tmp") -> None:
         self._name = named or name
+        # Where the sparse files of an archive are made whole, in a file without a name.
+        self._folder = folder
+        self._whole: int | None = None
+        self._whole_bytes = 0
         transport, path, self._reference = split_name(name)
         self.path = os.path.abspath(path)
-        self._members: dict[str, tuple[int, int]] | None = None
+        # Whether it is made whole, offset and size.
+        self._members: dict[str, tuple[bool, int, int]] | None = None
         self._links: dict[str, str] = {}
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
         try:
@@ -102,22 +110,27 @@ class Layout:
         elif not stat.S_ISDIR(mode):
             raise self._wrong("it is no directory")
 
-    def take_machine(self, machine: str) -> None:
-        """Prefer an image for this architecture, and take one that this host cannot run, too."""
-        self._any_machine = True
-        self._machine = machine
+    def take_machine(self, machine: str, variant: str = "") -> None:
+        """Take an image for this architecture, also where this host cannot run it.
+
+        "" stands for this host's, and for any variant.
+        """
+        self._any_machine |= bool(machine)
+        self._machine, self._variant = machine, variant
 
     def close(self) -> None:
         """Give the files up."""
         os.close(self._fd)
+        if self._whole is not None:
+            os.close(self._whole)
 
     def _wrong(self, reason: str) -> LayoutWrong:
         return LayoutWrong(image=self._name, reason=reason)
 
     # -- files
 
-    def _list(self) -> dict[str, tuple[int, int]]:
-        """Return where each file of the archive lies: offset and size."""
+    def _list(self) -> dict[str, tuple[bool, int, int]]:
+        """Return where each file of the archive lies."""
         place = 0
 
         def read(size: int) -> bytes:
@@ -126,7 +139,7 @@ class Layout:
             place += len(data)
             return data
 
-        found: dict[str, tuple[int, int]] = {}
+        found: dict[str, tuple[bool, int, int]] = {}
         stream = TarStream(read)
         try:
             for entry in stream.entries():
@@ -138,19 +151,41 @@ class Layout:
                 if entry.kind != tar_stream.FILE:
                     continue
                 if entry.holes_bytes:
-                    raise self._wrong(f"{name} is a sparse file in the archive")
-                found[name] = (place, entry.size_bytes)
+                    found[name] = (True, self._make_whole(stream), entry.size_bytes)
+                    continue
+                found[name] = (False, place, entry.size_bytes)
                 place = stream.pass_over(place)
         except TarWrong as error:
             raise self._wrong(str(error)) from None
         return found
+
+    def _make_whole(self, stream: TarStream) -> int:
+        """Write the sparse file at hand to a file of its own kind; return where it lies there."""
+        start = self._whole_bytes
+        try:
+            if self._whole is None:
+                flags = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
+                self._whole = os.open(self._folder, flags, 0o600)
+            for piece in stream.pieces():
+                self._whole_bytes += piece if isinstance(piece, int) else len(piece)
+                if self._whole_bytes > WHOLE_MOST:
+                    raise self._wrong("the archive is too large")
+                if isinstance(piece, bytes):
+                    _write(self._whole, piece, self._whole_bytes - len(piece))
+            os.ftruncate(self._whole, self._whole_bytes)
+        except OSError as error:
+            reason = f"{self._folder}: {os.strerror(error.errno or 0).lower()}"
+            raise self._wrong(reason) from None
+        return start
 
     def _open(self, name: str) -> tuple[int, int, int]:
         """Return descriptor, offset and size of a file; the caller closes the descriptor."""
         if self._members is not None:
             if name not in self._members:
                 raise self._wrong(f"it has no {name}")
-            return os.dup(self._fd), *self._members[name]
+            is_whole, offset, size = self._members[name]
+            fd = self._whole if is_whole else None
+            return os.dup(self._fd if fd is None else fd), offset, size
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
         try:
             fd = _starter.openat2(self._fd, name.encode(), flags, _RESOLVE_BENEATH_NO_LINKS)
@@ -280,7 +315,7 @@ class Layout:
                 f"it has no image {self._reference}" if self._reference else "it has no image"
             )
         if len(rows) > 1:
-            fitting = [row for row in rows if _fits(row, self._machine)]
+            fitting = [row for row in rows if _fits(row, self._machine, self._variant)]
             if len(fitting) != 1:
                 tags = ", ".join(sorted(filter(None, map(_tag_of, rows))))
                 raise self._wrong(f"it has several images ({tags}); name one, as in oci:PATH:TAG")
@@ -288,9 +323,10 @@ class Layout:
         return self._object(rows[0], "an entry of index.json")
 
     def _for_this_machine(self, index: dict[str, Any]) -> Object:
-        rows = [row for row in self._rows(index) if _fits(row, self._machine)]
+        rows = [row for row in self._rows(index) if _fits(row, self._machine, self._variant)]
         if not rows:
-            raise self._wrong(f"it has no image for {self._machine or arch.host_arch()}")
+            machine = f"{self._machine or arch.host_arch()} {self._variant}".strip()
+            raise self._wrong(f"it has no image for {machine}")
         return self._object(rows[0], "an entry of an index")
 
     def _manifest(self, manifest: dict[str, Any]) -> Image:
@@ -374,16 +410,24 @@ class Fetched(Layout):
         return self._manifest(self._json(self._document(self._wanted), self._wanted.digest))
 
 
+def _write(fd: int, data: bytes, place: int) -> None:
+    while data:
+        written = os.pwrite(fd, data, place)
+        data, place = data[written:], place + written
+
+
 def _tag_of(row: dict[str, Any]) -> str:
     notes = row.get("annotations")
     tag = notes.get(_TAG, "") if isinstance(notes, dict) else ""
     return tag if isinstance(tag, str) else ""
 
 
-def _fits(row: dict[str, Any], wanted: str) -> bool:
+def _fits(row: dict[str, Any], wanted: str, variant: str) -> bool:
     platform = row.get("platform")
     if not isinstance(platform, dict):
         return True
+    if not arch.is_variant(platform.get("variant", ""), variant):
+        return False
     machine, system = platform.get("architecture", ""), platform.get("os", "linux")
     if system not in ("", "linux") or not isinstance(machine, str):
         return False

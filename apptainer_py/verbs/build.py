@@ -73,6 +73,7 @@ class Request(Record):
     userns: bool = False
     json: bool = False
     arch: str = ""
+    arch_variant: str = ""
     mksquashfs_args: str = ""
     tmpdir: str = ""
     container_options: tuple[str, ...] = ()
@@ -131,6 +132,7 @@ def build(request: Request, describe: Callable[[str], str]) -> None:
         announced=request.announced,
         lock=request.lock,
         arch=request.arch,
+        arch_variant=request.arch_variant,
     )
     supervised.run(
         lambda launches: pipeline.run(job, launches),

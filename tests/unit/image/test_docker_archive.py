@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,22 @@ def unpacked(path: Path, reference: str = "") -> list[str]:
 def test_an_image(tmp_path: Path, reference: str, packed: bool) -> None:
     docker_images.image(tmp_path / "d.tar", ONE, TWO, packed=packed)
     assert unpacked(tmp_path / "d.tar", reference) == ["file", "mine"]
+
+
+@pytest.mark.parametrize("kind", ["gnu", "pax"])
+def test_an_archive_with_sparse_files(tmp_path: Path, kind: str) -> None:
+    layer = docker_images.layer(("big", bytes(1 << 20)), ("mine", b"two"))
+    docker_images.image(tmp_path / "d.tar", layer)
+    (tmp_path / "parts").mkdir()
+    subprocess.run(["tar", "-xf", "d.tar", "-C", "parts"], cwd=tmp_path, check=True)
+    for path in (tmp_path / "parts").rglob("*"):
+        if path.is_file():
+            subprocess.run(["fallocate", "--dig-holes", path], check=True)
+    argv = ["tar", "-cSf", "d.tar", f"--format={kind}", "-C", "parts", "."]
+    subprocess.run(argv, cwd=tmp_path, check=True)
+    assert (tmp_path / "d.tar").stat().st_size < 1 << 20, "tar knows no holes here"
+    assert unpacked(tmp_path / "d.tar") == ["big", "mine"]
+    assert (tmp_path / "root/big").read_bytes() == bytes(1 << 20)
 
 
 def test_a_layer_by_another_name(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import subprocess
 import tarfile
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -22,6 +23,7 @@ from apptainer_py.image.oci_config import ImageConfig, parse_config
 from apptainer_py.image.oci_layers import Unpacker
 from apptainer_py.image.oci_layout import Layout, LayoutWrong, split_name
 from apptainer_py.image.oci_user import UserUnknown, find_user
+from tests.unit.image.test_oci_layers import SPARSE, sparse_tar
 
 INDEX = "application/vnd.oci.image.index.v1+json"
 LAYER = "application/vnd.oci.image.layer.v1.tar"
@@ -187,6 +189,63 @@ def test_an_index_in_an_index_is_for_this_machine(maker: Maker, tmp_path: Path) 
     maker.index(maker.document({"manifests": rows}, INDEX))
     unpacked(f"oci:{maker.path}", tmp_path / "root")
     assert os.listdir(tmp_path / "root") == ["yes"]
+
+
+def test_another_machine_is_chosen_by_its_variant_too(maker: Maker, tmp_path: Path) -> None:
+    rows = [
+        {
+            **maker.manifest(layer(name)),
+            "platform": {"os": "linux", "architecture": machine, "variant": variant},
+        }
+        for name, machine, variant in (
+            ("x", "amd64", ""), ("six", "arm", "v6"), ("seven", "arm", "v7"),
+        )
+    ]  # fmt: skip
+    maker.index(maker.document({"manifests": rows}, INDEX))
+    for number, (machine, variant, name) in enumerate(
+        [("arm", "v7", "seven"), ("arm", "7", "seven"), ("arm", "", "six"), ("", "", "x")]
+    ):
+        layout = Layout(f"oci:{maker.path}")
+        layout.take_machine(machine, variant)
+        image = layout.image()
+        root = tmp_path / str(number)
+        root.mkdir()
+        layout.unpack(image, Unpacker(str(root), owns_all=False))
+        layout.close()
+        assert os.listdir(root) == [name]
+    layout = Layout(f"oci:{maker.path}")
+    layout.take_machine("arm", "v5")
+    with pytest.raises(LayoutWrong, match="it has no image for arm v5"):
+        layout.image()
+    layout.close()
+
+
+@pytest.mark.parametrize(("kind", "options"), SPARSE, ids=str)
+def test_sparse_files_of_an_archive(
+    maker: Maker, tmp_path: Path, kind: str, options: list[str]
+) -> None:
+    data = sparse_tar(tmp_path, "gnu", [], (1 << 20, b"x"))
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        expected = archive.extractfile("holes").read()  # type: ignore[union-attr]
+    plain = io.BytesIO()
+    with tarfile.open(fileobj=plain, mode="w") as archive:
+        head = tarfile.TarInfo("big")
+        head.size = len(expected)
+        archive.addfile(head, io.BytesIO(expected))
+    row = maker.manifest(plain.getvalue())
+    maker.index(row)
+    # Files with holes, also where those are the layer's own empty blocks.
+    for path in (maker.path / "blobs/sha256").iterdir():
+        subprocess.run(["fallocate", "--dig-holes", path], check=True)
+    argv = ["tar", "--create", "--sparse", f"--format={kind}", *options, "-C", maker.path, "."]
+    made = subprocess.run(argv, capture_output=True, check=True).stdout
+    assert len(made) < 1 << 20, "tar knows no holes here"
+    (tmp_path / "x.tar").write_bytes(made)
+    (tmp_path / "out").mkdir()
+    layout = Layout(f"oci-archive:{tmp_path / 'x.tar'}", folder=str(tmp_path))
+    layout.unpack(layout.image(), Unpacker(str(tmp_path / "out"), owns_all=False))
+    layout.close()
+    assert (tmp_path / "out/big").read_bytes() == expected
 
 
 def test_a_damaged_layer_is_found(maker: Maker, tmp_path: Path) -> None:
