@@ -23,6 +23,7 @@ SQUASHFUSE = "/usr/bin/squashfuse_ll"
 # Without these, images that need one are refused with the package's name.
 MORE_SERVERS = ("/usr/bin/fuse2fs", "/usr/bin/fuse-overlayfs", "/usr/bin/gpgv")
 LIBEXEC = "libexec/apptainer-py"
+IMAGE_LAUNCHER = "run-singularity"
 
 
 class Refused(Exception):
@@ -312,6 +313,7 @@ def place_all(installation: Installation, built: Path, *, setuid: bool) -> None:
     installation.place(built / "starter-monitor", f"{libexec}/starter-monitor", 0o755)
     for name in ("apptainer-py", "apptainer-py-oci"):
         installation.place(built / name, f"{installation.prefix}/bin/{name}", 0o755)
+    place_image_launcher(installation, built)
     if setuid:
         installation.place(built / "starter", f"{libexec}/starter-suid", 0o711)
     # Where Debian's Python looks, if the prefix is /usr/local: programs of users import it.
@@ -321,6 +323,22 @@ def place_all(installation: Installation, built: Path, *, setuid: bool) -> None:
     if setuid:
         # Last of all: until here nothing new holds privilege, nor does a file of another name.
         os.chmod(f"{libexec}/starter-suid", 0o4711)
+
+
+def place_image_launcher(installation: Installation, built: Path) -> None:
+    """Place what the first line of a SIF file asks for, where no other program is that.
+
+    It is what `./image.sif` starts; another Apptainer's goes on to be that one's.
+    """
+    place = f"{installation.prefix}/bin/{IMAGE_LAUNCHER}"
+    for folder in ("/usr/local/bin", "/usr/bin", "/bin", os.path.dirname(place)):
+        found = f"{folder}/{IMAGE_LAUNCHER}"
+        if os.path.lexists(found) and not (found == place and place in installation.before.files):
+            return
+    script = built / IMAGE_LAUNCHER
+    program = f"{installation.prefix}/bin/apptainer-py"
+    script.write_text(f'#!/bin/sh\nexec {program} --quiet run "$@"\n')
+    installation.place(script, place, 0o755)
 
 
 def install(prefix: str, sysconfdir: str, *, setuid: bool) -> None:

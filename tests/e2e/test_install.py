@@ -34,6 +34,7 @@ MODES = {
     "lib/apptainer-py/apptainer-py.conf": 0o644,
     "lib/apptainer-py/apptainer_py/__init__.py": 0o644,
 }
+IMAGE_LAUNCHER = "run-singularity"
 PYC_UNCHECKED_HASH = 0b01
 
 
@@ -329,3 +330,30 @@ def test_demo_runs_as_an_ordinary_user(place, repository):
     assert re.search(r"\(uid [1-9]\d*\) in the apptainer-py demo image", done.stdout)
     assert "in the setuid flow" in done.stdout
     assert "apydemo" not in Path("/etc/passwd").read_text()
+
+
+def test_an_image_is_a_program_where_no_other_apptainer_has_that_name(installed, demo_sif) -> None:
+    script = installed.prefix / "bin" / IMAGE_LAUNCHER
+    others = [Path(folder, IMAGE_LAUNCHER) for folder in ("/usr/local/bin", "/usr/bin", "/bin")]
+    if any(other.exists() for other in others):
+        assert not script.exists()
+        pytest.skip("did not run: another Apptainer's run-singularity is on this machine")
+    image = installed.place / "image.sif"
+    shutil.copyfile(demo_sif, image)
+    image.chmod(0o755)
+    environment = {"PATH": f"{installed.prefix}/bin:/usr/bin:/bin", "HOME": "/"}
+    done = subprocess.run(
+        [image, "word"], env=environment, cwd="/", capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.long
+def test_the_name_of_another_one_is_left_alone(repository, place) -> None:
+    other = place / "prefix/bin" / IMAGE_LAUNCHER
+    other.parent.mkdir(parents=True)
+    other.write_text("#!/bin/sh\n")
+    options = ("--prefix", place / "prefix", "--sysconfdir", place / "etc", "--no-setuid")
+    assert run_install(repository, *options).returncode == 0
+    assert run_install(repository, *options, "--uninstall").returncode == 0
+    assert other.read_text() == "#!/bin/sh\n"
