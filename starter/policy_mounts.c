@@ -54,14 +54,16 @@ static bool is_device(const struct config *c, const char *source, const char *ta
     return false;
 }
 
-/* `bind path`: a path, or two with a colon between. */
+/* `bind path`: a path, or two with a colon between, behind which options may follow. */
 static bool is_bind_path(const struct config *c, const char *source, const char *target) {
     const char *item;
     for (size_t n = 0; (item = config_list_item(c, CONFIG_BIND_PATH, n)) != NULL; n++) {
         size_t length = strcspn(item, ":");
-        const char *second = item[length] && item[length + 1] ? item + length + 1 : NULL;
+        const char *second = item[length] ? item + length + 1 : "";
+        size_t most = strcspn(second, ":");
         if (strlen(source) == length && strncmp(source, item, length) == 0 &&
-            same(target, second ? second : source))
+            (most == 0 ? same(target, source)
+                       : strlen(target) == most && strncmp(target, second, most) == 0))
             return true;
     }
     return false;

@@ -251,6 +251,9 @@ def test_home(own, image, flow):
         own.configure(f"mount home = {value}")
         points = mounted(ran(own.run("exec", *flow, image.sif, *MOUNTS, cwd="/")))
         assert (own.user.pw_dir in points) == there
+    # What the user asks for is no default mount.
+    points = mounted(ran(own.run("exec", *flow, "-H", f"{image.place}:/h", image.sif, *MOUNTS)))
+    assert "/h" in points
 
 
 @covers("mount tmp")
@@ -316,6 +319,24 @@ def test_bind_path(own, image, flow):
     points = mounted(ran(own.run("exec", *flow, image.sif, *MOUNTS)))
     assert "/etc/hosts" not in points
     assert str(given) not in points
+
+
+@pytest.mark.parametrize("flow", [SETUID, USERNS])
+def test_bind_path_with_an_option(own, image, flow):
+    given = own.place / "given"
+    given.write_text("from the administrator\n")
+    os.chown(given, own.user.pw_uid, own.user.pw_gid)
+    for control in ("yes", "no"):
+        own.configure(f"bind path = {given}:/given:ro\nuser bind control = {control}")
+        done = own.run("exec", *flow, image.sif, "sh", "-c", "cat /given; echo x >/given")
+        assert done.stdout == "from the administrator\n", done.stderr
+        assert "ead-only file system" in done.stderr
+
+
+@pytest.mark.parametrize("item", ["/etc/hosts:relative", "/etc/hosts:/x:odd", "/etc/hosts:/x:ro:y"])
+def test_bind_path_that_is_none(own, image, item):
+    own.configure(f"bind path = {item}")
+    refused(own.run("exec", image.sif, "true"), f"`bind path = {item}` in the configuration")
 
 
 @covers("user bind control")

@@ -367,8 +367,7 @@ def _system_binds(p: Plan) -> None:
     if "bind-paths" in p.skipped:
         return
     for entry in entries:
-        source, _, target = entry.partition(":")
-        target = target or source
+        source, target, flags = _system_bind(entry)
         if target in p.skipped:
             continue
         standard = source in ("/etc/localtime", "/etc/hosts")
@@ -383,7 +382,20 @@ def _system_binds(p: Plan) -> None:
         if not os.path.exists(source):
             log.verbose(f"skipping mount of {source}: it does not exist")
             continue
-        p.bind(source, target, SYSTEM)
+        p.bind(source, target, SYSTEM, flags=flags)
+
+
+def _system_bind(entry: str) -> tuple[str, str, int]:
+    """Return source, target and flags of one item of `bind path`."""
+    source, *rest = entry.split(":")
+    target = (rest[0] if rest else "") or source
+    options = [word for word in rest[1:] if word not in ("", "rw")]
+    if not target.startswith("/") or options not in ([], ["ro"]):
+        raise LaunchError(
+            text=f"container creation failed: `bind path = {entry}` in the configuration is not a "
+            "path, SOURCE:TARGET or SOURCE:TARGET:ro; tell the administrator"
+        )
+    return source, target, protocol.BINDFLAG_READ_ONLY if options else 0
 
 
 def _kernel(p: Plan) -> None:
@@ -436,7 +448,9 @@ def _workdir(p: Plan, name: str, mode: int) -> str:
 
 def _home(p: Plan) -> None:
     user, action = p.prepared.user, p.action
-    if action.no_home or not p.wanted("home", "mount home"):
+    # What --home asks for is no default mount.
+    directive = "user bind control" if action.home else "mount home"
+    if action.no_home or not p.wanted("home", directive):
         return
     if user.home == "/":
         log.warning("Not mounting home directory: it is /")
