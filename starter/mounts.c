@@ -180,6 +180,22 @@ static const struct {
     {KERNELFS_TMPFS, "tmpfs", MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV},
 };
 
+/* What the kernel may leave out costs an option, not the launch. */
+static void set_options(const struct launch *l, const struct op_request *q, int fs) {
+    if (q->num[0] == KERNELFS_DEVPTS) {
+        (void)set_string(fs, "mode", "0620");
+        (void)set_string(fs, "ptmxmode", "0666");
+        if (l->flow != FLOW_USERNS && !fakeroot_wanted(l) && q->num[1] < 65536)
+            (void)set_number(fs, "gid", q->num[1]);
+    } else if (q->num[0] == KERNELFS_TMPFS) {
+        uint64_t most = config_uint(&l->config, CONFIG_SESSIONDIR_MAX_SIZE);
+        uint64_t mib = most > 0 && (q->num[2] == 0 || q->num[2] > most) ? most : q->num[2];
+        (void)set_string(fs, "mode", "1777");
+        if (l->flow == FLOW_SETUID || q->num[2] > 0)
+            (void)(mib > 0 && mib <= UINT64_MAX >> 20 ? set_number(fs, "size", mib << 20) : 0);
+    }
+}
+
 /* MOUNT(target; kind, tty gid or -1 | mode, size in MiB). */
 int op_mount(struct rpc *r, const struct op_request *q, struct op_reply *a, int *fd_out) {
     const struct launch *l = r->launch;
@@ -202,18 +218,8 @@ int op_mount(struct rpc *r, const struct op_request *q, struct op_reply *a, int 
     if (target < 0)
         return answer(a, ERR_TARGET, errno);
     int fs = sys_fsopen(kernel_filesystems[row].name), mount_fd = -1;
-    if (fs >= 0 && q->num[0] == KERNELFS_DEVPTS) {
-        (void)set_string(fs, "mode", "0620");
-        (void)set_string(fs, "ptmxmode", "0666");
-        if (l->flow != FLOW_USERNS && !fakeroot_wanted(l) && q->num[1] < 65536)
-            (void)set_number(fs, "gid", q->num[1]);
-    } else if (fs >= 0 && q->num[0] == KERNELFS_TMPFS) {
-        uint64_t most = config_uint(&l->config, CONFIG_SESSIONDIR_MAX_SIZE);
-        uint64_t mib = most > 0 && (q->num[2] == 0 || q->num[2] > most) ? most : q->num[2];
-        (void)set_string(fs, "mode", "1777");
-        if (l->flow == FLOW_SETUID || q->num[2] > 0)
-            (void)(mib > 0 && mib <= UINT64_MAX >> 20 ? set_number(fs, "size", mib << 20) : 0);
-    }
+    if (fs >= 0)
+        set_options(l, q, fs);
     (void)(fs < 0 ? 0 : set_string(fs, "source", kernel_filesystems[row].name));
     /* SAFE: file systems of the kernel's own, of the container's namespaces, from a closed list. */
     if (fs >= 0)

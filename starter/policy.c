@@ -116,6 +116,28 @@ static int fakeroot_plan(const struct launch *l, const struct container_plan *pl
 
 /* A caller other than root gets its own ids, and in the setuid flow no capability but granted
  * ones. */
+/* What the administrator's file leaves of a plan in the setuid flow. */
+static int setuid_plan(const struct launch *l, const struct container_plan *plan) {
+    const struct config *c = &l->config;
+    if ((plan->spaces & SPACE_PID && !config_bool(c, CONFIG_ALLOW_PID_NS)) ||
+        (plan->spaces & SPACE_IPC && !config_bool(c, CONFIG_ALLOW_IPC_NS)) ||
+        (plan->spaces & SPACE_UTS && !config_bool(c, CONFIG_ALLOW_UTS_NS)) ||
+        plan->spaces & SPACE_CGROUP || plan->flags & PLAN_METHODS ||
+        (plan->flags & PLAN_SLAVE && !config_bool(c, CONFIG_MOUNT_SLAVE)))
+        return ERR_REFUSED;
+    if (plan->flags & (PLAN_WRITABLE_LAYER | PLAN_USER_LAYER | PLAN_SERVED_LAYER) &&
+        config_enum(c, CONFIG_ENABLE_OVERLAY) == OVERLAY_NO)
+        return ERR_REFUSED;
+    if (plan->flags & PLAN_KERNEL_EXTFS && !config_bool(c, CONFIG_ALLOW_SETUID_MOUNT_EXTFS))
+        return ERR_REFUSED;
+    unsigned squashfs = config_enum(c, CONFIG_ALLOW_SETUID_MOUNT_SQUASHFS);
+    if (plan->flags & PLAN_KERNEL_IMAGE &&
+        (squashfs == SETUID_SQUASHFS_NO ||
+         (squashfs == SETUID_SQUASHFS_IFLIMITED && !policy_limits_images(l))))
+        return ERR_REFUSED;
+    return ERR_OK;
+}
+
 int policy_plan(const struct launch *l, const struct container_plan *plan) {
     const uint32_t spaces = SPACE_PID | SPACE_IPC | SPACE_UTS | SPACE_NET | SPACE_CGROUP;
     const uint32_t flags = PLAN_SHIM | PLAN_WRITABLE_LAYER | PLAN_KERNEL_IMAGE | PLAN_SLAVE |
@@ -123,7 +145,6 @@ int policy_plan(const struct launch *l, const struct container_plan *plan) {
                            PLAN_SERVED_LAYER | PLAN_KERNEL_EXTFS | PLAN_GROUPS | PLAN_FAKEROOT |
                            PLAN_SUBIDS | PLAN_INSTANCE | PLAN_JOIN | PLAN_JOIN_NET |
                            PLAN_SHARED | PLAN_BOOTED | PLAN_LABEL;
-    const struct config *c = &l->config;
     if ((plan->spaces & ~spaces) || (plan->flags & ~flags) ||
         plan->fuse_count > LIMIT_FUSE_DEVICES ||
         (plan->flags & PLAN_SERVED_LAYER && plan->fuse_count == 0) ||
@@ -153,25 +174,7 @@ int policy_plan(const struct launch *l, const struct container_plan *plan) {
         plan->flags & (PLAN_SETUID | PLAN_GROUPS) ||
         (!(plan->flags & PLAN_NO_NEW_PRIVS) && !root_inside))
         return ERR_REFUSED;
-    if (l->flow == FLOW_USERNS)
-        return ERR_OK;
-    if ((plan->spaces & SPACE_PID && !config_bool(c, CONFIG_ALLOW_PID_NS)) ||
-        (plan->spaces & SPACE_IPC && !config_bool(c, CONFIG_ALLOW_IPC_NS)) ||
-        (plan->spaces & SPACE_UTS && !config_bool(c, CONFIG_ALLOW_UTS_NS)) ||
-        plan->spaces & SPACE_CGROUP || plan->flags & PLAN_METHODS ||
-        (plan->flags & PLAN_SLAVE && !config_bool(c, CONFIG_MOUNT_SLAVE)))
-        return ERR_REFUSED;
-    if (plan->flags & (PLAN_WRITABLE_LAYER | PLAN_USER_LAYER | PLAN_SERVED_LAYER) &&
-        config_enum(c, CONFIG_ENABLE_OVERLAY) == OVERLAY_NO)
-        return ERR_REFUSED;
-    if (plan->flags & PLAN_KERNEL_EXTFS && !config_bool(c, CONFIG_ALLOW_SETUID_MOUNT_EXTFS))
-        return ERR_REFUSED;
-    unsigned squashfs = config_enum(c, CONFIG_ALLOW_SETUID_MOUNT_SQUASHFS);
-    if (plan->flags & PLAN_KERNEL_IMAGE &&
-        (squashfs == SETUID_SQUASHFS_NO ||
-         (squashfs == SETUID_SQUASHFS_IFLIMITED && !policy_limits_images(l))))
-        return ERR_REFUSED;
-    return ERR_OK;
+    return l->flow == FLOW_USERNS ? ERR_OK : setuid_plan(l, plan);
 }
 
 bool policy_limits_images(const struct launch *l) {

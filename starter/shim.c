@@ -48,6 +48,22 @@ static void forward(const struct signalfd_siginfo *info, pid_t payload, bool ins
         (void)kill(payload, number);
 }
 
+NO_RETURN static void pass_signals_on(int signals_fd, pid_t payload, bool instance) {
+    for (;;) {
+        /* Who has joined is nobody's child here, and its end tells nobody. */
+        struct pollfd signals = {.fd = signals_fd, .events = POLLIN};
+        reap(payload, instance);
+        if (ending && kill(-1, 0) < 0 && errno == ESRCH)
+            _exit(128 + ending);
+        if (ending && poll(&signals, 1, ENDING_MS) == 0)
+            continue;
+        struct signalfd_siginfo info;
+        ssize_t got = read(signals_fd, &info, sizeof(info));
+        if (got == (ssize_t)sizeof(info) && info.ssi_signo != SIGCHLD)
+            forward(&info, payload, instance);
+    }
+}
+
 NO_RETURN void shim_main(struct launch *l, pid_t rpc, pid_t stage2) {
     struct target_identity target;
     sigset_t all;
@@ -79,17 +95,5 @@ NO_RETURN void shim_main(struct launch *l, pid_t rpc, pid_t stage2) {
         close(i); /* a pipe of the caller's must see its end when the payload closes it */
     if (instance && own)
         (void)prctl(PR_SET_DUMPABLE, 1);
-    for (;;) {
-        /* Who has joined is nobody's child here, and its end tells nobody. */
-        struct pollfd signals = {.fd = fd, .events = POLLIN};
-        reap(stage2, instance);
-        if (ending && kill(-1, 0) < 0 && errno == ESRCH)
-            _exit(128 + ending);
-        if (ending && poll(&signals, 1, ENDING_MS) == 0)
-            continue;
-        struct signalfd_siginfo info;
-        ssize_t got = read(fd, &info, sizeof(info));
-        if (got == (ssize_t)sizeof(info) && info.ssi_signo != SIGCHLD)
-            forward(&info, stage2, instance);
-    }
+    pass_signals_on(fd, stage2, instance);
 }

@@ -32,6 +32,8 @@ _OWN = frozenset(("version",))
 
 
 class OptionRefused(NotSupported):
+    """The command has the option, and refuses it."""
+
     message = "{command}(): {name} is not supported yet"
 
 

@@ -10,7 +10,6 @@ from apptainer_py.base.errors import ApptainerError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from types import TracebackType
     from typing import BinaryIO
 
 _CHUNK = 1 << 20
@@ -37,12 +36,7 @@ class Digesting:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stopped = True
         self._thread.join()
 

@@ -20,7 +20,6 @@ from apptainer_py.kernel import _container
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from types import TracebackType
 
 # What Debian calls the package with a program.
 _PACKAGES = {
@@ -136,12 +135,7 @@ class _Prepared:
             raise ConveyorFailed(reason=reason) from None
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._leave()
 
     def _device(self, name: str) -> None:

@@ -10,7 +10,6 @@ from apptainer_py.image.oci_layers import remove_tree
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from types import TracebackType
     from typing import NoReturn
 
 _STREAMS = 3
@@ -52,12 +51,7 @@ class Folder:
     def __enter__(self) -> str:
         return self.path
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         os.write(self._held, b"\n")
         os.close(self._held)
         os.waitpid(self._sweeper, 0)

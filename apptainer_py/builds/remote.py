@@ -28,7 +28,6 @@ from apptainer_py.registry.client import (
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
-    from types import TracebackType
     from typing import Any
 
     from apptainer_py.builds.fetching import Fetching
@@ -258,12 +257,7 @@ class Arriving:
             thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stopped = True
 
     def fetch(self) -> None:

@@ -17,7 +17,6 @@ from apptainer_py.crypto import gocryptfs
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from types import TracebackType
     from typing import Any
 
 VARIABLES = tuple(
@@ -54,12 +53,7 @@ class Closed:
             self._before = _prctl(_PR_GET_DUMPABLE, 0)
             _prctl(_PR_SET_DUMPABLE, 0)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._wanted:
             _prctl(_PR_SET_DUMPABLE, self._before)
 

@@ -199,30 +199,38 @@ def _add(edits: Edits, asked: dict[str, Any]) -> None:
     for key in ("intelRdt", "netDevices"):
         if asked.get(key):
             raise ValueError(f"{key} is not supported")
-    for entry in asked.get("env") or ():
-        name, equals, value = entry.partition("=")
-        if not equals or not name:
-            raise ValueError(f"{entry!r} is no variable")
-        edits.environment[name] = value
-    for node in asked.get("deviceNodes") or ():
-        path = _absolute(node["path"])
-        edits.nodes.append(Node(host=_absolute(node.get("hostPath") or path), path=path))
-    for mount in asked.get("mounts") or ():
-        if (mount.get("type") or "bind") not in ("bind", "none"):
-            raise ValueError(f"a mount of type {mount['type']} is not supported")
-        edits.mounts.append(
-            Bound(
-                source=_absolute(mount["hostPath"]),
-                target=_absolute(mount["containerPath"]),
-                read_only="ro" in (mount.get("options") or ()),
-            )
-        )
-    for hook in asked.get("hooks") or ():
-        arguments = tuple(str(word) for word in hook.get("args") or ())
-        edits.hooks.append(
-            Hook(name=str(hook["hookName"]), path=_absolute(hook["path"]), arguments=arguments)
-        )
+    edits.environment.update(_variable(entry) for entry in asked.get("env") or ())
+    edits.nodes += [_node(entry) for entry in asked.get("deviceNodes") or ()]
+    edits.mounts += [_bound(entry) for entry in asked.get("mounts") or ()]
+    edits.hooks += [_hook(entry) for entry in asked.get("hooks") or ()]
     edits.groups += [int(number) for number in asked.get("additionalGids") or ()]
+
+
+def _variable(entry: str) -> tuple[str, str]:
+    name, equals, value = entry.partition("=")
+    if not equals or not name:
+        raise ValueError(f"{entry!r} is no variable")
+    return name, value
+
+
+def _node(entry: dict[str, Any]) -> Node:
+    path = _absolute(entry["path"])
+    return Node(host=_absolute(entry.get("hostPath") or path), path=path)
+
+
+def _bound(entry: dict[str, Any]) -> Bound:
+    if (entry.get("type") or "bind") not in ("bind", "none"):
+        raise ValueError(f"a mount of type {entry['type']} is not supported")
+    return Bound(
+        source=_absolute(entry["hostPath"]),
+        target=_absolute(entry["containerPath"]),
+        read_only="ro" in (entry.get("options") or ()),
+    )
+
+
+def _hook(entry: dict[str, Any]) -> Hook:
+    arguments = tuple(str(word) for word in entry.get("args") or ())
+    return Hook(name=str(entry["hookName"]), path=_absolute(entry["path"]), arguments=arguments)
 
 
 def _absolute(path: object) -> str:

@@ -41,6 +41,8 @@ class ExecGroup(Record):
 
 
 class Ecl(Record):
+    """The administrator's execution control list; with `legacy` old signatures count, too."""
+
     active: bool
     legacy: bool
     groups: tuple[ExecGroup, ...]

@@ -49,6 +49,8 @@ class BadName(ApptainerError):
 
 
 class LoggedOut(NotAllowed):
+    """The library wants to know who asks, and no token is kept for it."""
+
     hint = "log in with `{program} remote login`, if you have an account there"
 
 

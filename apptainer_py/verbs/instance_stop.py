@@ -16,7 +16,7 @@ from apptainer_py.runtime import instances
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 _LAST_WORDS_S = 5.0
 # What the init programs themselves say ends all that they have started.
@@ -75,31 +75,31 @@ def instance_stop(  # noqa: PLR0913 an option each
     """
     import signal
 
-    from apptainer_py.base.glob import BadPattern, name_test
-
     if not pattern and not everything:
         raise UsageError(text="invalid command")
     if user and uid != 0:
         raise StopForRoot
     wanted = signal.SIGKILL if force else signal_number(number) if number else 0
     owner = instances.owner_asked(user, uid, environ)
-    try:
-        fits = name_test("*" if everything else pattern)
-    except BadPattern:
-        text = "could not retrieve instance list: syntax error in pattern"
-        raise UsageError(text=text) from None
-    targets = []
-    for instance in instances.every(owner):
-        if fits(instance.name):
-            target = _take(instance, owner)
-            if target is not None:
-                targets.append(target)
+    fits = _test_of("*" if everything else pattern)
+    taken = [_take(instance, owner) for instance in instances.every(owner) if fits(instance.name)]
+    targets = [target for target in taken if target is not None]
     if not targets:
         raise UsageError(text="no instance found")
     _stop(targets, wanted, timeout_s)
     if uid == owner.uid:
         for target in targets:
             instances.forget(owner, target.instance.name)
+
+
+def _test_of(pattern: str) -> Callable[[str], object]:
+    from apptainer_py.base.glob import BadPattern, name_test
+
+    try:
+        return name_test(pattern)
+    except BadPattern:
+        text = "could not retrieve instance list: syntax error in pattern"
+        raise UsageError(text=text) from None
 
 
 def signal_number(text: str) -> int:

@@ -106,12 +106,7 @@ def update(call: OciCall, environment: Mapping[str, str]) -> str:
     for flag in ("l3-cache-schema", "mem-bw-schema"):
         if call.text(flag):
             raise ContainerError(text="Intel RDT: not supported by update yet")
-    path = call.text("resources") or call.text("from-file")
-    if call.apptainer and not path and not call.options:
-        raise ContainerError(text="you must specify --from-file")
-    resources = _of_file(path) if path else _of_flags(call)
-    if not isinstance(resources, dict):
-        raise ContainerError(text="the resources are no JSON object")
+    resources = _resources(call)
     state.lock()
     record = state.read_record()
     if state.status(record) == "stopped":
@@ -122,11 +117,7 @@ def update(call: OciCall, environment: Mapping[str, str]) -> str:
         raise ContainerError(text="the container has no control groups")
     # What a file does not name, or names as 0, is meant to stay.
     wanted = {name: value for name, value in resources.items() if name != "devices" and value}
-    merged = dict(groups.get("Resources") or {})
-    for name, value in wanted.items():
-        before = merged.get(name)
-        both = isinstance(before, dict) and isinstance(value, dict)
-        merged[name] = {**(before or {}), **value} if both else value
+    merged = _merged(groups.get("Resources") or {}, wanted)
     if record.flags & FLAG_SYSTEMD:
         # A property of systemd's may stand for two values: a quota is one in relation to a period.
         wanted = {name: merged[name] for name in wanted}
@@ -136,3 +127,23 @@ def update(call: OciCall, environment: Mapping[str, str]) -> str:
     known.setdefault("config", {})["cgroups"] = groups
     state.write(STATE, dumps(known).encode())
     return ""
+
+
+def _resources(call: OciCall) -> dict[str, Any]:
+    path = call.text("resources") or call.text("from-file")
+    if call.apptainer and not path and not call.options:
+        raise ContainerError(text="you must specify --from-file")
+    resources = _of_file(path) if path else _of_flags(call)
+    if not isinstance(resources, dict):
+        raise ContainerError(text="the resources are no JSON object")
+    return resources
+
+
+def _merged(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the limits that are known, with the wanted ones in their place, key by key."""
+    merged = dict(known)
+    for name, value in wanted.items():
+        before = merged.get(name)
+        both = isinstance(before, dict) and isinstance(value, dict)
+        merged[name] = {**(before or {}), **value} if both else value
+    return merged

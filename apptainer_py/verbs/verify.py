@@ -57,6 +57,11 @@ class Verdict(Record):
 
 
 class Task(Record):
+    """What is verified together: a group's signatures, and which of its objects they are to cover.
+
+    `is_whole` says that the group may have no object beside these.
+    """
+
     group: integrity.Group
     signatures: tuple[Descriptor, ...]
     objects: tuple[Descriptor, ...]

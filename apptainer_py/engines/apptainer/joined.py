@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 
 class NotAllowed(NotPermitted):
+    """The administrator's file does not let this caller join the namespace at that path."""
+
     message = '"{path}" is not an allowed netns path in {file}'
 
 

@@ -159,16 +159,7 @@ def prepare(context: PrepareContext, flags: int, caps: Capabilities) -> Joined:
     """
     action, facts = context.action, context.facts
     assert action is not None
-    if action.oci:
-        raise LaunchError(text="instances cannot be joined with --oci: leave it out")
-    for option in _REFUSED:
-        if getattr(action, option) != action._defaults[option]:
-            raise OfTheInstance(option=option.replace("_", "-"))
-    if action.apply_cgroups or limits_of(action):
-        log.warning(
-            "Resource limits & cgroups configuration are only applied to instances at instance "
-            "start."
-        )
+    _check_options(action)
     name = instances.check_name(action.image.removeprefix(PREFIX), _WHERE)
     owner = instances.owner(facts.uid, context.environment)
     found = instances.find(owner, name)
@@ -207,6 +198,20 @@ def prepare(context: PrepareContext, flags: int, caps: Capabilities) -> Joined:
         joined.groups = instances.read_at(context.process_fd, "cgroup")
         joined.bus = context.environment.get("DBUS_SESSION_BUS_ADDRESS", "") if facts.uid else ""
     return joined
+
+
+def _check_options(action: ActionRequest) -> None:
+    """Refuse what was settled when the instance was started; limits are ignored with a warning."""
+    if action.oci:
+        raise LaunchError(text="instances cannot be joined with --oci: leave it out")
+    for option in _REFUSED:
+        if getattr(action, option) != action._defaults[option]:
+            raise OfTheInstance(option=option.replace("_", "-"))
+    if action.apply_cgroups or limits_of(action):
+        log.warning(
+            "Resource limits & cgroups configuration are only applied to instances at instance "
+            "start."
+        )
 
 
 def bound(found: instances.Instance, caps: Capabilities) -> int:

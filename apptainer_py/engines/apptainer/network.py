@@ -88,13 +88,7 @@ def judge(
     if names == (NONE,):
         return None
     if names == (USER,):
-        from apptainer_py.engines.apptainer.joined import UserNetwork
-
-        arguments = cni.parse_arguments(action.network_args, names)
-        if arguments[0].pairs:
-            raise cni.NetworkWrong(text="the network user takes no argument but portmap")
-        cni.check_ports(arguments[0])
-        return UserNetwork(arguments[0], context)
+        return _users_own(action, context)
     user = facts.flow != protocol.FLOW_ROOT
     if action.fakeroot and user:
         names = _of_fakeroot(names)
@@ -109,6 +103,16 @@ def judge(
         cni.check_use(network, one)
     directory = str(facts.configuration["cni plugin path"])
     return Networks(names, networks, arguments, directory=directory, user=user)
+
+
+def _users_own(action: ActionRequest, context: PrepareContext) -> UserNetwork:
+    from apptainer_py.engines.apptainer.joined import UserNetwork
+
+    (arguments,) = cni.parse_arguments(action.network_args, (USER,))
+    if arguments.pairs:
+        raise cni.NetworkWrong(text="the network user takes no argument but portmap")
+    cni.check_ports(arguments)
+    return UserNetwork(arguments, context)
 
 
 def _are_listed(names: tuple[str, ...], configuration: Mapping[str, object]) -> bool:

@@ -236,12 +236,7 @@ def judge(
     degree = choose_fakeroot(prepared, action, facts)
     choose_root(prepared, action, context)
     choose_layer(prepared, action, facts)
-    if action.overlay or prepared.overlays or (action.writable and prepared.image.kind == "sif"):
-        from apptainer_py.engines.apptainer import layers
-
-        if prepared.image.kind == "sif":
-            layers.own_overlays(prepared, action, facts)
-        layers.add_overlays(prepared, action, facts)
+    choose_overlays(prepared, action, facts)
     spaces, flags = choose_spaces(prepared, action, facts)
     if degree:
         flags = degree.flags | flags & ~protocol.PLANFLAG_NO_NEW_PRIVS
@@ -250,13 +245,7 @@ def judge(
         flags |= prepared.networks.flags
     prepared.user = mounts.find_user(facts, action, context.environment, as_root=degree is not None)
     if action.instance:
-        from apptainer_py.engines.apptainer.instance import Service
-
-        parts = prepared.fakeroot.parts if prepared.fakeroot else ()
-        prepared.service = Service(
-            action, context, prepared.image.realpath, parts, limited=prepared.limits is not None
-        )
-        context.streams = prepared.service.streams
+        become_service(prepared, action, context)
     plan = ContainerPlan(
         image=prepared.image.realpath,
         uid=0 if degree else facts.uid,
@@ -288,6 +277,28 @@ def judge(
     plan = plan.replace(fuse_count=prepared.fuse_count)
     context.plan(share(prepared, action, context, plan, (environment, binds)))
     return prepared
+
+
+def choose_overlays(prepared: Prepared, action: ActionRequest, facts: Facts) -> None:
+    """Open the overlays that are asked for, and those that a SIF file has itself."""
+    is_sif = prepared.image.kind == "sif"
+    if action.overlay or prepared.overlays or (action.writable and is_sif):
+        from apptainer_py.engines.apptainer import layers
+
+        if is_sif:
+            layers.own_overlays(prepared, action, facts)
+        layers.add_overlays(prepared, action, facts)
+
+
+def become_service(prepared: Prepared, action: ActionRequest, context: PrepareContext) -> None:
+    """Take the instance's name, and its files of output in place of the caller's streams."""
+    from apptainer_py.engines.apptainer.instance import Service
+
+    parts = prepared.fakeroot.parts if prepared.fakeroot else ()
+    prepared.service = Service(
+        action, context, prepared.image.realpath, parts, limited=prepared.limits is not None
+    )
+    context.streams = prepared.service.streams
 
 
 def share(
