@@ -8,6 +8,7 @@ from typing import Any
 from apptainer_py.engines.oci.compile import compile_bundle
 from apptainer_py.model import protocol
 from apptainer_py.model.oci_plan import CgroupWish, CreateOptions, HostFacts, OciPlan, Row
+from tests import oci_spec
 
 GONE = object()
 BUNDLE = "/bundle"
@@ -33,70 +34,13 @@ HOST = HostFacts(
     mount_cgroups=cgroup_rows,
 )
 
-_CAPABILITIES = ["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"]
-
-SPEC: dict[str, Any] = {
-    "ociVersion": "1.2.1",
-    "process": {
-        "terminal": True,
-        "user": {"uid": 0, "gid": 0},
-        "args": ["sh"],
-        "env": [
-            "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-            "TERM=xterm",
-        ],
-        "cwd": "/",
-        "capabilities": {
-            "bounding": _CAPABILITIES,
-            "effective": _CAPABILITIES,
-            "permitted": _CAPABILITIES,
-        },
-        "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 1024, "soft": 1024}],
-        "noNewPrivileges": True,
-    },
-    "root": {"path": "rootfs", "readonly": True},
-    "hostname": "runc",
-    "mounts": [
-        {"destination": "/proc", "type": "proc", "source": "proc"},
-        {
-            "destination": "/dev",
-            "type": "tmpfs",
-            "source": "tmpfs",
-            "options": ["nosuid", "strictatime", "mode=755", "size=65536k"],
-        },
-        {
-            "destination": "/dev/pts",
-            "type": "devpts",
-            "source": "devpts",
-            "options": [
-                "nosuid",
-                "noexec",
-                "newinstance",
-                "ptmxmode=0666",
-                "mode=0620",
-                "gid=5",
-            ],
-        },
-        {
-            "destination": "/sys",
-            "type": "sysfs",
-            "source": "sysfs",
-            "options": ["nosuid", "noexec", "nodev", "ro"],
-        },
-        {
-            "destination": "/sys/fs/cgroup",
-            "type": "cgroup",
-            "source": "cgroup",
-            "options": ["nosuid", "noexec", "nodev", "relatime", "ro"],
-        },
-    ],
-    "linux": {
-        "resources": {"devices": [{"allow": False, "access": "rwm"}]},
-        "namespaces": [{"type": name} for name in SPACES],
-        "maskedPaths": ["/proc/acpi", "/proc/kcore"],
-        "readonlyPaths": ["/proc/bus", "/proc/sys"],
-    },
-}
+# Of the paths that are hidden, and of the mounts, as many as a test needs.
+_TARGETS = ("/proc", "/dev", "/dev/pts", "/sys", "/sys/fs/cgroup")
+SPEC: dict[str, Any] = copy.deepcopy(oci_spec.SPEC)
+SPEC["process"]["terminal"] = True
+SPEC["mounts"] = [mount for mount in SPEC["mounts"] if mount["destination"] in _TARGETS]
+SPEC["linux"]["maskedPaths"] = ["/proc/acpi", "/proc/kcore"]
+SPEC["linux"]["readonlyPaths"] = ["/proc/bus", "/proc/sys"]
 
 
 def edited(*changes: tuple[str, Any]) -> dict[str, Any]:

@@ -39,6 +39,16 @@ class Outcome(Record):
     exit_code: int = 0
 
 
+class _Findings(Record):
+    """What `config check` has found: `notes` are directives that are not enforced, and values."""
+
+    name: str
+    problems: tuple[Problem, ...]
+    obstacles: tuple[str, ...]
+    notes: tuple[tuple[Directive, str], ...]
+    warnings: tuple[str, ...]
+
+
 def config_check(*, file: str | None = None, as_json: bool = False) -> Outcome:
     """Say what is wrong with the file, what is not enforced, and why the setuid flow is refused.
 
@@ -52,10 +62,10 @@ def config_check(*, file: str | None = None, as_json: bool = False) -> Outcome:
     notes = _not_enforced(reading) if reading else ()
     warnings = _warnings(reading) if reading else ()
     failed = bool(problems) or reading is None or (bool(obstacles) and not absent)
-    if as_json:
-        text = _check_json(name, problems, obstacles, notes, warnings)
-    else:
-        text = _check_text(name, problems, obstacles, notes, warnings)
+    found = _Findings(
+        name=name, problems=problems, obstacles=obstacles, notes=notes, warnings=warnings
+    )
+    text = _check_json(found) if as_json else _check_text(found)
     return Outcome(text=text, exit_code=REFUSED if failed else 0)
 
 
@@ -119,19 +129,15 @@ def _unknown_names(reading: Reading) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _check_text(
-    name: str,
-    problems: tuple[Problem, ...],
-    obstacles: tuple[str, ...],
-    notes: tuple[tuple[Directive, str], ...],
-    warnings: tuple[str, ...],
-) -> str:
-    lines = [f"wrong: {problem}" for problem in problems]
-    lines += [f"not enforced: {row.key} = {value}: {_consequence(row)}" for row, value in notes]
-    lines += [f"warning: {text}" for text in warnings]
-    lines += [f"setuid flow refused: {text}" for text in obstacles]
-    if not obstacles:
-        lines.append(f"{name}: good; the setuid flow is allowed")
+def _check_text(found: _Findings) -> str:
+    lines = [f"wrong: {problem}" for problem in found.problems]
+    lines += [
+        f"not enforced: {row.key} = {value}: {_consequence(row)}" for row, value in found.notes
+    ]
+    lines += [f"warning: {text}" for text in found.warnings]
+    lines += [f"setuid flow refused: {text}" for text in found.obstacles]
+    if not found.obstacles:
+        lines.append(f"{found.name}: good; the setuid flow is allowed")
     return "".join(f"{_shown(line)}\n" for line in lines)
 
 
@@ -143,18 +149,12 @@ def _shown(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _check_json(
-    name: str,
-    problems: tuple[Problem, ...],
-    obstacles: tuple[str, ...],
-    notes: tuple[tuple[Directive, str], ...],
-    warnings: tuple[str, ...],
-) -> str:
+def _check_json(found: _Findings) -> str:
     return _json(
         {
-            "file": name,
-            "problems": [problem.asdict() for problem in problems],
-            "setuid": {"allowed": not obstacles, "reasons": list(obstacles)},
+            "file": found.name,
+            "problems": [problem.asdict() for problem in found.problems],
+            "setuid": {"allowed": not found.obstacles, "reasons": list(found.obstacles)},
             "notEnforced": [
                 {
                     "key": row.key,
@@ -162,9 +162,9 @@ def _check_json(
                     "enforcement": row.enforcement,
                     "text": _consequence(row),
                 }
-                for row, value in notes
+                for row, value in found.notes
             ],
-            "warnings": list(warnings),
+            "warnings": list(found.warnings),
         }
     )
 
