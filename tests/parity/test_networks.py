@@ -143,6 +143,7 @@ NETWORKS = [
     "--net --dns 192.0.2.1,2001:db8::1 --hostname box",
     "--hostname box",
     "--net --hostname box.example.org",
+    "--hostname " + "a" * 64,
     "--net -C",
     "--net --uts",
     "--network nope",
@@ -175,13 +176,21 @@ LIMITS = [
 ]
 
 
+def some(lines: list[str], every: int) -> list[object]:
+    """Return the lines, of which a run that is not long takes one in so many."""
+    return [
+        pytest.param(line, marks=[pytest.mark.long] if at % every else [])
+        for at, line in enumerate(lines)
+    ]
+
+
 # Of these the message is our own, and why.
 DIFFERS = {
     "--network-args portmap=x:80/tcp": "no names of the functions that found out",
 }
 
 
-@pytest.mark.parametrize("options", NETWORKS)
+@pytest.mark.parametrize("options", some(NETWORKS, 7))
 def test_networks(both: Both, hosts: list[Host], options: str) -> None:
     real, ours = (both.run(which, host, options) for which, host in enumerate(hosts))
     if options in DIFFERS:
@@ -189,7 +198,7 @@ def test_networks(both: Both, hosts: list[Host], options: str) -> None:
     assert ours == real
 
 
-@pytest.mark.parametrize("options", LIMITS)
+@pytest.mark.parametrize("options", some(LIMITS, 4))
 def test_limits(both: Both, hosts: list[Host], options: str, tmp_path: Path) -> None:
     names = {"file": tmp_path / "limits.toml", "devices": tmp_path / "devices.toml"}
     names["file"].write_text(

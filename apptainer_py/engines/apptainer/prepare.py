@@ -633,7 +633,7 @@ def check_hostname(name: str) -> str:
         and part[-1] != "-"
         for part in parts
     )
-    if not fit or len(name) > 63:
+    if not fit or len(name) >= protocol.LIMIT_HOSTNAME_BYTES:
         raise LaunchError(
             text=f"container creation failed: unable to add {name} to hostname file: {name} is not "
             "a valid hostname"
