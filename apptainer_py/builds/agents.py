@@ -321,6 +321,8 @@ def _show_as_it_is(image: OpenImage, root: str) -> None:
     with os.scandir(source) as entries:
         for entry in entries:
             is_folder = entry.is_dir(follow_symlinks=False)
+            if is_folder and os.path.ismount(entry.path):
+                continue  # the layer shows what is below it
             if is_folder and entry.name not in changed:
                 shown.append(entry.name)
             elif _has_links(entry.path) if is_folder else _links_of(entry.path) > 1:

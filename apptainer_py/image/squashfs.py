@@ -339,6 +339,8 @@ def _last_line(text: bytes, status: int) -> str:
     # What is wrong with an option stands before a long list of those that there are.
     said = text.decode("utf-8", "replace").partition("\nSYNTAX:")[0]
     lines = [line for line in said.splitlines() if line.strip()]
+    # A last line that says only what failed has another one before it that says why.
+    lines += [line for line in lines[-2:] if " because " in line]
     return lines[-1].strip() if lines else f"status {status}"
 
 

@@ -227,11 +227,17 @@ def _check_target(request: Request) -> None:
             raise TargetRefused(reason=f"{target} is no regular file")
     elif request.update:
         raise TargetRefused(reason=f"{target} does not exist, and cannot be updated")
-    above = os.path.dirname(os.path.abspath(target))
+    _check_above(os.path.dirname(os.path.abspath(target)))
+
+
+def _check_above(above: str) -> None:
     if not os.path.isdir(above):
         raise TargetRefused(reason=f"the directory {above} does not exist")
     if not os.access(above, os.W_OK | os.X_OK):
-        raise TargetRefused(reason=f"no permission to write in {above}")
+        reason = f"no permission to write in {above}"
+        if os.statvfs(above).f_flag & os.ST_RDONLY:
+            reason = f"{above} is on a read-only file system"
+        raise TargetRefused(reason=reason)
 
 
 def _check_directory(request: Request) -> None:

@@ -136,6 +136,15 @@ def test_many_files_of_one_size_are_not_compared(tmp_path, monkeypatch):
     assert sizes[0] < sizes[1]
 
 
+def test_a_full_disk_is_named(tmp_path):
+    program = tmp_path / "packer"
+    lines = ("Write failed because No space left on device", "FATAL ERROR: Failed to write")
+    program.write_text("#!/bin/sh\n" + "".join(f"echo '{one}' >&2\n" for one in lines) + "exit 1\n")
+    program.chmod(0o755)
+    with pytest.raises(squashfs.PackFailed, match=r"No space left on device$"):
+        squashfs.pack(str(tmp_path), str(tmp_path / "out"), squashfs.Packing(program=str(program)))
+
+
 def test_what_is_done_meanwhile_may_fail(tmp_path, monkeypatch):
     started, start = [], subprocess.Popen
     monkeypatch.setattr(
