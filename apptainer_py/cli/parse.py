@@ -7,7 +7,7 @@ never abbreviated. Texts of errors are Apptainer's, because scripts compare them
 from __future__ import annotations
 
 from apptainer_py.base.errors import ApptainerError, NotSupported, UsageError
-from apptainer_py.base.log import DEBUG, ERROR, INFO, LOG, VERBOSE
+from apptainer_py.base.log import DEBUG, ERROR, INFO, LOG, VERBOSE, WARN
 from apptainer_py.cli.options import CommandLineWrong, Options, note_on_prefix
 from apptainer_py.cli.table import (
     ACTIONS,
@@ -19,6 +19,7 @@ from apptainer_py.cli.table import (
     IMPLIED,
     INSTANCES,
     LAYOUTS,
+    OF_STARTS,
     PREFIXES,
     PROGRAM,
     REFUSED,
@@ -78,6 +79,10 @@ class UnfitName(ApptainerError):
     )
 
 
+class JoinedByOci(ApptainerError):
+    message = "instances cannot be joined with --oci: leave it out"
+
+
 class UnknownTransport(ApptainerError):
     message = "Unsupported transport type: {name}"
 
@@ -103,6 +108,8 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str]) -> ActionRequest
         return Parsed(command=command, options={}, help=True)
     _check_count(command, rest)
     notes = outer.notes + inner.notes
+    if command in ACTIONS and transport(rest[0]) == "instance":
+        notes += _without_effect(inner)
     notes += outer.read_environment(environ)
     notes += inner.read_environment(environ)
     outer.refuse()
@@ -113,6 +120,19 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str]) -> ActionRequest
             return Parsed(command=FETCH, options=inner.values, arguments=tuple(rest), **general)
         return _action(command, inner.values, rest, general)
     return Parsed(command=command, options=inner.values, arguments=tuple(rest), **general)
+
+
+def _without_effect(typed: Options) -> tuple[tuple[int, str], ...]:
+    """Return what to say of typed options that change nothing of an instance that runs.
+
+    Variables are often set for every launch, so nothing is said of these.
+    """
+    switched = (name for name in typed.given & OF_STARTS if typed.values[name] is not False)
+    names = ", ".join(f"--{name}" for name in sorted(switched))
+    if not names:
+        return ()
+    text = f"{names}: without effect on an instance that runs; for `instance start`"
+    return ((WARN, text),)
 
 
 def foreign(arguments: Sequence[str], environ: Mapping[str, str]) -> Parsed:
@@ -243,6 +263,8 @@ def _action(
     kind = transport(image)
     if kind and not (kind == "instance" and command in ACTIONS):
         _check_transport(kind, image)
+    if kind == "instance" and values.get("oci"):
+        raise JoinedByOci
     wanted = dict(values)
     if command in INSTANCES:
         wanted["instance"], *arguments = arguments

@@ -635,6 +635,15 @@ DEPRECATED: Final = {
 SYNONYMS: Final = {"pwd": "cwd", "nohttps": "no-https"}
 # These are collected from the command line and the environment, the others taken from one.
 ADDING: Final = ("bind", "mount")
+# What is settled when an instance starts; who joins it cannot change that. Other words say so for
+# limits and for --fakeroot.
+OF_STARTS: Final = frozenset((
+    "bind", "cdi-dirs", "compat", "contain", "containall", "containlibs", "device", "dns",
+    "fusemount", "home", "hostname", "intel-hpu", "ipc", "mount", "net", "netns-path", "network",
+    "network-args", "no-home", "no-init", "no-mount", "no-pid", "nv", "nvccli", "overlay",
+    "passphrase", "pem-path", "pid", "rocm", "scratch", "unsquash", "uts", "workdir",
+    "writable", "writable-tmpfs",
+))  # fmt: skip
 # An option on the left switches those on the right on.
 IMPLIED: Final = (
     ("compat", ("containall", "no-init", "no-umask", "no-eval", "writable-tmpfs")),

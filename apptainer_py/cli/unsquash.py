@@ -3,6 +3,9 @@
 front ── sweeper: the sweeper removes the directory when the front and what it has started are gone,
 whichever of them was killed; an instance's, when its keeper has ended. What a killed sweeper leaves
 is not locked any more, and goes with the next such launch, unless it is a running instance's.
+
+The launch judges the directory; the image is judged here, by its owner, group, path and signers.
+As anybody may unpack it with other tools, `allow container dir = no` is what forbids directories.
 """
 
 from __future__ import annotations
@@ -57,6 +60,7 @@ def start(action: ActionRequest, typed: Sequence[str], environ: Mapping[str, str
     folder = _Folder(environ, action.instance)
     stays = False
     try:
+        image = _judged(image, folder.above, action)
         log.info("Converting SIF file to temporary sandbox...")
         _unpack(image, folder.root)
         status = folder.run(line(folder.root), kept)
@@ -80,6 +84,56 @@ def _image(path: str) -> OpenImage | None:
         return image
     os.close(image.fd)
     return None
+
+
+class _Caller:
+    """Whoever asks, in the flow that the launch will most likely have."""
+
+    def __init__(self, *, userns: bool) -> None:
+        from apptainer_py.base import build as facts
+        from apptainer_py.kernel._starter import default_config, parse_config
+        from apptainer_py.model import protocol
+
+        self.flow = protocol.FLOW_ROOT
+        if os.geteuid():
+            setuid = not userns and os.access(facts.STARTER_SUID, os.X_OK)
+            self.flow = protocol.FLOW_SETUID if setuid else protocol.FLOW_USERNS
+        try:
+            found = parse_config(facts.CONFIG_FILE, require_root_owned=False)
+        except FileNotFoundError:
+            found = default_config()
+        self.configuration: Mapping[str, object] = found[0]
+
+
+def _judged(image: OpenImage, folder: str, action: ActionRequest) -> OpenImage:
+    """Return what may be unpacked.
+
+    Where signatures count it is a copy, which nobody changes between the look and the use.
+    """
+    from apptainer_py.engines.apptainer import policy
+
+    if policy.has_ecl() and image.kind == "sif":
+        copy = _copy(image.fd, folder)
+        os.close(image.fd)
+        image = image.replace(fd=copy)
+    policy.check_limits(_Caller(userns=action.userns), image)
+    return image
+
+
+def _copy(fd: int, folder: str) -> int:
+    """Return a descriptor of a file without a name."""
+    import tempfile
+
+    try:
+        with tempfile.TemporaryFile(dir=folder) as target:
+            at = 0
+            while count := os.sendfile(target.fileno(), fd, at, 1 << 30):
+                at += count
+            return os.dup(target.fileno())
+    except OSError as error:
+        reason = (error.strerror or "").lower()
+        text = f"--unsquash: cannot copy the image, whose signature counts, to {folder}: {reason}"
+        raise LaunchError(text=text) from None
 
 
 def _unpack(image: OpenImage, root: str) -> None:
@@ -133,7 +187,7 @@ class _Folder:
 
         self._instance, self._environ = instance, environ
         named = os.path.abspath(temporary_directory(environ))
-        above = f"{named}/apptainer-py-unsquash-{os.geteuid()}"
+        self.above = above = f"{named}/apptainer-py-unsquash-{os.geteuid()}"
         own_directory(above)
         self._above = os.open(above, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
         # Nobody sees it before it is locked.

@@ -6,7 +6,13 @@ import os
 import pwd
 from pathlib import Path
 
-FLOWS = {"setuid": [], "userns": ["-u"], "root": [], "fakeroot": ["-f"]}
+FLOWS = {
+    "setuid": [],
+    "userns": ["-u"],
+    "root": [],
+    "fakeroot": ["-f"],
+    "fakeroot-u": ["-u", "-f"],
+}
 NAMESPACES = ("user", "mnt", "pid", "ipc", "uts", "net", "cgroup", "time")
 PAYLOAD_BIRTH = "EXEC_PAYLOAD"
 # Which hooks of an engine run where.
@@ -26,8 +32,8 @@ HOOKS = {
 # payload after its execve is dumpable; no set is inheritable or ambient. Words: mixed is (user, 0,
 # 0, user); all is what the caller's bounding set, or root, permits; own the caller's bounding set;
 # admin is CAP_SYS_ADMIN. Namespaces: those of the host, of the container, or the host's but for the
-# user namespace (inner). Of fakeroot, which is the setuid flow with -f: inner ids are root's of the
-# container's namespace, the user's outside; every is all that the kernel knows, in all five sets.
+# user namespace (inner). Of fakeroot, the setuid flow with -f, and fakeroot-u: inner ids are root's
+# of the container's namespace, the user's outside; every is all that the kernel knows, in all sets.
 TABLE = """
 flow    process       ids    effective  permitted  bounding  no_new_privs  namespaces
 setuid  KEEPER        mixed  none       all        all       no            host
@@ -68,6 +74,14 @@ fakeroot IMAGE_SERVER user   none       none       none      yes           host
 fakeroot SHIM         inner  every      every      every     yes           container
 fakeroot STAGE2       inner  every      every      every     yes           container
 fakeroot payload      inner  every      every      every     yes           container
+fakeroot-u KEEPER       user   none       none       own       no            host
+fakeroot-u dropped      user   none       none       own       yes           host
+fakeroot-u MASTER       user   none       none       own       yes           host
+fakeroot-u RPC          inner  every      every      every     no            container
+fakeroot-u IMAGE_SERVER user   none       none       own       yes           host
+fakeroot-u SHIM         inner  every      every      every     yes           container
+fakeroot-u STAGE2       inner  every      every      every     yes           container
+fakeroot-u payload      inner  every      every      every     yes           container
 """
 
 
@@ -110,7 +124,7 @@ def expected(
     inner = row["ids"] == "inner" and not outside
     user, group = (0, 0) if inner else (who.pw_uid, who.pw_gid)
     spaces = {"host": set(), "inner": {"user"}, "container": set(differing)}[row["namespaces"]]
-    if row["flow"] in ("userns", "fakeroot") and row["namespaces"] == "container":
+    if row["flow"] in ("userns", "fakeroot", "fakeroot-u") and row["namespaces"] == "container":
         spaces |= {"user"}
     return {
         "uid": [user, 0, 0, user] if row["ids"] == "mixed" else [user] * 4,

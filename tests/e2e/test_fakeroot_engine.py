@@ -101,21 +101,40 @@ def test_the_setuid_flow_has_ranges_alone(own):
     assert done.stdout == ""
 
 
-def test_every_hook_runs_as_its_stage(own, user_tmp):
+# The rows of identities.py; with one id there is nobody whom a program could become.
+KINDS = {
+    "setuid": ("setuid", "ranges", "fakeroot", "yes"),
+    "userns": ("userns", "ranges", "fakeroot-u", "yes"),
+    "userns, one id": ("userns", "one", "fakeroot-u", "no"),
+}
+INSIDE = ("STAGE2", "payload")
+MINE = {"mnt"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_process_and_hook_has_the_identity_of_the_table(own, user_tmp, kind):
     user_tmp.chmod(0o777)
-    trace = user_tmp / "trace"
-    assert run(own, "setuid", "/bin/true", trace=trace).returncode == 0
+    trace, (flow, degree, name, limited) = user_tmp / "trace", KINDS[kind]
+    assert run(own, flow, "/bin/true", degree=degree, trace=trace).returncode == 0
     events = [json.loads(line) for line in trace.read_text().splitlines()]
+    who, rows = pwd.getpwuid(own.user.pw_uid), table(name)
+    wanted = {
+        process: expected(row | ({"no_new_privs": limited} if process in INSIDE else {}), who, MINE)
+        for process, row in rows.items()
+    }
+    processes = [event for event in events if event["event"] == "process"]
+    keeper = [traced(event) for event in processes if event["process"] == "KEEPER"]
+    assert keeper == [wanted["KEEPER"], wanted["dropped"]]
+    others = [event for event in processes if event["process"] != "KEEPER"]
+    assert sorted(event["process"] for event in others) == ["MASTER", "RPC", "STAGE2"]
     hooks = [event for event in events if event["event"] == "hook"]
-    who, rows = pwd.getpwuid(own.user.pw_uid), table("fakeroot")
+    for event in others + hooks:
+        assert traced(event) == wanted[event["process"]], (event["process"], event.get("name"))
     for process, names in HOOKS.items():
-        mine = [event for event in hooks if event["process"] == process]
-        assert [event["name"] for event in mine] == names
-        for event in mine:
-            assert traced(event) == expected(rows[process], who, {"mnt"}), event["name"]
+        assert [event["name"] for event in hooks if event["process"] == process] == names
     assert {event["process"] for event in hooks} == set(HOOKS)
     births = [event for event in events if event.get("name") == "EXEC_PAYLOAD"]
-    assert [traced(event) for event in births] == [expected(rows["STAGE2"], who, {"mnt"})]
+    assert [traced(event) for event in births] == [wanted["STAGE2"]]
 
 
 @pytest.mark.parametrize(

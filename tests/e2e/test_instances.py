@@ -250,6 +250,12 @@ def test_options_of_exec(own: Instances, image: Path, user_tmp: Path) -> None:
     assert done.stdout == "bound\nelsewhere\nwritten\n"
     again = own.run("exec", "instance://apy-test-1", "stat", "-c", "%n", "/etc/new")
     assert again.stdout == "/etc/new\n"
+    done = own.run("exec", "--net", "-B", "/etc", "--nv", "instance://apy-test-1", "uname", "-n")
+    assert (done.returncode, done.stdout) == (0, "elsewhere\n")
+    assert done.stderr == (
+        "WARNING: --bind, --net, --nv: without effect on an instance that runs; for "
+        "`instance start`\n"
+    )
 
 
 def test_run_and_its_arguments(own: Instances, image: Path) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +14,12 @@ from types import SimpleNamespace
 import pytest
 
 from apptainer_py.base.errors import ApptainerError
+from apptainer_py.cli import unsquash
 from apptainer_py.crypto import openpgp
 from apptainer_py.engines.apptainer import ecl as judge
+from apptainer_py.engines.apptainer import policy
 from apptainer_py.host.ecl import ExecGroup
-from apptainer_py.image import integrity, sif
+from apptainer_py.image import detect, integrity, sif
 from tests import fixtures, images
 from tests.own_install import Installation
 
@@ -164,6 +167,55 @@ def test_an_image_that_is_started_with_oci_is_judged_too(own, signed):
         done = own.run("exec", "--oci", signed.second, "echo", "ran")
         assert said in done.stderr
         assert (REQUIRED in done.stderr, "ran" in done.stdout) == (bool(said), not said)
+
+
+@pytest.mark.parametrize("flow", sorted(FLOWS))
+def test_an_image_that_is_unpacked_is_judged_too(own, signed, flow):
+    write_list(own, signed, rule("whitelist", FIRST))
+    options, root = FLOWS[flow]
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as place:
+        os.chmod(place, 0o1777)
+        for image, said in ((signed.first, ""), (signed.second, REQUIRED), (signed.none, UNSIGNED)):
+            words = ("exec", *options, "--unsquash", image, "echo", "ran")
+            done = own.run(*words, root=root, env={"APPTAINER_TMPDIR": place})
+            assert (done.returncode, done.stdout) == ((255, "") if said else (0, "ran\n"))
+            wanted = f"FATAL:   while checking container image with ECL: {said}\n"
+            assert not said or wanted in done.stderr
+            assert [list(above.iterdir()) for above in Path(place).iterdir()] == [[]]
+
+
+@pytest.mark.parametrize("owner", ["root", "me"])
+def test_an_image_that_is_unpacked_is_limited_too(own, signed, owner):
+    for name in ("ecl.toml", "global-pgp-public"):
+        (own.sysconfdir / name).unlink(missing_ok=True)
+    own.configure(f"limit container owners = {'root' if owner == 'root' else own.user.pw_name}")
+    done = own.run("exec", "--unsquash", signed.none, "echo", "ran")
+    own.configure()
+    if owner == "me":
+        assert (done.returncode, done.stdout) == (0, "ran\n"), done.stderr
+        return
+    assert (done.returncode, done.stdout) == (255, "")
+    assert done.stderr == "FATAL:   apptainer image is not owned by required user(s)\n"
+
+
+def test_what_is_unpacked_is_what_was_judged(signed, tmp_path, monkeypatch):
+    """Whoever owns the file writes to it once its signature has been looked at."""
+    file = tmp_path / "image.sif"
+    shutil.copy(signed.first, file)
+    file.chmod(0o644)
+    whole = file.read_bytes()
+    image = detect.open_image(str(file))
+
+    def look(_caller: object, judged: detect.OpenImage) -> None:
+        assert os.pread(judged.fd, len(whole) + 1, 0) == whole
+        file.write_bytes(b"another" * 1000)
+
+    monkeypatch.setattr(policy, "has_ecl", lambda: True)
+    monkeypatch.setattr(policy, "check_limits", look)
+    used = unsquash._judged(image, str(tmp_path), SimpleNamespace(userns=False))
+    assert os.pread(used.fd, len(whole) + 1, 0) == whole
+    os.close(used.fd)
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_the_directory_decides_which_rule(own, signed):

@@ -12,9 +12,9 @@ from apptainer_py.model import protocol
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from apptainer_py.engines.apptainer.policy import Caller
     from apptainer_py.host.ecl import ExecGroup
     from apptainer_py.image.detect import OpenImage
-    from apptainer_py.runtime.contexts import Facts
 
 
 # Not readable to the user, so that nobody of the same user puts words into its mouth.
@@ -27,7 +27,7 @@ class NotByEcl(NotPermitted):
     message = "while checking container image with ECL: {reason}"
 
 
-def check(facts: Facts, image: OpenImage) -> None:
+def check(facts: Caller, image: OpenImage) -> None:
     """Refuse an image that the list leaves out: by the descriptor that is mounted later.
 
     Raises:

@@ -34,8 +34,7 @@ _SYS_ADMIN = 1 << 21
 _WHERE = "While setting image/instance: "
 _KEPT = protocol.PLANFLAG_NO_NEW_PRIVS | protocol.PLANFLAG_FAKEROOT | protocol.PLANFLAG_LABEL
 _RUNSCRIPT = b"/.singularity.d/runscript"
-# What --security promises would not hold. Limits are said to be without effect; so are, without a
-# word, other options that shape a container, as with Apptainer.
+# What --security promises would not hold; other options are said to be without effect.
 _REFUSED = ("security",)
 
 

@@ -11,10 +11,17 @@ from apptainer_py.model import protocol
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from typing import Protocol
 
     from apptainer_py.image.detect import OpenImage
     from apptainer_py.model.request import ActionRequest
     from apptainer_py.runtime.contexts import Facts
+
+    class Caller(Protocol):
+        """What a judgement of an image depends on, beside the image."""
+
+        flow: int
+        configuration: Mapping[str, object]
 
 
 class NotPermitted(LaunchError):
@@ -73,6 +80,16 @@ def check_image(facts: Facts, image: OpenImage) -> None:
         raise Disallowed(kind=words)
     if facts.configuration["image driver"] and image.kind != "sandbox":
         raise NotSupported(what="`image driver` in the configuration")
+    check_limits(facts, image)
+
+
+def check_limits(facts: Caller, image: OpenImage) -> None:
+    """Refuse an image by its owner, group, path or signers, of whatever kind it is.
+
+    Raises:
+        ImageNotPermitted: its owner, group or path.
+        NotPermitted: the execution control list.
+    """
     owners = _list(facts, "limit container owners")
     groups = _list(facts, "limit container groups")
     paths = _list(facts, "limit container paths")
@@ -85,14 +102,14 @@ def check_image(facts: Facts, image: OpenImage) -> None:
     check_signers(facts, image)
 
 
-def check_signers(facts: Facts, image: OpenImage) -> None:
+def check_signers(facts: Caller, image: OpenImage) -> None:
     """Refuse an image that the execution control list leaves out, where there is one.
 
     Raises:
         NotPermitted: no rule lets it start.
         ConfigError: the list cannot be followed.
     """
-    if _has_ecl():
+    if has_ecl():
         from apptainer_py.engines.apptainer import ecl
 
         ecl.check(facts, image)
@@ -112,10 +129,11 @@ def _is_encrypted(image: OpenImage) -> bool:
 
 def judges_images(facts: Facts) -> bool:
     """Return whether single images are judged, not their kinds alone."""
-    return images_are_limited(facts) or _has_ecl()
+    return images_are_limited(facts) or has_ecl()
 
 
-def _has_ecl() -> bool:
+def has_ecl() -> bool:
+    """Return whether there is an execution control list, or what stands in its place."""
     try:
         os.lstat(ECL_FILE)
     except FileNotFoundError:
@@ -125,7 +143,7 @@ def _has_ecl() -> bool:
     return True
 
 
-def _list(facts: Facts, key: str) -> tuple[str, ...]:
+def _list(facts: Caller, key: str) -> tuple[str, ...]:
     value = facts.configuration[key]
     return value if isinstance(value, tuple) else ()
 

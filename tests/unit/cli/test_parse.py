@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from apptainer_py.base.errors import NotSupported, UsageError
+from apptainer_py.base.errors import ApptainerError, NotSupported, UsageError
 from apptainer_py.base.log import INFO, WARN
 from apptainer_py.cli.options import BadVariable, CommandLineWrong, OptionRefused
 from apptainer_py.cli.parse import NoCommand, UnknownCommand, UnknownTransport, parse
@@ -439,3 +439,25 @@ def test_an_image_that_is_fetched_first(uri: str) -> None:
     assert (found.command, found.arguments) == (FETCH, (uri, "true", "-x"))
     with pytest.raises(UnknownCommand):
         parse([FETCH, uri], {})
+
+
+@pytest.mark.parametrize(
+    ("typed", "named"),
+    [
+        (["--net", "-B", "/a"], "--bind, --net"),
+        (["--memory", "1G", "-f", "--env", "A=1", "--net=false"], ""),
+        (["-C"], "--containall"),
+    ],
+)
+def test_options_that_change_nothing_of_an_instance_are_named(typed, named):
+    line = f"{named}: without effect on an instance that runs; for `instance start`"
+    variables = {"APPTAINER_BIND": "/b", "APPTAINER_NV": "1"}
+    for environ in ({}, variables):
+        joins = parse(["exec", *typed, "instance://x", "true"], environ)
+        assert joins.notes == (((WARN, line),) if named else ())
+        assert parse(["exec", *typed, "x.sif", "true"], environ).notes == ()
+
+
+def test_an_instance_is_not_joined_with_oci():
+    with pytest.raises(ApptainerError, match="instances cannot be joined with --oci"):
+        parse(["exec", "--oci", "instance://x", "true"], {})
