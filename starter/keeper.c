@@ -609,9 +609,10 @@ static int op_serve_extfs(struct keeper *k, const union keeper_request *request,
 }
 
 /* The setuid flow does not apply after all: no way back, then the program without the bit. */
-NO_RETURN void keeper_become_plain(struct launch *l) {
+NO_RETURN void keeper_become_plain(struct launch *l, const char *why) {
     struct target_identity target = {.uid = l->uid, .gid = l->gid, .keep_bounding = true};
-    char number[16] = "";
+    char number[16] = "", reason[16] = "";
+    append_text(reason, sizeof(reason), why);
     step_begin(STEP_PLAIN_STARTER);
     append_number(number, sizeof(number), (uint64_t)l->request_fd);
     target.caps[CAP_SET_BOUNDING] = l->bounding;
@@ -623,8 +624,8 @@ NO_RETURN void keeper_become_plain(struct launch *l) {
         (void)fcntl(l->trace_file, F_SETFD, 0);
     umask(l->inherited.umask);
     sanitize_restore_for_payload(l);
-    static char name[] = "Apptainer runtime parent", policy[] = "policy", starter[] = APY_STARTER;
-    char *const argv[] = {name, number, policy, NULL};
+    static char name[] = "Apptainer runtime parent", starter[] = APY_STARTER;
+    char *const argv[] = {name, number, reason, NULL};
     char *const envp[] = {NULL};
     execve(starter, argv, envp);
     fail("cannot run " APY_STARTER, errno);
@@ -638,7 +639,7 @@ static int op_plain_starter(struct keeper *k, const union keeper_request *reques
         return ERR_MALFORMED;
     end_child(&k->master);
     undo_early(k);
-    keeper_become_plain(k->launch);
+    keeper_become_plain(k->launch, "engine");
 }
 
 typedef int (*operation)(struct keeper *, const union keeper_request *, size_t, int,

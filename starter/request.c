@@ -73,8 +73,9 @@ void request_open(struct launch *l, int argc, char *const argv[]) {
         fail("the setuid flow accepts built-in engines only", 0);
     l->reason = l->request.reason <= REASON_POLICY ? (enum reason)l->request.reason : REASON_NONE;
     /* A starter that keeper fell back to is told so by keeper, in words of its own. */
-    if (argc > 2 && strcmp(argv[2], "policy") == 0) {
-        l->reason = REASON_POLICY;
+    bool by_policy = argc > 2 && strcmp(argv[2], "policy") == 0;
+    if (by_policy || (argc > 2 && strcmp(argv[2], "engine") == 0)) {
+        l->reason = by_policy ? REASON_POLICY : REASON_ENGINE;
         if (l->flow == FLOW_ROOT)
             l->flow = FLOW_USERNS; /* exec has brought back what keeper had given up */
     }

@@ -66,7 +66,7 @@ static void check_caller(struct launch *l) {
         return;
     if (audit_launch(l, &nothing, "", why) < 0)
         fail("the audit record cannot be written; tell your administrator", 0);
-    keeper_become_plain(l);
+    keeper_become_plain(l, "policy");
 }
 
 int main(int argc, char *argv[]) {

@@ -355,6 +355,6 @@ void caller_log_begin(int argc, char *const argv[]);
 
 /* keeper.c */
 NO_RETURN void keeper_main(struct launch *l);
-NO_RETURN void keeper_become_plain(struct launch *l);
+NO_RETURN void keeper_become_plain(struct launch *l, const char *why);
 
 #endif

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 EXIT_BUG = 255
 
 
-def begin(request: Invocation) -> None:
-    """Set level and colour of messages, then show those that the parser has left."""
+def begin(request: Invocation, *, told: bool = False) -> None:
+    """Set level and colour of messages; show those that the parser has left, if not `told`."""
     log.set_level(request.message_level)
     if request.colour is not None:
         log.colour = request.colour
-    for level, text in request.notes:
+    for level, text in () if told else request.notes:
         if level == log.WARN:
             log.warning(text)
         else:

@@ -32,7 +32,7 @@ def _load_builtin(name: str) -> None:
 
 
 def _parse(
-    arguments: list[str], environment: Mapping[str, str], engine: str
+    arguments: list[str], environment: Mapping[str, str], engine: str, *, told: bool
 ) -> ActionRequest | None:
     if engine == "fakeroot":
         return None  # it has words of its own
@@ -45,7 +45,7 @@ def _parse(
     except UsageError as error:
         report.show(error)
         raise Shown from None
-    report.begin(request)
+    report.begin(request, told=told)
     return request if isinstance(request, ActionRequest) else None
 
 
@@ -58,7 +58,9 @@ def main() -> int:
             from apptainer_py.cli.oci import stage
 
             return stage.run(info, _load_builtin)
-        return stages.run(info, _parse, _load_builtin)
+        # The starter with the bit has read the same words, and told what there is to say of them.
+        told = info["reason"] == protocol.REASON_ENGINE
+        return stages.run(info, lambda *read: _parse(*read, told=told), _load_builtin)
     except Exception as error:  # noqa: BLE001  the last resort: a traceback is no message
         log.fatal(f"internal error: {type(error).__name__}: {error}; run with -d for details")
         if log.level >= log.DEBUG and info["stage"] != protocol.STAGE_START:

@@ -81,7 +81,7 @@ from apptainer_py.runtime.engine import Operations, register_operations, registe
 
 class Engine(Operations):
     def prepare_config(self, context):
-        if "plain" in context.arguments and context.facts.reason != protocol.REASON_POLICY:
+        if "plain" in context.arguments and context.facts.reason != protocol.REASON_ENGINE:
             context.use_plain_starter()
         context.want_host_helpers()
         context.tell_start(b"")

@@ -158,7 +158,8 @@ def prepare(context: PrepareContext, flags: int, caps: Capabilities) -> Joined:
     """
     action, facts = context.action, context.facts
     assert action is not None
-    _check_options(action)
+    told = facts.reason == protocol.REASON_ENGINE  # by the launch that has come here
+    _check_options(action, told=told)
     name = instances.check_name(action.image.removeprefix(PREFIX), _WHERE)
     owner = instances.owner(facts.uid, context.environment)
     found = instances.find(owner, name)
@@ -199,14 +200,14 @@ def prepare(context: PrepareContext, flags: int, caps: Capabilities) -> Joined:
     return joined
 
 
-def _check_options(action: ActionRequest) -> None:
+def _check_options(action: ActionRequest, *, told: bool) -> None:
     """Refuse what was settled when the instance was started; limits are ignored with a warning."""
     if action.oci:
         raise LaunchError(text="instances cannot be joined with --oci: leave it out")
     for option in _REFUSED:
         if getattr(action, option) != action._defaults[option]:
             raise OfTheInstance(option=option.replace("_", "-"))
-    if action.apply_cgroups or limits_of(action):
+    if not told and (action.apply_cgroups or limits_of(action)):
         log.warning(
             "Resource limits & cgroups configuration are only applied to instances at instance "
             "start."
