@@ -83,6 +83,10 @@ class JoinedByOci(ApptainerError):
     message = "instances cannot be joined with --oci: leave it out"
 
 
+class NotFromAnother(ApptainerError):
+    message = "While setting image/instance: starting an instance from another is not allowed"
+
+
 class UnknownTransport(ApptainerError):
     message = "Unsupported transport type: {name}"
 
@@ -261,6 +265,8 @@ def _action(
 ) -> ActionRequest:
     image, *arguments = rest
     kind = transport(image)
+    if kind == "instance" and command in INSTANCES:
+        raise NotFromAnother
     if kind and not (kind == "instance" and command in ACTIONS):
         _check_transport(kind, image)
     if kind == "instance" and values.get("oci"):
@@ -272,7 +278,7 @@ def _action(
     for name, others in IMPLIED:
         if wanted[name]:
             wanted.update(dict.fromkeys(others, True))
-    if wanted["no-pid"]:
+    if wanted.get("no-pid"):
         wanted["pid"] = False
     if command in INSTANCES:
         wanted["pid"] = True  # an instance lives as long as its first process

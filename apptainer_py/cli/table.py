@@ -422,7 +422,7 @@ OPTIONS: Final[tuple[Option, ...]] = (
      "keep the session keyring of the caller"),
     ("no-nv", "", BOOL, False, ("NV_OFF", "NO_NV"), _ALL, SUPPORTED,
      "no NVIDIA support, even if the configuration asks for it"),
-    ("no-pid", "", BOOL, False, ("NO_PID",), _ALL, SUPPORTED,
+    ("no-pid", "", BOOL, False, ("NO_PID",), ACTIONS, SUPPORTED,
      "no new PID namespace, even if another option implies one"),
     ("no-pivot", "", BOOL, False, (), _OCI_MAKE, SUPPORTED,
      "change the root without pivot_root"),

@@ -81,7 +81,7 @@ def instance_stop(  # noqa: PLR0913 an option each
         raise StopForRoot
     wanted = signal.SIGKILL if force else signal_number(number) if number else 0
     owner = instances.owner_asked(user, uid, environ)
-    fits = _test_of("*" if everything else pattern)
+    fits = _test_of(pattern or "*")  # a name is what is meant, also beside --all
     taken = [_take(instance, owner) for instance in instances.every(owner) if fits(instance.name)]
     targets = [target for target in taken if target is not None]
     if not targets:

@@ -258,6 +258,16 @@ def test_options_of_exec(own: Instances, image: Path, user_tmp: Path) -> None:
     )
 
 
+def test_all_beside_a_name_means_the_name(own: Instances, image: Path) -> None:
+    for name in ("apy-test-1", "apy-test-2"):
+        assert own.start(image, name).returncode == 0
+    assert own.run("instance", "stop", "--all", "apy-test-1").returncode == 0
+    assert list(own.listed()) == ["apy-test-2"]
+    assert own.run("instance", "stop", "--all", "apy-test-1").returncode == 1
+    assert own.run("instance", "stop", "-a").returncode == 0
+    assert own.listed() == {}
+
+
 def test_run_and_its_arguments(own: Instances, image: Path) -> None:
     assert own.start(image, "apy-test-1", "x", "y z", how="run").returncode == 0
     eventually(lambda: own.log("apy-test-1") == "run x y z\n", "the runscript has run")

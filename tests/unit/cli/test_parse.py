@@ -461,3 +461,11 @@ def test_options_that_change_nothing_of_an_instance_are_named(typed, named):
 def test_an_instance_is_not_joined_with_oci():
     with pytest.raises(ApptainerError, match="instances cannot be joined with --oci"):
         parse(["exec", "--oci", "instance://x", "true"], {})
+
+
+def test_an_instance_is_started_from_no_other_and_has_its_pid_namespace():
+    with pytest.raises(ApptainerError, match="starting an instance from another is not allowed"):
+        parse(["instance", "start", "instance://x", "y"], {})
+    with pytest.raises(CommandLineWrong, match="unknown flag: --no-pid"):
+        parse(["instance", "start", "--no-pid", "x.sif", "y"], {})
+    assert parse(["instance", "run", "x.sif", "y"], {"APPTAINER_NO_PID": "1"}).pid
