@@ -9,6 +9,7 @@
 #include <linux/capability.h>
 #include <linux/magic.h>
 #include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -282,7 +283,7 @@ static int arrange(const struct launch *l, const struct watched *w) {
 /* A user's limits would end a plugin in the middle, or keep it from undoing.  Where hard limits
  * cannot be lifted, keeper has refused those that matter. */
 static void lift_limits(void) {
-    static const int lifted[] = {RLIMIT_CPU, RLIMIT_FSIZE, RLIMIT_DATA, RLIMIT_AS};
+    static const int lifted[] = {RLIMIT_CPU, RLIMIT_FSIZE, RLIMIT_DATA, RLIMIT_AS, RLIMIT_RTTIME};
     const struct rlimit none = {RLIM_INFINITY, RLIM_INFINITY};
     struct rlimit stack = {.rlim_max = RLIM_INFINITY};
     const struct raised *raised = privs_raise(CAP_BIT(CAP_SYS_RESOURCE));
@@ -297,10 +298,13 @@ static void lift_limits(void) {
     privs_lower(raised);
 }
 
-/* What else of the caller's would reach a plugin: timers that are late at will, and whom the kernel
- * ends first where memory is short. */
+/* What else of the caller's would reach a plugin: timers that are late at will, a place before or
+ * behind all others, and whom the kernel ends first where memory is short. */
 static void forget_caller(void) {
+    const struct sched_param none = {.sched_priority = 0};
     (void)prctl(PR_SET_TIMERSLACK, TIMER_SLACK_NS);
+    /* SAFE: of this process alone, and what anybody may have. */
+    (void)sched_setscheduler(0, SCHED_OTHER, &none);
     /* SAFE: a file of this process's own, with a word of ours. */
     int fd = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
     ssize_t ignored = fd < 0 ? 0 : write(fd, "0", 1); /* refused to who may not have it lower */

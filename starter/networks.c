@@ -33,7 +33,8 @@ static bool is_address_wish(const struct network_file *file, const char *args) {
 
 /* A plugin that a limit ends leaves half of its work, and cannot be had undo it. */
 static bool has_no_limits(const struct launch *l) {
-    static const int of_plugins[] = {RLIMIT_CPU, RLIMIT_FSIZE, RLIMIT_DATA, RLIMIT_AS};
+    static const int of_plugins[] = {RLIMIT_CPU, RLIMIT_FSIZE, RLIMIT_DATA, RLIMIT_AS,
+                                     RLIMIT_RTTIME};
     if (l->permitted & CAP_BIT(CAP_SYS_RESOURCE))
         return true; /* the janitor lifts them */
     for (size_t i = 0; i < ARRAY_SIZE(of_plugins); i++)

@@ -114,8 +114,6 @@ static int fakeroot_plan(const struct launch *l, const struct container_plan *pl
     return l->flow == FLOW_SETUID && !config_bool(c, CONFIG_ALLOW_USER_NS) ? ERR_REFUSED : ERR_OK;
 }
 
-/* A caller other than root gets its own ids, and in the setuid flow no capability but granted
- * ones. */
 /* What the administrator's file leaves of a plan in the setuid flow. */
 static int setuid_plan(const struct launch *l, const struct container_plan *plan) {
     const struct config *c = &l->config;
@@ -138,6 +136,8 @@ static int setuid_plan(const struct launch *l, const struct container_plan *plan
     return ERR_OK;
 }
 
+/* A caller other than root gets its own ids, and in the setuid flow no capability but granted
+ * ones. */
 int policy_plan(const struct launch *l, const struct container_plan *plan) {
     const uint32_t spaces = SPACE_PID | SPACE_IPC | SPACE_UTS | SPACE_NET | SPACE_CGROUP;
     const uint32_t flags = PLAN_SHIM | PLAN_WRITABLE_LAYER | PLAN_KERNEL_IMAGE | PLAN_SLAVE |

@@ -219,16 +219,20 @@ def test_a_users_port_is_passed_on_and_nobody_elses(users: Host) -> None:
 
 
 def test_what_a_user_can_kill_undoes_no_cleaning(users: Host) -> None:
-    """The janitor is root's, in a session of its own, with the rights for networks alone."""
-    started = users.start("-p", "--net", users.sif, "sleep", "60", user=True)
-    eventually(lambda: len(users.traces()) >= 2, "the network is made")
-    janitor = next(pid for pid in members(started.pid) if "\nUid:\t0\t0\t0\t0\n" in status_of(pid))
-    facts = status_of(janitor)
-    assert re.search(r"Groups:\s*\n", facts)
-    assert "NoNewPrivs:\t1" in facts
-    assert "CapPrm:\t000000000028340b\n" in facts
-    assert "CapBnd:\t000000000028340b\n" in facts
-    script = f"kill -0 {janitor} 2>/dev/null && echo it can be killed; :"
+    """Janitor and twin are root's, in a session of their own, with rights for networks alone."""
+    script = "echo ran; exec sleep 60"
+    started = users.start("-p", "--net", users.sif, "sh", "-c", script, user=True)
+    assert started.stdout is not None
+    assert started.stdout.readline() == "ran\n"
+    janitor, twin = roots_of(started.pid)
+    for pid in (janitor, twin):
+        facts = status_of(pid)
+        assert re.search(r"Groups:\s*\n", facts)
+        assert "NoNewPrivs:\t1" in facts
+        assert "CapPrm:\t000000000028340b\n" in facts
+        assert "CapBnd:\t000000000028340b\n" in facts
+        assert os.getsid(pid) == janitor
+    script = f"kill -0 {janitor} 2>/dev/null || kill -0 {twin} 2>/dev/null && echo can be killed; :"
     line = [*users.inside, *users.as_user, "sh", "-c", script]
     assert subprocess.run(line, capture_output=True, text=True, check=False).stdout == ""
     for pid in members(started.pid):
@@ -250,6 +254,15 @@ def members(pid: int) -> list[int]:
     for one in found:
         with contextlib.suppress(FileNotFoundError):
             found += map(int, Path(f"/proc/{one}/task/{one}/children").read_text().split())
+    return found
+
+
+def roots_of(pid: int) -> list[int]:
+    """Return those of them that are root's."""
+    found = []
+    for one in members(pid):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found += [one] if "\nUid:\t0\t0\t0\t0\n" in status_of(one) else []
     return found
 
 
@@ -374,9 +387,10 @@ def test_a_port_of_another_container_is_taken(users: Host) -> None:
     eventually(lambda: users.traces() == [], "nothing is left of the network")
 
 
-def test_limits_of_the_callers_stop_no_plugin(users: Host) -> None:
+@pytest.mark.parametrize("limit", ["--data=4000000000:4000000000", "--rttime=9000000:9000000"])
+def test_limits_of_the_callers_stop_no_plugin(users: Host, limit: str) -> None:
     """A plugin that could write no file would leave an address reserved for ever."""
-    limited = ["prlimit", "--data=4000000000:4000000000", "--"]
+    limited = ["prlimit", limit, "--"]
     program = str(users.installed.program)
     line = [*users.inside, *users.as_user, *limited, program, "exec", "--net"]
     line += [str(users.sif), "true"]

@@ -36,6 +36,7 @@ FUZZERS = {
     "fuzz_record": (),
     "fuzz_request": ("report.c",),
     "fuzz_rpc": ("report.c", "wire.c", "policy_mounts.c", *CONFIG),
+    "fuzz_rules": ("report.c",),
 }
 # Iterations of about a second, and of a part of the minute that CI has for all of them.
 SHORT = {
@@ -49,6 +50,7 @@ SHORT = {
     "fuzz_record": 300_000,
     "fuzz_request": 2_000_000,
     "fuzz_rpc": 50_000,
+    "fuzz_rules": 200_000,
 }
 LONG = {
     "fuzz_bearer": 100_000,
@@ -61,6 +63,7 @@ LONG = {
     "fuzz_record": 3_000_000,
     "fuzz_request": 20_000_000,
     "fuzz_rpc": 400_000,
+    "fuzz_rules": 2_000_000,
 }
 SEEDS = (1, 20, 300)
 
@@ -152,7 +155,20 @@ WEAKENED = {
         "append_text(all, sizeof(all), APY_SESSIONDIR);",
         "a layer is named by a descriptor",
     ),
+    "a longer number": (
+        "network_rules",
+        "return found == end || *found < '0' || *found > '9';",
+        "return true;",
+        "a rule of somebody else's stays",
+    ),
+    "a chain of all": (
+        "network_rules",
+        ' || begins(name, end, "CNI-HOSTPORT-")',
+        "",
+        "what all share stays",
+    ),
 }
+OTHERS = {"layers": "fuzz_rpc", "network_rules": "fuzz_rules"}
 
 
 @pytest.mark.parametrize("name", WEAKENED)
@@ -165,7 +181,7 @@ def test_the_place_of_each_such_hole_is_there(name: str) -> None:
 @pytest.mark.parametrize("name", WEAKENED)
 def test_the_fuzzers_find_a_hole_that_is_made_for_them(tmp_path, name: str) -> None:
     file, sound, weak, finding = WEAKENED[name]
-    fuzzer = "fuzz_rpc" if file == "layers" else "fuzz_keeper"
+    fuzzer = OTHERS.get(file, "fuzz_keeper")
     shutil.copytree(STARTER, tmp_path / "starter")
     (tmp_path / "tests/starter").mkdir(parents=True)
     for part in (f"{fuzzer}.c", "fuzz.h"):
