@@ -1,5 +1,6 @@
-/* Where a user was granted capabilities, the process that becomes the payload runs no Python: it
- * waits inside the container, in C, with the payload's identity, for what stage 2 has decided. */
+/* The process that becomes the payload and runs no Python: it waits inside the container, in C,
+ * with the payload's identity, for what another has decided.  That is stage 2 where a user was
+ * granted capabilities; and master for who joins a container, and for a lean stage 2. */
 #include <errno.h>
 #include <fcntl.h>
 #include <sched.h>
@@ -218,11 +219,17 @@ static void answer(int socket, int error) {
 /* A directory of the container, for a master that has no way to open it. */
 static void enter_place(const struct bearer_request *q, int fd, int socket) {
     struct program p = {NULL, NULL};
+    struct place_reply a = {.error = 0};
     if (q->argc != 0 || q->envc != 0 || q->number != 0 || unpack_program(q, fd, &p) < 0)
         malformed();
     close(fd);
-    answer(socket, chdir(p.vector[0]) < 0 ? errno : 0);
+    if (chdir(p.vector[0]) < 0)
+        a.error = errno;
+    else if (!getcwd(a.path, sizeof(a.path)) || a.path[0] != '/')
+        a.path[0] = '\0';
     forget(&p);
+    if (wire_send(socket, &a, sizeof(a.error) + strlen(a.path), -1) < 0)
+        _exit(255);
 }
 
 static void run_program(const struct launch *l, const struct bearer_request *q, int fd,
@@ -232,6 +239,7 @@ static void run_program(const struct launch *l, const struct bearer_request *q, 
         malformed();
     close(fd);
     (void)umask(q->number);
+    stage_leave_start(0);
     step_begin(STEP_EXEC_PAYLOAD);
     label_check(l);
     sanitize_restore_for_payload(l);
@@ -292,11 +300,12 @@ static void take_part(const struct launch *l, const struct bearer_request *q, in
         run_program(l, q, fd, socket);
         break;
     case BEARER_PLACE:
-        if (!(l->plan.flags & PLAN_JOIN))
+        if (!(l->plan.flags & (PLAN_JOIN | PLAN_LEAN)))
             malformed();
         enter_place(q, fd, socket);
         break;
     case BEARER_NOTHING:
+        stage_leave_start(1);
         _exit(255);
     default:
         malformed();

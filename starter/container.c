@@ -162,6 +162,8 @@ NO_RETURN static void become_stage2(struct launch *l) {
     if (chdir("/") < 0) /* pivot_root moves only those whose directory is the root itself */
         _exit(255);
     label_open(l);
+    if (l->plan.flags & PLAN_LEAN)
+        stage_serve(l);
     if (bearer_needed(l))
         bearer_split(l);
     stage_run(l, STAGE_START);

@@ -36,8 +36,8 @@ bool early_plan(const struct launch *l, struct container_plan *plan) {
     plan->uid = l->uid;
     plan->gid = l->gid;
     plan->spaces = permitted_spaces(l, h->forecast_spaces);
-    plan->flags = PLAN_NO_NEW_PRIVS |
-                  (h->forecast_flags & (PLAN_SHIM | PLAN_WRITABLE_LAYER | PLAN_INSTANCE));
+    const uint32_t foreseen = PLAN_SHIM | PLAN_WRITABLE_LAYER | PLAN_INSTANCE | PLAN_LEAN;
+    plan->flags = PLAN_NO_NEW_PRIVS | (h->forecast_flags & foreseen);
     if (!(plan->spaces & SPACE_PID))
         plan->flags &= ~(uint32_t)(PLAN_SHIM | PLAN_INSTANCE);
     if (config_bool(&l->config, CONFIG_MOUNT_SLAVE))

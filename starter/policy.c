@@ -95,6 +95,14 @@ static bool fits_sharing(const struct launch *l, const struct container_plan *pl
            (l->flow == FLOW_USERNS && plan->spaces == 0 && !(plan->flags & without));
 }
 
+/* Master judges for a payload that is what master is itself; bearer waits for stage 2. */
+static bool fits_lean(const struct launch *l, const struct container_plan *plan) {
+    const uint32_t without = PLAN_FAKEROOT | PLAN_INSTANCE | PLAN_GROUPS;
+    return !(plan->flags & PLAN_LEAN) || (!(plan->flags & without) && plan->uid == l->uid &&
+                                          plan->gid == l->gid && plan->group_count == 0 &&
+                                          (l->flow == FLOW_ROOT || !wants_capabilities(plan)));
+}
+
 /* Root of a namespace of the caller's own: nothing in it reaches beyond what the caller has, and
  * what the caller was given in /etc/subuid and /etc/subgid, which fakeroot.c looks up. */
 static int fakeroot_plan(const struct launch *l, const struct container_plan *plan) {
@@ -144,10 +152,10 @@ int policy_plan(const struct launch *l, const struct container_plan *plan) {
                            PLAN_NO_NEW_PRIVS | PLAN_METHODS | PLAN_SETUID | PLAN_USER_LAYER |
                            PLAN_SERVED_LAYER | PLAN_KERNEL_EXTFS | PLAN_GROUPS | PLAN_FAKEROOT |
                            PLAN_SUBIDS | PLAN_INSTANCE | PLAN_JOIN | PLAN_JOIN_NET |
-                           PLAN_SHARED | PLAN_BOOTED | PLAN_LABEL;
+                           PLAN_SHARED | PLAN_BOOTED | PLAN_LABEL | PLAN_LEAN;
     if ((plan->spaces & ~spaces) || (plan->flags & ~flags) ||
         plan->fuse_count > LIMIT_FUSE_DEVICES ||
-        (plan->flags & PLAN_SERVED_LAYER && plan->fuse_count == 0) ||
+        (plan->flags & PLAN_SERVED_LAYER && plan->fuse_count == 0) || !fits_lean(l, plan) ||
         plan->group_count > LIMIT_GROUPS || !fits_instance(l, plan) || !fits_sharing(l, plan))
         return ERR_MALFORMED;
     if (plan->flags & PLAN_JOIN_NET &&

@@ -123,7 +123,8 @@ struct container_request {
     char image[1024];     /* for the audit record: the path that was judged, maybe cut */
 };
 
-/* Stage 2 → bearer, each with one descriptor; bearer answers a program that cannot be executed. */
+/* Stage 2 → bearer, or master → lean stage 2 or joiner, each with one descriptor; the other
+ * answers. */
 struct bearer_request {
     uint32_t part;        /* enum bearer_part */
     uint32_t number;      /* STREAM: which one; PROGRAM: the umask; FILTER: its flags; else 0 */
@@ -132,6 +133,11 @@ struct bearer_request {
 
 struct bearer_reply {
     int32_t error;        /* errno of execve(2) */
+};
+
+struct place_reply {
+    int32_t error;        /* errno of chdir(2) */
+    char path[LIMIT_PATH_BYTES]; /* where that is, without a NUL; empty: it has no name */
 };
 
 /* keeper → master */

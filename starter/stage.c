@@ -254,7 +254,7 @@ static int wait_for_go(void) {
 }
 
 static int exec_payload(const char *path, char *const argv[], char *const envp[]) {
-    leave_hook(HOOK_START_PROCESS, 0); /* it ends with the execve, and cannot tell afterwards */
+    stage_leave_start(0);
     if (stage_launch->bearer_socket[0] >= 0)
         return bearer_ask(stage_launch, path, argv, envp);
     step_begin(STEP_EXEC_PAYLOAD);
@@ -373,7 +373,8 @@ static void let_keeper_end(const struct launch *l) {
     while (got > 0 || (got < 0 && errno == EINTR));
 }
 
-NO_RETURN void stage_run(struct launch *l, enum stage stage) {
+/* Returns how it will load. */
+static enum step become(struct launch *l, enum stage stage) {
     size_t row = 0;
     while (row < ARRAY_SIZE(stages) && stages[row].stage != stage)
         row++;
@@ -387,10 +388,31 @@ NO_RETURN void stage_run(struct launch *l, enum stage stage) {
     take_identity(l, stage);
     step_end(stages[row].drop);
     trace_process();
+    return stages[row].load;
+}
+
+/* Stage 2 without an interpreter: master says what the payload is, as it does for who joins.  What
+ * start_process would be here is data, carried out with the same identity. */
+NO_RETURN void stage_serve(struct launch *l) {
+    (void)become(l, STAGE_START);
+    if (tell_sealed() < 0 || wait_for_go() < 0)
+        _exit(255);
+    enter_hook(HOOK_START_PROCESS);
+    bearer_serve(l, l->start_socket[0]);
+}
+
+/* Before the execve, behind which nothing can be told; a bearer runs no hook. */
+void stage_leave_start(int failed) {
+    if (stage_launch)
+        leave_hook(HOOK_START_PROCESS, failed);
+}
+
+NO_RETURN void stage_run(struct launch *l, enum stage stage) {
+    enum step load = become(l, stage);
     struct stage_info info = describe(l, stage);
     turn_wait();
-    step_begin(stages[row].load);
-    int status = load_and_run(&info, stages[row].load);
+    step_begin(load);
+    int status = load_and_run(&info, load);
     if (stage == STAGE_MASTER && l->flow != FLOW_CALLER)
         let_keeper_end(l);
     if (stage == STAGE_START)

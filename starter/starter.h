@@ -304,6 +304,8 @@ MUST_USE pid_t server_start(const struct launch *l, int image_fd, int fuse_fd, u
 
 /* stage.c: after the drop, load CPython and hand over */
 NO_RETURN void stage_run(struct launch *l, enum stage stage);
+NO_RETURN void stage_serve(struct launch *l);
+void stage_leave_start(int failed);
 void stage_target(const struct launch *l, enum role role, struct target_identity *target);
 MUST_USE int stage_wait_for_rpc(struct launch *l, pid_t rpc);
 MUST_USE int stage_wait_for_go(const struct launch *l);

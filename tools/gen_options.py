@@ -40,6 +40,7 @@ MEANINGS = {
     "containall": "OPT_CONTAINALL",
     "fakeroot": "OPT_FAKEROOT",
     "help": "OPT_HELP",
+    "fusemount": "OPT_FUSEMOUNT",
     "hostname": "OPT_UTS",
     "ignore-subuid": "OPT_IGNORE_SUBUID",
     "ignore-userns": "OPT_IGNORE_USERNS",
@@ -86,6 +87,7 @@ enum option_flag {
     OPT_WRITABLE_TMPFS = 8192,
     OPT_UNFORESEEN = 16384, /* changes the plan in ways that the launcher does not know */
     OPT_OCI = 32768,    /* the other engine */
+    OPT_FUSEMOUNT = 1 << 24, /* programs to be started inside: an interpreter does that */
     OPT_UNSQUASH = 1 << 25, /* a directory is made of the image first */
     OPT_SHARENS = 1 << 26, /* several launches of one parent process in one container */
     OPT_IGNORE_SUBUID = 1 << 28,

@@ -50,24 +50,3 @@ class Mount(Record):
     required: bool = False
     quiet: bool = False
     options: int = 0
-
-
-class ProcessSpec(Record):
-    """What stage 2 starts.
-
-    `script` is run by the image's own shell with `environment`; where the image has no shell,
-    `arguments` are executed with `plain_environment`. `cwd` candidates are tried in order; with
-    `cwd_required` only the first. `umask` is a number.
-    """
-
-    action: str
-    arguments: tuple[bytes, ...]
-    script: bytes
-    environment: tuple[bytes, ...]
-    forwarded: tuple[bytes, ...]
-    plain_environment: tuple[bytes, ...]
-    cwd: tuple[bytes, ...]
-    cwd_required: bool
-    umask: int
-    message_level: int
-    shell: bytes = b""

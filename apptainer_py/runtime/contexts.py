@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from apptainer_py.model.oci_call import OciCall
     from apptainer_py.model.plan import ContainerPlan
     from apptainer_py.model.request import ActionRequest
-    from apptainer_py.runtime.joining import Joining
+    from apptainer_py.runtime.bearer import Bearer
     from apptainer_py.runtime.meeting import Meeting
     from apptainer_py.runtime.mounting import Mounting
     from apptainer_py.runtime.nest import Nest
@@ -139,6 +139,10 @@ class PrepareContext:
         """Return the plan as it stands."""
         return self._plan
 
+    def is_lean(self) -> bool:
+        """Return whether stage 2 has no interpreter, and master says what the payload is."""
+        return self._plan is not None and bool(self._plan.flags & protocol.PLANFLAG_LEAN)
+
     def tell_start(self, message: bytes) -> None:
         """Set what stage 2 will find as its message: any number of bytes."""
         self.message = message
@@ -196,10 +200,11 @@ class CreateContext:
     """As the caller, beside the container: may ask the process that mounts for its operations.
 
     That is `mounting`; or, for an engine whose process is data, `nest` with the pid of its first
-    process; or `joining`, where nothing is mounted. Each launch has only the one of its own kind.
+    process. `bearer` is there where master says what the payload is: for a lean stage 2, or where a
+    container is joined, and nothing mounted. Each launch has only what is of its own kind.
     """
 
-    __slots__ = ("_methods_fd", "_start_fd", "facts", "first_pid", "joining", "mounting", "nest")
+    __slots__ = ("_methods_fd", "_start_fd", "bearer", "facts", "first_pid", "mounting", "nest")
 
     def __init__(  # noqa: PLR0913 one thing each
         self,
@@ -208,7 +213,7 @@ class CreateContext:
         methods_fd: int,
         nest: Nest | None = None,
         first_pid: int = 0,
-        joining: Joining | None = None,
+        bearer: Bearer | None = None,
         start_fd: int = -1,
     ) -> None:
         self.facts = facts
@@ -218,8 +223,8 @@ class CreateContext:
             self.mounting = mounting
         if nest is not None:
             self.nest = nest
-        if joining is not None:
-            self.joining = joining
+        if bearer is not None:
+            self.bearer = bearer
         self.first_pid = first_pid
 
     def hand_over(self, fd: int) -> None:

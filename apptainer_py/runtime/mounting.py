@@ -293,6 +293,11 @@ class Mounting:
         """Set the host name of the container's UTS namespace."""
         self._send("cannot set the host name", protocol.OP_HOSTNAME, paths=(os.fsencode(name),))
 
+    def begin_pivot(self) -> None:
+        """Have the container's tree made its root once stage 2 is sealed; the last one."""
+        self._send("cannot change the root", protocol.OP_PIVOT)
+
     def pivot(self) -> None:
-        """Wait until stage 2 is sealed, and make the container's tree its root; the last one."""
-        self._ask("cannot change the root", protocol.OP_PIVOT)
+        """Wait until that is done."""
+        self.begin_pivot()
+        self.settle()

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from apptainer_py.kernel._starter import StageInfo
     from apptainer_py.model.oci_call import OciCall
     from apptainer_py.model.request import ActionRequest
-    from apptainer_py.runtime.joining import Joining
+    from apptainer_py.runtime.bearer import Bearer
 
     Parse = Callable[[list[str], Mapping[str, str], str], ActionRequest | None]
     LoadBuiltin = Callable[[str], None]
@@ -246,6 +246,8 @@ class Master:
 
     def start_stage2(self, context: PrepareContext) -> None:
         """Give stage 2 its message, in a file of its own: it may be longer than a frame."""
+        if context.is_lean():
+            return
         fd = os.memfd_create("message", os.MFD_CLOEXEC)
         write_all(os.dup(fd), context.message)
         # Where stage 2 has ended, what depends on it fails next, and says so.
@@ -268,7 +270,7 @@ class Master:
             mounting,
             self.info["methods_fd"],
             first_pid=self.container_pid,
-            joining=self._joining() if joins else None,
+            bearer=self._bearer() if joins or context.is_lean() else None,
             start_fd=self.info["start_fd"],
         )
         try:
@@ -298,10 +300,10 @@ class Master:
         self.clean_up()
         return 0
 
-    def _joining(self) -> Joining:
-        from apptainer_py.runtime.joining import Joining
+    def _bearer(self) -> Bearer:
+        from apptainer_py.runtime.bearer import Bearer
 
-        return Joining(self.info["start_fd"])
+        return Bearer(self.info["start_fd"])
 
     def _server_ended(self, error: ApptainerError | OSError) -> bool:
         """Return whether the image's server has ended: then that is why something went wrong."""

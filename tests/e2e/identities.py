@@ -85,6 +85,11 @@ fakeroot-u payload      inner  every      every      every     yes           con
 """
 
 
+def hooks_of(flow: str) -> dict[str, list[str]]:
+    """Return which hooks run where; without an interpreter stage 2 has nothing to prepare."""
+    return HOOKS if flow == "fakeroot" else {**HOOKS, "STAGE2": ["START_PROCESS"]}
+
+
 def table(flow: str) -> dict[str, dict[str, str]]:
     """Return the rows of a flow by process."""
     head, *rows = (line.split() for line in TABLE.strip().splitlines())

@@ -119,13 +119,13 @@ FLOWS = {
     "setuid": (words(*ALL), "", "sif", [
         "KEEPER_START", "SANITIZED", "FORK_TRACER", "FORK_MASTER", "DROP_MASTER", "LOAD_MASTER",
         "FORK_CONTAINER", "FORK_RPC", "DROP_RPC", "FORK_SERVER", "DROP_SERVER", "EXEC_SERVER",
-        "FORK_STAGE2", "DROP_STAGE2", "LOAD_STAGE2", "SEALED", "RPC_DONE", "DROP_KEEPER", "GO",
+        "FORK_STAGE2", "DROP_STAGE2", "SEALED", "RPC_DONE", "DROP_KEEPER", "GO",
         "EXEC_PAYLOAD", "DROP_SHIM", "PAYLOAD_ENDED", "MASTER_ENDED", "KEEPER_END",
         "DROP_TRACER", "CONTAINER", "SERVE_IMAGE", "SESSION", "ROOT_FUSE", "LAYER", "BIND",
         "MOUNT", "HOSTNAME", "PIVOT",
     ]),
     "no shim": (words(), "", "sif", [
-        "DROP_STAGE2", "LOAD_STAGE2", "SEALED", "RPC_DONE", "DROP_KEEPER", "GO", "EXEC_PAYLOAD",
+        "DROP_STAGE2", "SEALED", "RPC_DONE", "DROP_KEEPER", "GO", "EXEC_PAYLOAD",
         "PAYLOAD_ENDED",
     ]),
     "kernel image": (words(), "allow setuid-mount squashfs = yes", "sif", ["ROOT_SQUASHFS"]),
@@ -178,15 +178,16 @@ NETWORK_STEPS = [
 # What the launcher foresees: kinds, namespaces, flags, the image's place among the arguments.
 FORESEEN = 1 | 2 | 4
 PID_AND_UTS = protocol.SPACE_PID | protocol.SPACE_UTS
+SHIM_AND_LEAN = protocol.PLANFLAG_SHIM | protocol.PLANFLAG_LEAN
 FORECASTS = {
-    "early": (FORESEEN, PID_AND_UTS, protocol.PLANFLAG_SHIM, 5),
+    "early": (FORESEEN, PID_AND_UTS, SHIM_AND_LEAN, 5),
     "early, wrong": (FORESEEN, 0, 0, 5),
-    "userns": (FORESEEN, PID_AND_UTS, protocol.PLANFLAG_SHIM, 5),
+    "userns": (FORESEEN, PID_AND_UTS, SHIM_AND_LEAN, 5),
 }
 EARLY = [
     "FORK_MASTER", "DROP_MASTER", "LOAD_MASTER", "TAKE_MOUNT", "FORK_CONTAINER", "FORK_RPC",
-    "DROP_RPC", "FORK_SERVER", "DROP_SERVER", "FORK_STAGE2", "DROP_STAGE2", "LOAD_STAGE2",
-    "FORK_READER", "DROP_READER", "CONTAINER", "SERVE_IMAGE", "SESSION", "ROOT_FUSE", "SEALED",
+    "DROP_RPC", "FORK_SERVER", "DROP_SERVER", "FORK_STAGE2", "DROP_STAGE2", "FORK_READER",
+    "DROP_READER", "CONTAINER", "SERVE_IMAGE", "SESSION", "ROOT_FUSE", "SEALED",
 ]  # fmt: skip
 FLOWS["early"] = (words(*ALL), "", "sif", EARLY)
 # The plan differs, so that all is begun a second time.
@@ -195,7 +196,7 @@ COVERED_IN_LONG = {
     "userns": [
         "KEEPER_START", "SANITIZED", "FORK_MASTER", "DROP_MASTER", "LOAD_MASTER",
         "FORK_CONTAINER", "FORK_RPC", "DROP_RPC", "FORK_SERVER", "DROP_SERVER", "FORK_STAGE2",
-        "DROP_STAGE2", "LOAD_STAGE2", "SEALED", "RPC_DONE", "GO", "EXEC_PAYLOAD", "DROP_SHIM",
+        "DROP_STAGE2", "SEALED", "RPC_DONE", "GO", "EXEC_PAYLOAD", "DROP_SHIM",
         "PAYLOAD_ENDED", "MASTER_ENDED", "KEEPER_END", "CONTAINER", "SESSION", "LAYER", "BIND",
         "MOUNT", "HOSTNAME", "PIVOT",
     ],

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.e2e.identities import FLOWS, HOOKS, PAYLOAD_BIRTH, expected, seen, table, traced
+from tests.e2e.identities import FLOWS, PAYLOAD_BIRTH, expected, hooks_of, seen, table, traced
 from tests.security import forge
 
 
@@ -80,12 +80,12 @@ def test_every_process_has_the_identity_of_the_table(flow, user, trace):
 def test_every_hook_runs_as_its_stage(flow, user, trace):
     rows, who = table(flow), caller(flow, user)
     hooks = [event for event in trace if event["event"] == "hook"]
-    for process, names in HOOKS.items():
+    for process, names in hooks_of(flow).items():
         mine = [event for event in hooks if event["process"] == process]
         assert [event["name"] for event in mine] == names
         for event in mine:
             assert traced(event) == expected(rows[process], who, {"mnt", "pid"}), event["name"]
-    assert {event["process"] for event in hooks} == set(HOOKS)
+    assert {event["process"] for event in hooks} == set(hooks_of(flow))
     births = [event for event in trace if event.get("name") == PAYLOAD_BIRTH]
     assert [traced(event) for event in births] == [expected(rows["STAGE2"], who, {"mnt", "pid"})]
 

@@ -147,7 +147,8 @@ def test_no_interpreter_with_privilege_over_the_functional_suite(repository, tmp
     assert found.launches >= FEWEST_LAUNCHES
     assert found.bearers >= FEWEST_BEARERS
     assert found.privileged >= found.launches
-    assert found.interpreters >= 2 * found.launches  # master and stage 2
+    # Master; and stage 2 where it is not lean.
+    assert found.interpreters > found.launches
 
 
 @pytest.fixture

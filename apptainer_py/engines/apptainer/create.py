@@ -12,9 +12,9 @@ import os
 import stat
 
 from apptainer_py.base import log
-from apptainer_py.base.errors import LaunchError, is_gone
+from apptainer_py.base.errors import ApptainerError, LaunchError, is_gone
 from apptainer_py.base.files import read_at_most, write_all
-from apptainer_py.engines.apptainer import accounts, places
+from apptainer_py.engines.apptainer import accounts, lean, places
 from apptainer_py.kernel import _starter
 from apptainer_py.model import protocol
 from apptainer_py.model.plan import Mount
@@ -97,10 +97,26 @@ class Creation:
             self.limit()
         if self.prepared.meeting is not None:
             self.prepared.meeting.mounts = self.mounting.space(MOUNTS)
-        self.mounting.pivot()
+        self.change_root()
         for fd in (self.session, self.root, self.final):
             os.close(fd)
         os.close(self.prepared.image.fd)
+
+    def change_root(self) -> None:
+        """Change it; a lean stage 2 then becomes the payload, which is judged meanwhile."""
+        message = self.prepared.payload
+        if message is None:
+            self.mounting.pivot()
+            return
+        view = lean.view_of(self.final, self.context.bearer, message)
+        self.mounting.begin_pivot()
+        try:
+            wanted = lean.judge(view, message)
+            self.mounting.settle()
+            lean.start(view, wanted, message)
+        except (ApptainerError, OSError):
+            self.context.bearer.dismiss()
+            raise
 
     def janitor(self) -> Janitor:
         """Return the process that undoes things in the end, started where it is first needed."""

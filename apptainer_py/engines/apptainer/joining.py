@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from apptainer_py.engines.apptainer.fakeroot import Degree
     from apptainer_py.model.plan import Capabilities
     from apptainer_py.model.request import ActionRequest
+    from apptainer_py.runtime.bearer import Bearer
     from apptainer_py.runtime.contexts import CreateContext, PrepareContext
-    from apptainer_py.runtime.joining import Joining
 
 PREFIX = "instance://"
 _SHELLS = (b"/bin/sh", b"/bin/bash")
@@ -74,32 +74,33 @@ class Joined:
         Raises:
             LaunchError: directory or program cannot be used.
         """
-        joining = context.joining
+        bearer = context.bearer
         try:
             if self.groups:
                 limits.join(self.groups, context.first_pid, self.bus)
-            self._bind(joining)
-            self._enter(joining)
-            self._become(joining)
+            self._bind(bearer)
+            self._enter(bearer)
+            self._become(bearer)
         except LaunchError:
-            joining.dismiss()
+            bearer.dismiss()
             raise
 
-    def _bind(self, joining: Joining) -> None:
+    def _bind(self, bearer: Bearer) -> None:
         if self.label:
             kind, text = int(self.label[0]), self.label[1]
-            number = joining.label(kind, text)
+            number = bearer.label(kind, text)
             if number:
                 raise NotStarted(text=refused_label(kind, os.fsdecode(text), number))
         if self.filter:
-            joining.filter_calls(bytes.fromhex(self.filter[0].decode()), int(self.filter[1]))
+            bearer.filter_calls(bytes.fromhex(self.filter[0].decode()), int(self.filter[1]))
 
-    def _enter(self, joining: Joining) -> None:
+    def _enter(self, bearer: Bearer) -> None:
         candidates = self.lists[b"cwd"]
         for path, instead in zip(candidates, [*candidates[1:], b"/"], strict=True):
-            number = joining.enter(path)
+            bearer.ask_place(path)
+            number, place = bearer.place()
             if number == 0:
-                self.directory = path
+                self.directory = place or path
                 return
             facts = {"path": os.fsdecode(path), "reason": os.strerror(number).lower()}
             if self.lists[b"cwd_required"]:
@@ -109,7 +110,7 @@ class Joined:
                 f"'{os.fsdecode(instead)}' instead: chdir {facts['path']}: {facts['reason']}"
             )
 
-    def _become(self, joining: Joining) -> None:
+    def _become(self, bearer: Bearer) -> None:
         lists = self.lists
         action = lists[b"action"][0]
         mask = int(lists[b"umask"][0])
@@ -118,15 +119,15 @@ class Joined:
         for shell in _SHELLS if action in (b"exec", b"run") else _SHELLS[:1]:
             words = [shell, b"-c", b'eval "$1"', b"apptainer-py", lists[b"script"][0]]
             words += [b"%d" % len(forwarded), *forwarded, *lists[b"arguments"]]
-            number = joining.execute(shell, words, [*lists[b"environment"], own], mask)
+            number = bearer.execute(shell, words, [*lists[b"environment"], own], mask)
             if number == 0:
                 return
             if number != errno.ENOENT:
                 raise NotStarted(text=f"exec {os.fsdecode(shell)}: {os.strerror(number).lower()}")
-        self._without_shell(joining, action, mask, [*lists[b"plain"], own])
+        self._without_shell(bearer, action, mask, [*lists[b"plain"], own])
 
     def _without_shell(
-        self, joining: Joining, action: bytes, mask: int, environment: list[bytes]
+        self, bearer: Bearer, action: bytes, mask: int, environment: list[bytes]
     ) -> None:
         arguments = self.lists[b"arguments"]
         if action == b"run":
@@ -139,7 +140,7 @@ class Joined:
         reason = errno.ENOENT
         for folder in folders:
             program = folder + b"/" + name if folder else name
-            number = joining.execute(program, [program, *arguments[1:]], environment, mask)
+            number = bearer.execute(program, [program, *arguments[1:]], environment, mask)
             if number == 0:
                 return
             if number != errno.ENOENT:

@@ -6,7 +6,8 @@ import os
 
 from apptainer_py.base import build, log
 from apptainer_py.base.errors import ApptainerError, LaunchError
-from apptainer_py.engines.apptainer import environ, mounts, policy, process
+from apptainer_py.engines.apptainer import environ, lean, mounts, policy, process
+from apptainer_py.engines.apptainer.message import pack
 from apptainer_py.image.detect import CannotOpen, open_image
 from apptainer_py.model import protocol
 from apptainer_py.model.plan import ContainerPlan
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from apptainer_py.engines.apptainer.layers import Shown
     from apptainer_py.engines.apptainer.limits import Limits
     from apptainer_py.engines.apptainer.network import Networks
+    from apptainer_py.engines.apptainer.payload import Message
     from apptainer_py.engines.apptainer.security import Security
     from apptainer_py.host.mpi import Rank
     from apptainer_py.image.detect import OpenImage
@@ -109,6 +111,7 @@ class Prepared:
         "networks",
         "offset",
         "overlays",
+        "payload",
         "program",
         "rank",
         "read_only_root",
@@ -157,6 +160,8 @@ class Prepared:
         # Who tells whether the image's MPI fits; one of the job here.
         self.rank: Rank | None = None
         self.program = ""
+        # Of a lean stage 2: what the payload is.
+        self.payload: Message | None = None
         self.networks: Existing | Networks | UserNetwork | None = None
         self.shim = False
         self.session_mib = 0
@@ -273,9 +278,10 @@ def judge(
         from apptainer_py.engines.apptainer.fakeroot import VARIABLES
 
         environment.forwarded.update(VARIABLES)
-    context.tell_start(process.spec(action, context, prepared, environment, binds))
+    message = process.spec(action, context, prepared, environment, binds)
     plan = plan.replace(fuse_count=prepared.fuse_count)
-    context.plan(share(prepared, action, context, plan, (environment, binds)))
+    plan = share(prepared, action, context, plan, (environment, binds))
+    context.plan(choose_stage2(prepared, action, context, plan, message))
     return prepared
 
 
@@ -299,6 +305,21 @@ def become_service(prepared: Prepared, action: ActionRequest, context: PrepareCo
         action, context, prepared.image.realpath, parts, limited=prepared.limits is not None
     )
     context.streams = prepared.service.streams
+
+
+def choose_stage2(
+    prepared: Prepared,
+    action: ActionRequest,
+    context: PrepareContext,
+    plan: ContainerPlan,
+    message: Message,
+) -> ContainerPlan:
+    """Keep what the payload is, for a lean stage 2, or give it to one with an interpreter."""
+    if lean.is_fit(prepared, action, context.facts, plan):
+        prepared.payload = message
+        return plan.replace(flags=plan.flags | protocol.PLANFLAG_LEAN)
+    context.tell_start(pack(message))
+    return plan
 
 
 def share(

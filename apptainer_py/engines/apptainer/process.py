@@ -6,7 +6,7 @@ import os
 
 from apptainer_py.base import log
 from apptainer_py.engines.apptainer import environ
-from apptainer_py.engines.apptainer.message import LIBRARY_MISSING, pack
+from apptainer_py.engines.apptainer.message import LIBRARY_MISSING
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -392,8 +392,8 @@ def spec(
     prepared: Prepared,
     environment: Environment,
     binds: str,
-) -> bytes:
-    """Return the message for stage 2: all it needs to start the payload."""
+) -> dict[bytes, list[bytes]]:
+    """Return all that is needed to start the payload of a container that is made for it."""
     image, home = prepared.image.path, prepared.user.home
     found = lists(action, context, image, home, environment, binds, _prefix(prepared))
     if _has_console(prepared):
@@ -401,7 +401,7 @@ def spec(
     found[b"filter"] = prepared.filter
     found[b"label"] = prepared.label
     found[b"fuses"] = prepared.fuses.message() if prepared.fuses else []
-    return pack(found)
+    return found
 
 
 def lists(  # noqa: PLR0913 one thing each

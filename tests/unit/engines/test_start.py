@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from apptainer_py.engines.apptainer import start
+from apptainer_py.engines.apptainer import payload, start
 from apptainer_py.engines.apptainer.message import pack
 
 
@@ -25,13 +25,13 @@ def _message(action: bytes = b"exec", app: tuple[bytes, ...] = ()) -> bytes:
 def test_the_example_is_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Code that gives up at the first line would not be any faster for it."""
     found: list[dict[str, str]] = []
-    original = start.environment
+    original = payload.environment
 
     def environment(*arguments: object) -> dict[str, str]:
         found.append(original(*arguments))  # type: ignore[arg-type]
         return found[-1]
 
-    monkeypatch.setattr(start, "environment", environment)
+    monkeypatch.setattr(payload, "environment", environment)
     start.rehearse(_message())
     assert [entry["TERM"] for entry in found] == ["dumb"]
     assert "EXAMPLE" not in found[0]
@@ -42,7 +42,7 @@ def test_the_example_is_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None
 def test_what_is_left_to_the_shell_is_not_rehearsed(
     monkeypatch: pytest.MonkeyPatch, message: bytes
 ) -> None:
-    monkeypatch.setattr(start, "environment", None)
+    monkeypatch.setattr(payload, "environment", None)
     start.rehearse(message)
 
 
