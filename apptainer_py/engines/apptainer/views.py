@@ -107,9 +107,10 @@ class Outside:
         if path != self._asked:
             self.bearer.ask_place(path)
         self._asked = b""
-        number, self.directory = self.bearer.place()
+        number, place = self.bearer.place()
         if number:
             raise OSError(number, os.strerror(number))
+        self.directory = place or path
         return self.directory
 
     def _open(self, path: Path, flags: int) -> int:
@@ -119,7 +120,7 @@ class Outside:
         except OSError as error:
             if error.errno == errno.ELOOP:
                 raise NotSeen from None
-            raise
+            raise OSError(error.errno, os.strerror(error.errno)) from None
 
     def _proc_device(self) -> int:
         """Return the number of the device that /proc is; -1 where nothing is mounted there."""
