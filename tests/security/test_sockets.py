@@ -116,6 +116,7 @@ def randomly() -> list[tuple[bytes, int]]:
 
 
 BIND = {"flags": p.BINDFLAG_READ_ONLY, "numbers": (0,)}
+LEAN_INSTANCE = 16 | p.PLANFLAG_LEAN | p.PLANFLAG_INSTANCE | p.PLANFLAG_SHIM
 KEEPER_SHOTS = {
     "random bytes": randomly(),
     "one byte": [(b"\1", 0)],
@@ -129,6 +130,10 @@ KEEPER_SHOTS = {
     "plan too long": [(plan() + b"x", 0)],
     "plan with unknown spaces": [(plan(spaces=1 << 20), 0)],
     "plan with unknown flags": [(plan(flags=16 | 1 << 20), 0)],
+    "lean plan with --fakeroot": [(plan(flags=16 | p.PLANFLAG_LEAN | p.PLANFLAG_FAKEROOT), 0)],
+    "lean plan of an instance": [(plan(spaces=1, flags=LEAN_INSTANCE), 0)],
+    "lean plan with groups": [(plan(flags=16 | p.PLANFLAG_LEAN | p.PLANFLAG_GROUPS), 0)],
+    "lean plan with capabilities": [(plan(flags=16 | p.PLANFLAG_LEAN, caps=1), 0)],
     "plan with many devices": [(plan(fuse_count=5), 0)],
     "plan with many groups": [(plan(group_count=33), 0)],
     "plan with a long image": [(plan(image_length=1025), 0)],

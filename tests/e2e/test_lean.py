@@ -1,0 +1,109 @@
+"""Which launches need no interpreter beside master's, and that nobody else can tell."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import images
+from tests.e2e.test_trace import lines_of
+from tests.own_install import Installation
+
+FLOWS = ("setuid", "userns", "root")
+
+
+@pytest.fixture
+def own(own) -> Installation:
+    own.configure()
+    return own
+
+
+@pytest.fixture
+def place(own) -> Iterator[Path]:
+    """A directory of the user's, with a link to one below it."""
+    made = Path(tempfile.mkdtemp(prefix="apptainer-py-lean-", dir="/var/tmp"))
+    (made / "real").mkdir()
+    (made / "link").symlink_to("real")
+    for path in (made, made / "real"):
+        os.chown(path, own.user.pw_uid, own.user.pw_gid)
+    yield made
+    shutil.rmtree(made)
+
+
+@pytest.fixture(scope="module")
+def sandbox(require_root: None) -> Path:
+    return images.small_tree(images.shared_folder())
+
+
+def interpreters(own: Installation, place: Path, sif: Path, flow: str, *words: str) -> set[str]:
+    """Launch, and return the processes that loaded Python."""
+    path = place / "trace"
+    path.unlink(missing_ok=True)
+    command, *options = words
+    given = ["-u"] if flow == "userns" else []
+    arguments = ["true"] if command == "exec" else []
+    done = own.run("--trace", path, command, *given, *options, sif, *arguments, root=flow == "root")
+    assert done.returncode == 0, done.stderr
+    loaded = {line["process"] for line in lines_of(path) if line.get("name", "")[:5] == "LOAD_"}
+    births = [line for line in lines_of(path) if line.get("name") == "EXEC_PAYLOAD"]
+    assert [line["process"] for line in births] == ["STAGE2"]
+    return loaded
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+@pytest.mark.parametrize("options", [(), ("-p",), ("-p", "--no-init"), ("-C",), ("-w",)])
+def test_one_interpreter_is_enough(own, sif, sandbox, place, flow, options):
+    image = sandbox if "-w" in options else sif
+    assert interpreters(own, place, image, flow, "exec", *options) == {"MASTER"}
+
+
+@pytest.mark.parametrize("command", ["run", "test"])
+def test_scripts_need_no_other(own, sif, place, command):
+    assert interpreters(own, place, sif, "setuid", command) == {"MASTER"}
+
+
+@pytest.mark.parametrize(
+    ("flow", "options"),
+    [
+        ("userns", ("--fakeroot",)),
+        ("root", ("--no-privs",)),
+        ("root", ("--security", "uid:12")),
+        ("userns", ("--add-caps", "CAP_CHOWN")),
+    ],
+)
+def test_who_is_another_than_master_judges_itself(own, sif, place, flow, options):
+    assert interpreters(own, place, sif, flow, "exec", *options) == {"MASTER", "STAGE2"}
+
+
+def test_directory_and_program_are_the_payloads(own, sif, place):
+    """PWD is where the kernel says that it is; a relative program is below it."""
+    tool = place / "real/tool"
+    tool.write_text("#!/bin/sh\necho $0 $PWD; pwd\n")
+    tool.chmod(0o755)
+    for pwd in (place / "link", place / "real"):
+        done = own.run("exec", "-B", place, "--pwd", pwd, sif, "./tool")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.split() == [str(tool), str(place / "real"), str(place / "real")]
+
+
+def test_what_differs_for_each_process_is_left_to_the_shell(own, sandbox, place):
+    """Below /proc master would see itself."""
+    image = place / "image"
+    shutil.copytree(sandbox, image, symlinks=True)
+    folder = image / ".singularity.d/env"
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [
+        "#!/bin/sh", "if [ -e /proc/1/stat ] && [ -d /proc/self/fd ]; then", "    SEEN=yes", "fi",
+        "export SEEN",
+    ]  # fmt: skip
+    (folder / "90-environment.sh").write_text("\n".join([*lines, ""]))
+    done = own.run("exec", "-p", image, "sh", "-c", "echo $SEEN $$")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split()[0] == "yes"
+    done = own.run("exec", "-p", image, "/proc/1/root/bin/sh", "-c", "echo ran")
+    assert (done.returncode, done.stdout.strip()) in ((0, "ran"), (255, "")), done.stderr
