@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -210,10 +211,14 @@ NO_RETURN static void nothing_asked(void) {
     _exit(255);
 }
 
+/* Where the payload's own filter lets nothing be answered, it is said here. */
 static void answer(int socket, int error) {
     struct bearer_reply a = {.error = error};
-    if (wire_send(socket, &a, sizeof(a), -1) < 0)
+    if (wire_send(socket, &a, sizeof(a), -1) == 0)
+        return;
+    if (errno == EPIPE)
         _exit(255);
+    fail("the program cannot be executed", error);
 }
 
 /* A directory of the container, for a master that has no way to open it. */
@@ -232,6 +237,15 @@ static void enter_place(const struct bearer_request *q, int fd, int socket) {
         _exit(255);
 }
 
+/* Another try comes with a descriptor, for which the payload's own limit may be too small. */
+static void lift_descriptors(void) {
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_NOFILE, &limit) < 0)
+        return;
+    limit.rlim_cur = limit.rlim_max;
+    (void)setrlimit(RLIMIT_NOFILE, &limit); /* then that try ends with a line of its own */
+}
+
 static void run_program(const struct launch *l, const struct bearer_request *q, int fd,
                         int socket) {
     struct program p = {NULL, NULL};
@@ -248,7 +262,9 @@ static void run_program(const struct launch *l, const struct bearer_request *q, 
     filter_load();
     /* SAFE: this user's program with what this user was granted; in the container's own root. */
     (void)execve(p.vector[0], p.vector + 1, p.vector + 2 + q->argc);
-    answer(socket, errno);
+    int error = errno;
+    lift_descriptors();
+    answer(socket, error);
     forget(&p);
 }
 
@@ -272,6 +288,10 @@ static void take_label(const struct bearer_request *q, int fd, int socket) {
     answer(socket, label_write(q->number, text, (size_t)st.st_size));
 }
 
+static bool told_by_master(const struct launch *l) {
+    return l->plan.flags & (PLAN_JOIN | PLAN_LEAN);
+}
+
 static void take_part(const struct launch *l, const struct bearer_request *q, int fd,
                       int socket) {
     bool plain = q->argc == 0 && q->envc == 0 && fd >= 0;
@@ -282,7 +302,7 @@ static void take_part(const struct launch *l, const struct bearer_request *q, in
         close(fd);
         break;
     case BEARER_DIRECTORY:
-        if (!plain || q->number != 0 || fchdir(fd) < 0)
+        if (!plain || q->number != 0 || told_by_master(l) || fchdir(fd) < 0)
             malformed();
         close(fd);
         break;
@@ -300,7 +320,7 @@ static void take_part(const struct launch *l, const struct bearer_request *q, in
         run_program(l, q, fd, socket);
         break;
     case BEARER_PLACE:
-        if (!(l->plan.flags & (PLAN_JOIN | PLAN_LEAN)))
+        if (!told_by_master(l))
             malformed();
         enter_place(q, fd, socket);
         break;

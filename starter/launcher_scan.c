@@ -193,7 +193,7 @@ struct forecast scan_forecast(const struct scan *s) {
     if (s->instance != NULL) {
         f.spaces |= SPACE_PID;
         f.flags |= PLAN_SHIM | PLAN_INSTANCE;
-    } else if ((s->on & (OPT_FAKEROOT | OPT_FUSEMOUNT)) == 0) {
+    } else if ((s->on & (OPT_FAKEROOT | OPT_INTERPRETER)) == 0) {
         f.flags |= PLAN_LEAN;
     }
     if (all || (s->on & OPT_IPC) != 0)

@@ -97,10 +97,11 @@ static bool fits_sharing(const struct launch *l, const struct container_plan *pl
 
 /* Master judges for a payload that is what master is itself; bearer waits for stage 2. */
 static bool fits_lean(const struct launch *l, const struct container_plan *plan) {
-    const uint32_t without = PLAN_FAKEROOT | PLAN_INSTANCE | PLAN_GROUPS;
-    return !(plan->flags & PLAN_LEAN) || (!(plan->flags & without) && plan->uid == l->uid &&
-                                          plan->gid == l->gid && plan->group_count == 0 &&
-                                          (l->flow == FLOW_ROOT || !wants_capabilities(plan)));
+    const uint32_t without = PLAN_FAKEROOT | PLAN_INSTANCE | PLAN_GROUPS | PLAN_METHODS;
+    bool same = plan->uid == l->uid && plan->gid == l->gid && plan->group_count == 0;
+    bool as_able = l->flow == FLOW_ROOT ? plan->caps[CAP_SET_PERMITTED] == l->permitted
+                                        : !wants_capabilities(plan);
+    return !(plan->flags & PLAN_LEAN) || (!(plan->flags & without) && same && as_able);
 }
 
 /* Root of a namespace of the caller's own: nothing in it reaches beyond what the caller has, and

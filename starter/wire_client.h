@@ -2,13 +2,16 @@
 #ifndef APY_WIRE_CLIENT_H
 #define APY_WIRE_CLIENT_H
 
+#include <errno.h>
 #include <link.h>
+#include <linux/magic.h>
 #include <linux/openat2.h>
 #include <stdint.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <sys/types.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include "protocol.h"
@@ -23,9 +26,22 @@ static const struct stage_info *wire_stage(void) {
     return stagehost_get ? stagehost_get() : NULL;
 }
 
+/* openat2(2) asks for another try where something was renamed or mounted, anywhere, while it went
+ * through a path with "..". */
 static int wire_openat2(int directory, const char *path, uint64_t flags, uint64_t resolve) {
     struct open_how how = {.flags = flags | 02000000 /* O_CLOEXEC */, .resolve = resolve};
-    return (int)syscall(SYS_openat2, directory, path, &how, sizeof(how));
+    int fd = -1;
+    for (int tries = 0; tries < 256; tries++) {
+        fd = (int)syscall(SYS_openat2, directory, path, &how, sizeof(how));
+        if (fd >= 0 || errno != EAGAIN)
+            break;
+    }
+    return fd;
+}
+
+static int wire_is_proc(int fd) {
+    struct statfs fs;
+    return fstatfs(fd, &fs) == 0 && fs.f_type == PROC_SUPER_MAGIC;
 }
 
 /* One loaded object's read-only segments: the page cache has them when they are wanted again. */

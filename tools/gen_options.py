@@ -40,7 +40,7 @@ MEANINGS = {
     "containall": "OPT_CONTAINALL",
     "fakeroot": "OPT_FAKEROOT",
     "help": "OPT_HELP",
-    "fusemount": "OPT_FUSEMOUNT",
+    "fusemount": "OPT_INTERPRETER",
     "hostname": "OPT_UTS",
     "ignore-subuid": "OPT_IGNORE_SUBUID",
     "ignore-userns": "OPT_IGNORE_USERNS",
@@ -54,6 +54,7 @@ MEANINGS = {
     "no-privs": "OPT_UNFORESEEN",
     "oci": "OPT_OCI",
     "pid": "OPT_PID",
+    "security": "OPT_INTERPRETER",
     "sharens": "OPT_SHARENS",
     "unsquash": "OPT_UNSQUASH",
     "trace": "OPT_TRACE",
@@ -87,7 +88,7 @@ enum option_flag {
     OPT_WRITABLE_TMPFS = 8192,
     OPT_UNFORESEEN = 16384, /* changes the plan in ways that the launcher does not know */
     OPT_OCI = 32768,    /* the other engine */
-    OPT_FUSEMOUNT = 1 << 24, /* programs to be started inside: an interpreter does that */
+    OPT_INTERPRETER = 1 << 24, /* stage 2 cannot be lean */
     OPT_UNSQUASH = 1 << 25, /* a directory is made of the image first */
     OPT_SHARENS = 1 << 26, /* several launches of one parent process in one container */
     OPT_IGNORE_SUBUID = 1 << 28,

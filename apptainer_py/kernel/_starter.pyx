@@ -130,6 +130,7 @@ cdef extern from "wire_client.h" nogil:
     int wire_send(int fd, const void *frame, size_t size, int passed)
     ssize_t wire_receive(int fd, void *frame, size_t size, int *passed)
     int wire_openat2(int directory, const char *path, uint64_t flags, uint64_t resolve)
+    int wire_is_proc(int fd)
     uint64_t wire_bounding()
     void wire_release_code()
 
@@ -506,6 +507,11 @@ def openat2(int directory, bytes path, uint64_t flags, uint64_t resolve):
     if fd < 0:
         raise OSError(errno, path.decode("utf-8", "surrogateescape"))
     return fd
+
+
+def is_proc(int fd):
+    """Return whether an open file belongs to proc(5)."""
+    return wire_is_proc(fd) != 0
 
 
 def bounding_set():

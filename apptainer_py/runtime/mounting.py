@@ -297,6 +297,10 @@ class Mounting:
         """Have the container's tree made its root once stage 2 is sealed; the last one."""
         self._send("cannot change the root", protocol.OP_PIVOT)
 
+    def close(self) -> None:
+        """Give up: the process that mounts ends."""
+        os.close(self._rpc_fd)
+
     def pivot(self) -> None:
         """Wait until that is done."""
         self.begin_pivot()

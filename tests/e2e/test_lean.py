@@ -105,5 +105,9 @@ def test_what_differs_for_each_process_is_left_to_the_shell(own, sandbox, place)
     done = own.run("exec", "-p", image, "sh", "-c", "echo $SEEN $$")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.split()[0] == "yes"
-    done = own.run("exec", "-p", image, "/proc/1/root/bin/sh", "-c", "echo ran")
-    assert (done.returncode, done.stdout.strip()) in ((0, "ran"), (255, "")), done.stderr
+    folder.joinpath("90-environment.sh").write_text("#!/bin/sh\nexport PATH=/proc/self/cwd:$PATH\n")
+    done = own.run("exec", "--pwd", "/bin", image, "sh", "-c", "echo ran; echo $0")
+    assert (done.returncode, done.stdout.split()[0]) == (0, "ran"), done.stderr
+    done = own.run("exec", image, "/proc/self/cwd/nothing")
+    assert (done.returncode, done.stdout) == (255, "")
+    assert done.stderr.endswith("no such file or directory\n"), done.stderr

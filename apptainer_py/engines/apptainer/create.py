@@ -12,7 +12,7 @@ import os
 import stat
 
 from apptainer_py.base import log
-from apptainer_py.base.errors import ApptainerError, LaunchError, is_gone
+from apptainer_py.base.errors import LaunchError, is_gone
 from apptainer_py.base.files import read_at_most, write_all
 from apptainer_py.engines.apptainer import accounts, lean, places
 from apptainer_py.kernel import _starter
@@ -114,7 +114,10 @@ class Creation:
             wanted = lean.judge(view, message)
             self.mounting.settle()
             lean.start(view, wanted, message)
-        except (ApptainerError, OSError):
+        except BaseException:
+            # Whoever mounts ends with its channel, and stage 2 waits for that.
+            self.context.bearer.look()
+            self.mounting.close()
             self.context.bearer.dismiss()
             raise
 

@@ -7,10 +7,7 @@ each process that looks, as below /proc, is left to the image's shell.
 
 from __future__ import annotations
 
-import os
-
-from apptainer_py.engines.apptainer.message import refused_label
-from apptainer_py.engines.apptainer.payload import NotStarted, Payload
+from apptainer_py.engines.apptainer.payload import Payload
 from apptainer_py.engines.apptainer.views import Outside
 from apptainer_py.model import protocol
 
@@ -28,6 +25,8 @@ def is_fit(prepared: Prepared, action: ActionRequest, facts: Facts, plan: Contai
     """Return whether master can say what the payload is, and no program is started beside it."""
     if prepared.fakeroot or prepared.service or prepared.fuses or prepared.joined or action.boot:
         return False
+    if prepared.filter or prepared.label:
+        return False  # what an execve could not do would have to be told from behind them
     other = plan.flags & protocol.PLANFLAG_GROUPS or plan.groups
     if other or (plan.uid, plan.gid) != (facts.uid, facts.gid):
         return False
@@ -59,12 +58,4 @@ def start(view: Outside, wanted: Payload, message: Message) -> None:
     wanted.enter()
     if message[b"console"]:
         view.take_console()
-    if message[b"label"]:
-        kind, text = message[b"label"]
-        number = view.bearer.label(int(kind), text)
-        if number:
-            raise NotStarted(text=refused_label(int(kind), os.fsdecode(text), number))
-    if message[b"filter"]:
-        code, flags = message[b"filter"]
-        view.bearer.filter_calls(bytes.fromhex(code.decode()), int(flags))
     wanted.start()

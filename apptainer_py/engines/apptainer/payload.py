@@ -31,6 +31,8 @@ _RUNSCRIPT = b"/.singularity.d/runscript"
 _SCRIPTS = {b"run": _RUNSCRIPT, b"start": b"/.singularity.d/startscript"}
 _FOLDER = "/.singularity.d/env"
 _FILE_BYTES = 1 << 16
+# An image has a handful; what has more is left to its own shell, within its own limits.
+_FILES_MAX = 64
 # The actions whose program is found here as the script does; the others are the script's.
 _DIRECT = (b"exec", b"run", b"start")
 
@@ -123,8 +125,11 @@ class Payload:
         """
         if self._judged != self._directory:
             self.judge(self._directory)
-        if self._entries is not None and self._start_directly(self._entries):
-            return
+        try:
+            if self._entries is not None and self._start_directly(self._entries):
+                return
+        except NotSeen:
+            pass  # the image's shell sees it
         if not self._start_by_shell():
             self._start_without_shell()
 
@@ -165,6 +170,8 @@ class Payload:
             paths = [f"{_FOLDER}/{name}" for name in shown]
         except FileNotFoundError:
             paths = ["/environment"]
+        if len(paths) > _FILES_MAX:
+            raise NotSimple
         found = [(path, text) for path in paths if (text := self._read_text(path)) is not None]
         return [(path, _meant(path, text)) for path, text in found]
 
@@ -237,7 +244,7 @@ class Payload:
         message = self._message
         exec_alone = message[b"action"][0] == b"exec"
         shells = (_SHELL, _BASH) if message[b"action"][0] in _DIRECT else (_SHELL,)
-        shell = next((shell for shell in shells if is_program(self._view, shell)), b"")
+        shell = next((shell for shell in shells if may_be_program(self._view, shell)), b"")
         if not shell:
             return False
         forwarded = message[b"forwarded"]
@@ -254,11 +261,16 @@ class Payload:
         arguments = self._message[b"arguments"]
         if action != b"exec":
             arguments = [_SCRIPTS.get(action, b""), *arguments]
-            if action not in _SCRIPTS or not is_program(view, arguments[0]):
+            if action not in _SCRIPTS or not may_be_program(view, arguments[0]):
                 raise NotStarted(text="/bin/sh does not exist in container")
         entries = [*self._message[b"plain"], b"PWD=" + self._directory]
         path = next(entry[5:] for entry in entries if entry.startswith(b"PATH="))
-        program = find(view, arguments[0], path, self._directory)
+        try:
+            program = find(view, arguments[0], path, self._directory)
+        except NotSeen:
+            program = arguments[0]
+            if b"/" not in program:
+                raise NotStarted(text=_not_found(program)) from None
         problem = view.execute(program, [program, *arguments[1:]], entries)
         if problem is not None:
             raise NotStarted(text=explain(view, program, problem))
@@ -299,21 +311,32 @@ def reason(error: OSError) -> str:
 
 
 def is_program(view: View, path: bytes) -> bool:
-    """Return whether a path is a file that may be executed."""
+    """Return whether a path is a file that may be executed.
+
+    Raises:
+        NotSeen: that may be something else for the payload.
+    """
     try:
         facts = view.stat(path)
         return stat.S_ISREG(facts.st_mode) and view.access(path, os.X_OK)
-    except NotSeen:
-        return True  # the execve will tell
     except OSError as error:
         view.check_served(error)
         return False
+
+
+def may_be_program(view: View, path: bytes) -> bool:
+    """Return whether it is worth an execve, which tells what cannot be seen."""
+    try:
+        return is_program(view, path)
+    except NotSeen:
+        return True
 
 
 def find(view: View, name: bytes, path: bytes, directory: bytes) -> bytes:
     """Return the program of a name, as a shell finds it along a PATH.
 
     Raises:
+        NotSeen: whatever is there may be something else for the payload.
         NotStarted: there is none.
     """
     if b"/" in name:
@@ -322,15 +345,17 @@ def find(view: View, name: bytes, path: bytes, directory: bytes) -> bytes:
         candidate = os.path.join(folder or b".", name)
         if is_program(view, candidate):
             return candidate
-    raise NotStarted(text=f'"{os.fsdecode(name)}": executable file not found in $PATH')
+    raise NotStarted(text=_not_found(name))
+
+
+def _not_found(name: bytes) -> str:
+    return f'"{os.fsdecode(name)}": executable file not found in $PATH'
 
 
 def _check_program(view: View, program: bytes) -> bytes:
     try:
         mode = view.stat(program).st_mode
         allowed = view.access(program, os.X_OK)
-    except NotSeen:
-        return program
     except OSError as error:
         view.check_served(error)
         raise NotStarted(text=f"stat {os.fsdecode(program)}: {reason(error)}") from None

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 _READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _STARTER_ENDS_S = 5
-# linux/openat2.h
-_IN_ROOT, _NO_MAGICLINKS = 0x10, 0x02
-_RESOLVE = _IN_ROOT | _NO_MAGICLINKS
+# linux/openat2.h; such a walk follows no magic link either.
+_IN_ROOT = 0x10
+_UNCLEAR = (errno.EXDEV, errno.EAGAIN)
 
 
 class NotSeen(NotSimple):
@@ -82,14 +82,13 @@ class Inside:
 class Outside:
     """Master's, by a descriptor of the container's root; a lean stage 2 does what it decides."""
 
-    __slots__ = ("_asked", "_proc", "_root", "_umask", "bearer", "directory")
+    __slots__ = ("_asked", "_root", "_umask", "bearer", "directory")
 
     def __init__(self, root: int, bearer: Bearer, umask: int) -> None:
         self._root = root
         self.bearer = bearer
         self._umask = umask
         self._asked = b""
-        self._proc: int | None = None
         self.directory = b"/"
 
     def ask_to_enter(self, path: bytes) -> None:
@@ -116,34 +115,15 @@ class Outside:
     def _open(self, path: Path, flags: int) -> int:
         full = os.path.join(self.directory, os.fsencode(path))
         try:
-            return _starter.openat2(self._root, full, flags, _RESOLVE)
+            fd = _starter.openat2(self._root, full, flags, _IN_ROOT)
         except OSError as error:
-            if error.errno == errno.ELOOP:
+            if error.errno in _UNCLEAR:
                 raise NotSeen from None
-            raise OSError(error.errno, os.strerror(error.errno)) from None
-
-    def _proc_device(self) -> int:
-        """Return the number of the device that /proc is; -1 where nothing is mounted there."""
-        if self._proc is None:
-            self._proc = -1
-            here = os.fstat(self._root).st_dev
-            try:
-                fd = _starter.openat2(self._root, b"/proc", os.O_PATH, _RESOLVE)
-            except OSError:
-                return -1
-            there = os.fstat(fd).st_dev
-            os.close(fd)
-            if there != here:
-                self._proc = there
-        return self._proc
-
-    def _look(self, path: Path, *, follow: bool = True) -> tuple[int, os.stat_result]:
-        fd = self._open(path, os.O_PATH if follow else os.O_PATH | os.O_NOFOLLOW)
-        facts = os.fstat(fd)
-        if facts.st_dev == self._proc_device():
+            raise OSError(error.errno, os.strerror(error.errno or 0)) from None
+        if _starter.is_proc(fd):
             os.close(fd)
             raise NotSeen
-        return fd, facts
+        return fd
 
     def open(self, path: Path) -> int:
         """Open a file to read it, without waiting for whatever it may be."""
@@ -156,14 +136,15 @@ class Outside:
             NotSeen: that may be something else for the payload.
             OSError: as the system call fails.
         """
-        fd, facts = self._look(path, follow=follow)
+        fd = self._open(path, os.O_PATH if follow else os.O_PATH | os.O_NOFOLLOW)
+        facts = os.fstat(fd)
         os.close(fd)
         return facts
 
     def access(self, path: Path, mode: int) -> bool:
         """Return whether the payload may use a file so, as access(2)."""
         try:
-            fd, _ = self._look(path)
+            fd = self._open(path, os.O_PATH)
         except OSError:
             return False
         allowed = os.access(b"/proc/self/fd/%d" % fd, mode)
@@ -180,15 +161,19 @@ class Outside:
 
     def check_served(self, error: OSError) -> None:
         """Say so where the image has gone: that is why something went wrong."""
-        if is_gone(error.errno):
-            raise error
+        if not is_gone(error.errno):
+            return
+        try:
+            self.names("/")  # a mount of the user's may be what is gone
+        except OSError:
+            raise error from None
 
     def take_console(self) -> None:
         """Make the terminal /dev/console, the only name that it has in the container's own /dev."""
         terminals = [fd for fd in range(3) if os.isatty(fd)]
         try:
             console = self._open("/dev/console", os.O_RDWR | os.O_NOCTTY)
-        except OSError:
+        except (NotSeen, OSError):
             return
         for fd in terminals:
             self.bearer.stream(fd, console)

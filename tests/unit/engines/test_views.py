@@ -86,9 +86,17 @@ def test_proc_shows_everybody_something_else() -> None:
             host.stat(path)
     with pytest.raises(NotSeen):
         host.open("/proc/self/exe")
-    assert payload.is_program(host, b"/proc/self/exe")
-    assert payload.find(host, b"/proc/self/exe", b"", b"/") == b"/proc/self/exe"
+    with pytest.raises(NotSeen):
+        payload.find(host, b"/proc/self/exe", b"", b"/")
+    with pytest.raises(NotSeen):
+        payload.find(host, b"sh", b"/proc/self/cwd:/bin", b"/")
+    assert payload.may_be_program(host, b"/proc/self/exe")
     assert host.stat("/etc/passwd").st_size > 0
+
+
+def test_a_loop_of_links_is_no_program(tree: Path, outside: Outside) -> None:
+    (tree / "loop").symlink_to("loop")
+    assert payload.find(outside, b"tool", b"/loop:/bin", b"/") == b"/bin/tool"
 
 
 def test_a_directory_called_proc_is_none(outside: Outside) -> None:
