@@ -22,20 +22,18 @@ _REPLY_BYTES = protocol.LIMIT_PATH_BYTES + 4
 class Bearer:
     """The channel to it; both ends close when it becomes the payload, or has ended."""
 
-    __slots__ = ("_fd", "has_ended")
+    __slots__ = ("_fd",)
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        # What it says of why is not the user's to read: who ended it is told, or knows.
-        self.has_ended = False
 
-    def look(self) -> None:
-        """Find out whether it has ended by itself, before anything is asked of it for an error."""
+    def has_ended(self) -> bool:
+        """Return whether it is there no more."""
         import select
 
         events = select.poll()
         events.register(self._fd, 0)
-        self.has_ended = bool(events.poll(0))
+        return bool(events.poll(0))
 
     def ask_place(self, directory: bytes) -> None:
         """Have it make a directory of the container its own; `place` has the answer."""

@@ -280,8 +280,7 @@ class Master:
         except (ApptainerError, OSError) as error:
             if self._server_ended(error):
                 raise ImageGone from None
-            ended = context.is_lean() and create.bearer.has_ended
-            if ended or (isinstance(error, ApptainerError) and self._stage2_said()):
+            if isinstance(error, ApptainerError) and self._stage2_said():
                 raise StageFailed from None
             raise
         os.close(self.info["rpc_fd"])

@@ -18,7 +18,7 @@ from apptainer_py.engines.apptainer import accounts, lean, places
 from apptainer_py.kernel import _starter
 from apptainer_py.model import protocol
 from apptainer_py.model.plan import Mount
-from apptainer_py.runtime.mounting import MOUNTS, StarterRefused
+from apptainer_py.runtime.mounting import MOUNTS, StarterGone, StarterRefused
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -114,11 +114,15 @@ class Creation:
             wanted = lean.judge(view, message)
             self.mounting.settle()
             lean.start(view, wanted, message)
-        except BaseException:
+        except BaseException as error:
+            bearer = self.context.bearer
+            ended = bearer.has_ended()
             # Whoever mounts ends with its channel, and stage 2 waits for that.
-            self.context.bearer.look()
             self.mounting.close()
-            self.context.bearer.dismiss()
+            bearer.dismiss()
+            # Without it the container's mounts are gone, and nothing is found any more.
+            if ended and isinstance(error, LaunchError):
+                raise StarterGone(what="cannot start the payload") from None
             raise
 
     def janitor(self) -> Janitor:
