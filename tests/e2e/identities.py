@@ -87,7 +87,7 @@ fakeroot-u payload      inner  every      every      every     yes           con
 
 def hooks_of(flow: str) -> dict[str, list[str]]:
     """Return which hooks run where; without an interpreter stage 2 has nothing to prepare."""
-    return HOOKS if flow == "fakeroot" else {**HOOKS, "STAGE2": ["START_PROCESS"]}
+    return HOOKS if flow.startswith("fakeroot") else {**HOOKS, "STAGE2": ["START_PROCESS"]}
 
 
 def table(flow: str) -> dict[str, dict[str, str]]:
