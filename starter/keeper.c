@@ -717,6 +717,10 @@ static void serve(struct keeper *k) {
     }
     if (got < (ssize_t)sizeof(uint32_t))
         abandon(k, 0, ERR_MALFORMED);
+    if (k->phase == ENDED) { /* master has been told already, and asks for no other reason */
+        close_fd(&passed);
+        return;
+    }
     struct op_reply a = {.op = q.plain.op};
     uint64_t start = trace_now();
     const struct row *row = find_row(k, q.plain.op);
