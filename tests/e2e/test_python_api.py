@@ -179,6 +179,7 @@ def test_what_is_not_wanted_any_more_ends_with_all_that_it_started(script):
 import os
 import signal
 import threading
+import time
 
 import apptainer_py
 
@@ -186,7 +187,17 @@ import apptainer_py
 WAITS = ["sh", "-c", "echo begun; sleep 61; echo never"]
 
 
+# What is still there in a while: a kill is no wait.
 def left():
+    for _ in range(100):
+        found = sleeping()
+        if not found:
+            break
+        time.sleep(0.1)
+    return found
+
+
+def sleeping():
     found = []
     for name in filter(str.isdecimal, os.listdir("/proc")):
         try:
@@ -200,7 +211,7 @@ def left():
 
 
 try:
-    apptainer_py.exec("image.sif", WAITS, timeout=1)
+    apptainer_py.exec("image.sif", WAITS, timeout=3)
 except apptainer_py.TimedOut as error:
     assert error.stdout == b"begun\\n", error.stdout
 assert not left()
