@@ -285,11 +285,21 @@ static void wait_for_the_last(struct launch *l) {
     close_fd(&l->life_pipe[0]);
 }
 
-/* Takes back what was begun; the channels are unused so far and serve the next container. */
+/* What one stage 2 has said of itself is no word of the next one's. */
+static void renew_seal(struct launch *l) {
+    close_fd(&l->seal_pipe[0]);
+    close_fd(&l->seal_pipe[1]);
+    if (pipe2(l->seal_pipe, O_CLOEXEC) < 0)
+        fail("cannot make the channels between the processes", errno);
+}
+
+/* Takes back what was begun; the channels are unused so far and serve the next container, but for
+ * the seal, which a lean stage 2 sets at once. */
 static void undo_early(struct keeper *k) {
     struct launch *l = k->launch;
     end_child(&k->container);
     wait_for_the_last(l);
+    renew_seal(l);
     end_child(&k->servers[0]);
     k->container_alive = k->early_server = l->early_fuse = k->lent_ended = false;
     loan_close(l, &k->loan);

@@ -181,7 +181,7 @@ PID_AND_UTS = protocol.SPACE_PID | protocol.SPACE_UTS
 SHIM_AND_LEAN = protocol.PLANFLAG_SHIM | protocol.PLANFLAG_LEAN
 FORECASTS = {
     "early": (FORESEEN, PID_AND_UTS, SHIM_AND_LEAN, 5),
-    "early, wrong": (FORESEEN, 0, 0, 5),
+    "early, wrong": (FORESEEN, 0, protocol.PLANFLAG_LEAN, 5),
     "userns": (FORESEEN, PID_AND_UTS, SHIM_AND_LEAN, 5),
 }
 EARLY = [
