@@ -10,17 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from tests import images
+from tests import fixtures, images
 from tests.e2e.test_trace import lines_of
 from tests.own_install import Installation
 
 FLOWS = ("setuid", "userns", "root")
 
 
-@pytest.fixture
-def own(own) -> Installation:
-    own.configure()
-    return own
+own = fixtures.own()
 
 
 @pytest.fixture

@@ -168,11 +168,16 @@ def adopt_orphans() -> None:
 def children(pid: int | str = "self") -> list[int]:
     """Return the children of a process; none if it has ended."""
     found = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+    try:
+        tasks = os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return []
+    for task in tasks:
         try:
-            found += [int(word) for word in task.read_text().split()]
+            text = Path(f"/proc/{pid}/task/{task}/children").read_text()
         except OSError:
             continue
+        found += [int(word) for word in text.split()]
     return sorted(found)
 
 

@@ -169,16 +169,14 @@ STEPS = (
 ).split()
 
 
-def stop_all(first: int) -> list[int]:
-    """Stop a process and everything below it; returns those that were there."""
-    everyone = [first]
+def stop_all(everyone: list[int]) -> None:
+    """Stop the only process of a list and everything below it, which the list then has too."""
     for pid in everyone:
         try:
             os.kill(pid, signal.SIGSTOP)
         except ProcessLookupError:
             continue
         everyone += [one for one in forge.children(pid) if one not in everyone]
-    return everyone
 
 
 @pytest.fixture
@@ -193,10 +191,11 @@ def hold_at(product, user, demo_sif, user_tmp):
         words = ["--trace", str(fifo), "exec", *options, str(demo_sif), "true"]
         with open(fifo, "r+b", buffering=0) as pipe:
             process = forge.start(product.program, words, user=user, env=env)
-            while f'"{step}"'.encode() not in forge.read_line(pipe):
-                pass
-            everyone = stop_all(process.pid)
+            everyone = [process.pid]
             try:
+                while f'"{step}"'.encode() not in forge.read_line(pipe):
+                    pass
+                stop_all(everyone)
                 check(everyone)
             finally:
                 for pid in reversed(everyone):
