@@ -1,4 +1,4 @@
-"""Container Device Interface (CDI 0.8): specifications of devices, and what a device asks for.
+"""Container Device Interface (CDI 1.1): specifications of devices, and what a device asks for.
 
 A specification is a JSON or YAML file; a device is named `vendor.com/class=name`. Of several
 directories the last one that knows a device counts; two files of one directory exclude each other.
@@ -21,6 +21,17 @@ FOLDERS = ("/etc/cdi", "/var/run/cdi")
 _FILE_BYTES = 4 << 20
 _TIMEOUT_S = 30
 _NO_YAML = 3
+_VERSIONS = (*(f"0.{minor}." for minor in range(1, 9)), "1.0.", "1.1.")
+# What the specification has; a field that it does not have may be one that matters.
+_FIELDS = {
+    "": "cdiVersion kind annotations devices containerEdits",
+    "devices": "name annotations containerEdits",
+    "containerEdits": "env deviceNodes hooks mounts intelRdt additionalGids netDevices",
+    "deviceNodes": "path hostPath type major minor fileMode permissions uid gid",
+    "mounts": "hostPath containerPath options type",
+    "hooks": "hookName path args env timeout",
+}
+_WRONG = (AttributeError, KeyError, TypeError, ValueError)
 # PyYAML is a package of others: it runs in a process of its own, not in one that plans a launch.
 _AS_JSON = f"""
 import json, sys
@@ -102,13 +113,16 @@ class _Known:
                 self.add_file(path, here)
             except CdiError as error:
                 self.broken.append(error)
-            except (AttributeError, KeyError, TypeError) as error:
-                self.broken.append(CdiError(text=f"{path}: no CDI specification: {error!r}"))
+            except _WRONG as error:
+                self.broken.append(CdiError(text=f"{path}: {_reason(error)}"))
 
     def add_file(self, path: str, here: set[str]) -> None:
         """Read one specification; `here` are the devices of its folder so far."""
         specification = _read(path)
+        _check_version(specification["cdiVersion"])
+        _check_fields("", specification)
         for device in specification["devices"]:
+            _check_fields("devices", device)
             full = f"{specification['kind']}={device['name']}"
             self.twice.pop(full, None)
             if full in here:
@@ -142,8 +156,8 @@ def find(names: Iterable[str], folders: tuple[str, ...]) -> Edits:
                 used.append(id(specification))
                 _add(edits, specification.get("containerEdits") or {})
             _add(edits, device.get("containerEdits") or {})
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CdiError(text=f"CDI device {name}: cannot be used: {error}") from None
+        except _WRONG as error:
+            raise CdiError(text=f"CDI device {name}: cannot be used: {_reason(error)}") from None
     return edits
 
 
@@ -195,7 +209,29 @@ def _converted(path: str, text: bytes) -> bytes:
     return done.stdout
 
 
+def _reason(error: Exception) -> str:
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
+
+
+def _check_version(version: object) -> None:
+    plain = str(version).removeprefix("v")
+    if not plain.startswith(_VERSIONS) or not plain.rpartition(".")[2].isdigit():
+        raise ValueError(f"cdiVersion {version!r} is not supported: 0.1.0 to 1.1.x are")
+
+
+def _check_fields(what: str, value: dict[str, Any]) -> None:
+    if not isinstance(value, dict):
+        raise TypeError(f"what stands in {what} must be an object")
+    unknown = sorted(set(value) - set(_FIELDS[what].split()))
+    if unknown:
+        raise ValueError(f"unknown field {unknown[0]!r}{what and ' in '}{what}")
+
+
 def _add(edits: Edits, asked: dict[str, Any]) -> None:
+    _check_fields("containerEdits", asked)
+    for name in ("deviceNodes", "mounts", "hooks"):
+        for entry in asked.get(name) or ():
+            _check_fields(name, entry)
     for key in ("intelRdt", "netDevices"):
         if asked.get(key):
             raise ValueError(f"{key} is not supported")

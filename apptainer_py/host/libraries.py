@@ -9,9 +9,14 @@ from apptainer_py.base import build
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from typing import Literal
 
 _TIMEOUT_S = 30
 _LIST_BYTES = 1 << 20
+# What soname() reads of a library at most: its program headers, its dynamic section, a name.
+_HEADERS, _DYNAMIC_BYTES, _NAME_BYTES = 64, 1 << 16, 256
+_PT_LOAD, _PT_DYNAMIC = 1, 2
+_DT_STRTAB, _DT_SONAME = 5, 14
 # e_machine of the ELF header: the 32-bit machine whose programs a 64-bit one runs as well.
 _COMPAT = {62: 3, 183: 40, 21: 20, 22: 22}
 
@@ -77,7 +82,64 @@ def machine(path: str) -> tuple[int, int]:
         return 0, 0
     if len(head) < 20 or head[:4] != b"\x7fELF":
         return 0, 0
-    return head[4], int.from_bytes(head[18:20], "little" if head[5] == 1 else "big")
+    return head[4], int.from_bytes(head[18:20], _order(head))
+
+
+def soname(path: str) -> str:
+    """Return the name that a library gives itself (DT_SONAME); "" where it has none."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return ""
+    try:
+        name = _soname(fd)
+    except OSError:
+        return ""
+    finally:
+        os.close(fd)
+    return "" if "/" in name or name in (".", "..") else name
+
+
+def _soname(fd: int) -> str:
+    head = os.pread(fd, 64, 0)
+    if len(head) < 64 or head[:4] != b"\x7fELF" or head[4] not in (1, 2):
+        return ""
+    wide, order = head[4] == 2, _order(head)
+    word = 8 if wide else 4
+
+    def number(data: bytes, at: int, size: int) -> int:
+        return int.from_bytes(data[at : at + size], order)
+
+    at, size, count = (32, 54, 56) if wide else (28, 42, 44)
+    start, each = number(head, at, word), number(head, size, 2)
+    loads, dynamic = [], b""
+    for n in range(min(number(head, count, 2), _HEADERS)):
+        entry = _read(fd, each, start + n * each)
+        kind, offset = number(entry, 0, 4), number(entry, 8 if wide else 4, word)
+        address, length = number(entry, 2 * word, word), number(entry, 4 * word, word)
+        if kind == _PT_LOAD:
+            loads.append((address, length, offset))
+        elif kind == _PT_DYNAMIC:
+            dynamic = _read(fd, min(length, _DYNAMIC_BYTES), offset)
+    found: dict[int, int] = {}
+    for n in range(0, len(dynamic), 2 * word):
+        found.setdefault(number(dynamic, n, word), number(dynamic, n + word, word))
+    table = found.get(_DT_STRTAB, -1)
+    for address, length, offset in loads:
+        if _DT_SONAME in found and address <= table < address + length:
+            text = _read(fd, _NAME_BYTES, offset + table - address + found[_DT_SONAME])
+            name, end, _ = text.partition(b"\0")
+            return os.fsdecode(name) if end else ""
+    return ""
+
+
+def _read(fd: int, size: int, offset: int) -> bytes:
+    """Read where a file's own numbers point to, which may be anywhere."""
+    return os.pread(fd, size, offset) if offset < 1 << 62 else b""
+
+
+def _order(head: bytes) -> Literal["little", "big"]:
+    return "little" if head[5] == 1 else "big"
 
 
 def resolve(

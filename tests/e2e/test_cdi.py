@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.test_drivers import named_library
 from tests.e2e.three_flows import FLOWS, run
 from tests.own_install import Installation
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
+LIBS = "/.singularity.d/libs"
 NODE = Path("/dev/apytest-card")
 
 
@@ -102,6 +104,69 @@ def test_the_hooks_of_nvidia_become_links_and_folders(launch: Run, place: Path, 
     assert found == ["libx.so.1", "hosts", "/opt/lib:/opt/lib64"]
     underlay = launch(flow, "--underlay", script="readlink /opt/lib/libx.so")
     assert ran(underlay) == "libx.so.1\n"
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_libraries_are_found_by_the_names_that_ldconfig_would_give_them(
+    launch: Run, place: Path, flow: str
+) -> None:
+    """nvidia-ctk mounts libcuda.so.VERSION alone, and has ldconfig make libcuda.so.1."""
+    library = place / "libcuda.so.550.54.15"
+    named_library(library, "libcuda.so.1")
+    hook = {"hookName": "createContainer", "path": "/usr/bin/nvidia-cdi-hook"}
+    inside = f"/usr/lib/x86_64-linux-gnu/{library.name}"
+    write(
+        place,
+        mounts=[{"hostPath": str(library), "containerPath": inside, "options": ["ro"]}],
+        hooks=[
+            {**hook, "args": ["nvidia-cdi-hook", "update-ldcache", "--folder", "/usr/lib/x"]},
+            {**hook, "args": ["nvidia-cdi-hook", "create-soname-symlinks", "--folder", "/x"]},
+        ],
+    )
+    script = "echo $LD_LIBRARY_PATH; cd /.singularity.d/libs; echo *; wc -c <libcuda.so.1"
+    found = ran(launch(flow, script=script)).split()
+    assert found == ["/.singularity.d/libs:/usr/lib/x", "libcuda.so.1", str(library.stat().st_size)]
+
+
+def test_the_images_own_cuda_is_taken_where_it_is_later(launch: Run, place: Path) -> None:
+    hook = {"hookName": "createContainer", "path": "/usr/bin/nvidia-cdi-hook"}
+    words = ["nvidia-cdi-hook", "enable-cuda-compat", "--host-driver-version=550.54.15"]
+    later, earlier = place / "later", place / "earlier"
+    for folder, version in ((later, "560.35.03"), (earlier, "535.1")):
+        folder.mkdir()
+        (folder / f"libcuda.so.{version}").touch()
+        (folder / "libcuda.so.1").symlink_to(f"libcuda.so.{version}")
+    compat = "/usr/local/cuda/compat"
+    write(place, hooks=[{**hook, "args": words}])
+    script = 'echo "$LD_LIBRARY_PATH $# ${__found-unset} ${__file-unset}"'
+    for folder, expected in ((later, f"/own:{compat}:{LIBS}"), (earlier, f"/own:{LIBS}"),
+                             (place, f"/own:{LIBS}")):  # fmt: skip
+        done = launch("setuid", "-B", f"{folder}:{compat}", "--env", "LD_LIBRARY_PATH=/own",
+                      script=script)  # fmt: skip
+        assert ran(done).strip() == f"{expected} 0 unset unset"
+    (later / "libcuda.so.570.1").touch()
+    assert "compat" not in ran(launch("setuid", "-B", f"{later}:{compat}", script=script))
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_links_below_dev_and_the_profile_of_the_cards(launch: Run, place: Path, flow: str) -> None:
+    hook = {"hookName": "createContainer", "path": "/usr/bin/nvidia-ctk"}
+    link = "--link=../../nvidia9::/dev/dri/by-path/pci-0000:01:00.0-card"
+    write(
+        place,
+        deviceNodes=[{"path": "/dev/nvidia9", "hostPath": str(NODE)}],
+        hooks=[
+            {**hook, "args": ["nvidia-ctk", "hook", "create-symlinks", link]},
+            {**hook, "args": ["nvidia-ctk", "hook", "update-application-profile"]},
+            {**hook, "args": ["nvidia-ctk", "hook", "update-nvidia-params"]},
+        ],
+    )
+    profile = "/etc/nvidia/nvidia-application-profiles-rc.d/10-container.conf"
+    script = f"readlink /dev/dri/by-path/*; head -c 3 /dev/dri/by-path/* | wc -c; cat {profile}"
+    found = ran(launch(flow, "-c", script=script)).splitlines()
+    assert found[:2] == ["../../nvidia9", "3"]
+    # The card's minor number, here that of /dev/zero, is a bit of the mask.
+    assert '"EGLVisibleDGPUDevices",0x20' in found[2]
 
 
 def test_other_hooks_refuse(launch: Run, place: Path) -> None:

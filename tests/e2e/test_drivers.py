@@ -22,6 +22,12 @@ DEVICES = ("nvidia0", "nvidiactl", "nvidia-uvm", "nvidia-caps/nvidia-cap1")
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
+def named_library(path: Path, soname: str) -> None:
+    """Make a library that calls itself by another name than its file has."""
+    argv = ["gcc", "-shared", "-nostdlib", "-x", "c", "/dev/null", f"-Wl,-soname,{soname}", "-o"]
+    subprocess.run([*argv, path], check=True, timeout=60)
+
+
 class Driver:
     """A tree with the files of a driver, and the programs that know where they are."""
 
@@ -286,6 +292,18 @@ def test_nvccli_brings_what_it_lists(launch: Run, sif: Path, driver: Driver, flo
     done = launch(flow, "exec", "-c", "--nvccli", sif, "true")
     assert "NVIDIA_VISIBLE_DEVICES must be set" in done.stderr
     assert log.read_text().splitlines()[2] == ": list --libraries --binaries --ipcs"
+
+
+def test_libraries_of_nvccli_are_found_by_their_own_names(
+    launch: Run, sif: Path, driver: Driver
+) -> None:
+    """It lists libcuda.so.VERSION; that programs ask for libcuda.so.1 is said in the file."""
+    library = driver.libraries / "libcuda.so.550.54.15"
+    named_library(library, "libcuda.so.1")
+    driver.program("nvidia-container-cli", f"echo {library}")
+    show = ("sh", "-c", "cd /.singularity.d/libs && echo * && wc -c <libcuda.so.1")
+    found = ran(launch("userns", "exec", "--nvccli", sif, *show)).split()
+    assert found == ["libcuda.so.1", library.name, str(library.stat().st_size)]
 
 
 def test_an_nvccli_that_fails_says_why(launch: Run, sif: Path, driver: Driver) -> None:

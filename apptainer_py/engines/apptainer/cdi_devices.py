@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 
 from apptainer_py.base import log
+from apptainer_py.engines.apptainer.drivers import LIBS
 from apptainer_py.host import cdi
 
 TYPE_CHECKING = False
@@ -20,6 +21,32 @@ if TYPE_CHECKING:
     from apptainer_py.runtime.contexts import Facts
 
 _NVIDIA = ("nvidia-cdi-hook", "nvidia-ctk")
+_COMPAT = "/usr/local/cuda/compat"
+# The image's own libcuda is taken if there is one, and it is of a later version than the host's:
+# its folder comes before the host's libraries, and behind what the caller says.
+_TAKE_COMPAT = r"""__found=
+for __file in COMPAT/libcuda.so.*.*; do
+    __found="$__found:${__file#COMPAT/libcuda.so.}"
+done
+__found="${__found#:}"
+case "$__found" in
+    ""|.*|*[!0-9.]*) ;;
+    *) if [ "${__found%%.*}" -gt MAJOR ]; then
+           case ":${LD_LIBRARY_PATH-}:" in
+           *:LIBS:*)
+               __found=${LD_LIBRARY_PATH%%LIBS*}COMPAT:LIBS
+               LD_LIBRARY_PATH=$__found${LD_LIBRARY_PATH#*LIBS} ;;
+           *) LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}COMPAT ;;
+           esac
+           export LD_LIBRARY_PATH
+       fi ;;
+esac
+unset __found __file"""
+_PROFILE = "/etc/nvidia/nvidia-application-profiles-rc.d/10-container.conf"
+_CARDS = (
+    '{"profiles":[{"name":"_container_","settings":["EGLVisibleDGPUDevices",MASK]}],'
+    '"rules":[{"pattern":[],"profile":"_container_"}]}'
+)
 
 
 def add(drivers: Drivers, action: ActionRequest, facts: Facts) -> None:
@@ -41,6 +68,9 @@ def add(drivers: Drivers, action: ActionRequest, facts: Facts) -> None:
         drivers.mounts.append((mount.source, mount.target, mount.read_only))
     for hook in edits.hooks:
         _apply(drivers, hook)
+    for source, target, _ in drivers.mounts:
+        if ".so" in os.path.basename(target) and os.path.isfile(source):
+            drivers.alias(source, target)
     missing = sorted(set(edits.groups) - {facts.gid, *os.getgroups()})
     if missing:
         log.warning(f"the devices are for members of other groups too: {missing}")
@@ -82,13 +112,39 @@ def _update_ldcache(drivers: Drivers, words: list[str]) -> None:
     drivers.folders += [path for path in _values(words, "--folder") if path.startswith("/")]
 
 
+def _enable_cuda_compat(drivers: Drivers, words: list[str]) -> None:
+    for version in _values(words, "--host-driver-version")[:1]:
+        major = version.partition(".")[0]
+        if major.isascii() and major.isdigit():
+            lines = _TAKE_COMPAT.replace("LIBS", LIBS).replace("COMPAT", _COMPAT)
+            drivers.shell.append(lines.replace("MAJOR", major))
+
+
+def _update_application_profile(drivers: Drivers, _words: list[str]) -> None:
+    """Tell EGL and Vulkan which cards are there; what others are in /dev, they leave alone."""
+    names = {path.removeprefix("/dev/nvidia"): host for host, path in drivers.nodes}
+    cards = [host for number, host in names.items() if number.isascii() and number.isdigit()]
+    mask = sum({1 << minor for minor in map(_minor, cards) if minor < 64})
+    if mask:
+        drivers.written.append((_PROFILE, _CARDS.replace("MASK", f"{mask:#x}").encode()))
+
+
+def _minor(path: str) -> int:
+    return os.minor(os.stat(path).st_rdev)
+
+
 def _nothing(_drivers: Drivers, _words: list[str]) -> None:
     """Nothing: these protect files that no user of a container here could change."""
 
 
 _HOOKS: dict[str, Callable[[Drivers, list[str]], None]] = {
     "chmod": _nothing,
+    # Names as ldconfig gives them: every library that is mounted gets one, by any hook or none.
+    "create-soname-symlinks": _nothing,
     "create-symlinks": _create_symlinks,
     "disable-device-node-modification": _nothing,
+    "enable-cuda-compat": _enable_cuda_compat,
+    "update-application-profile": _update_application_profile,
     "update-ldcache": _update_ldcache,
+    "update-nvidia-params": _nothing,
 }

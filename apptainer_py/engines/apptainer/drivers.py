@@ -10,7 +10,7 @@ import os
 
 from apptainer_py.base import build, log
 from apptainer_py.base.errors import BindError, LaunchError
-from apptainer_py.engines.apptainer.mounts import stage_device
+from apptainer_py.engines.apptainer.mounts import stage_device, stage_link
 from apptainer_py.host import libraries, programs
 from apptainer_py.model import protocol
 from apptainer_py.model.plan import Mount
@@ -49,8 +49,8 @@ class Drivers:
     """What is brought in: sources and targets, devices, variables, and 32-bit libraries."""
 
     __slots__ = (
-        "devices", "environment", "files", "fixed", "folders", "libraries", "libraries32", "links",
-        "mounts", "nodes",
+        "aliases", "devices", "environment", "files", "fixed", "folders", "libraries",
+        "libraries32", "links", "mounts", "nodes", "shell", "written",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -66,6 +66,22 @@ class Drivers:
         self.mounts: list[tuple[str, str, bool]] = []
         self.links: list[tuple[str, str]] = []
         self.folders: list[str] = []
+        # Links in a folder of libraries, by (folder, name): where the file of that name is inside.
+        self.aliases: dict[tuple[str, str], str] = {}
+        # Files with content of ours, and lines for the payload's shell.
+        self.written: list[tuple[str, bytes]] = []
+        self.shell: list[str] = []
+
+    def alias(self, host: str, inside: str) -> None:
+        """Let the loader find a library that lies `inside` under the name which it gives itself.
+
+        That name, libcuda.so.1 of libcuda.so.550.54.15, is a link that ldconfig makes on a host.
+        """
+        kind, ours = libraries.machine(host), libraries.machine(build.LIBPYTHON)
+        name = libraries.soname(host) if kind[0] in (1, ours[0]) else ""
+        file = os.path.basename(inside)
+        if name != file and name.startswith(file.partition(".so")[0] + ".so"):
+            self.aliases.setdefault((LIBS if kind == ours else LIBS32, name), inside)
 
     def add(self, found: libraries.Found) -> None:
         """Take what a list led to; what came before hides libraries of the same name."""
@@ -84,6 +100,8 @@ class Drivers:
         for path in self.devices:
             if stage_device(p, path, path):
                 p.bind(path, path, "dev", flags=protocol.BINDFLAG_DEVICES)
+        for text, target in self.links:
+            stage_link(p, text, target)
         for source, target in self.nodes:
             if stage_device(p, source, target) or not target.startswith("/dev/"):
                 p.bind(source, target, "dev", flags=protocol.BINDFLAG_DEVICES)
@@ -94,7 +112,11 @@ class Drivers:
 
     def plan_files(self, p: Plan, binds: list[Bind]) -> None:
         """Show programs, files and libraries; `binds` of the user's may lie beside the latter."""
-        p.prepared.links += self.links
+        p.prepared.links += [link for link in self.links if not link[1].startswith("/dev/")]
+        for number, (target, content) in enumerate(self.written):
+            p.staged.append(("file", f"driver-{number}", content, 0o444))
+            p.session(f"driver-{number}", target, "files", create="file", required=False,
+                      flags=protocol.BINDFLAG_READ_ONLY)  # fmt: skip
         some = self.files or self.libraries or self.libraries32 or self.mounts
         if not some or not _may_bind(p):
             return
@@ -105,8 +127,9 @@ class Drivers:
             _stage_below_tmp(p, source, target)
             p.bind(source, target, "files")
         for folder, paths in ((LIBS, self.libraries), (LIBS32, self.libraries32)):
-            if paths:
-                _plan_libraries(p, folder, paths, binds)
+            links = {name: path for (where, name), path in self.aliases.items() if where == folder}
+            if paths or links:
+                _plan_libraries(p, folder, paths, links, binds)
 
 
 def find(action: ActionRequest, context: PrepareContext) -> tuple[ActionRequest, Drivers]:
@@ -296,6 +319,7 @@ def _sort_listed(drivers: Drivers, listed: list[str]) -> None:
         elif ".so" in os.path.basename(path):
             small = libraries.machine(path)[0] == 1 and ours[0] == 2
             (found.libraries32 if small else found.libraries).append(path)
+            drivers.alias(path, os.path.basename(path))
         elif os.path.basename(os.path.dirname(path)) in ("bin", "sbin"):
             found.programs.append(path)
         else:
@@ -344,14 +368,20 @@ def _stage_below_tmp(p: Plan, source: str, target: str) -> None:
         p.staged.append((kind, f"tmp/{name}", b"", mode))
 
 
-def _plan_libraries(p: Plan, folder: str, paths: list[str], binds: list[Bind]) -> None:
+def _plan_libraries(
+    p: Plan, folder: str, paths: list[str], links: dict[str, str], binds: list[Bind]
+) -> None:
     """Fill a directory of the session with the libraries, and cover the image's with it."""
     staged = os.path.basename(folder)
     p.staged.append(("directory", staged, "", 0o755))
     beside = [bind for bind in binds if os.path.dirname(bind.target) == folder]
     names = {os.path.basename(path) for path in paths}
     directories = {os.path.basename(bind.target) for bind in beside if os.path.isdir(bind.source)}
-    for name in sorted(names | {os.path.basename(bind.target) for bind in beside}):
+    files = names | {os.path.basename(bind.target) for bind in beside}
+    p.staged += [
+        ("link", f"{staged}/{name}", links[name], 0) for name in sorted(set(links) - files)
+    ]
+    for name in sorted(files):
         kind = "directory" if name in directories - names else "file"
         p.staged.append((kind, f"{staged}/{name}", b"", 0o755 if kind == "directory" else 0o644))
     p.mounts.append(
@@ -367,12 +397,12 @@ def _plan_libraries(p: Plan, folder: str, paths: list[str], binds: list[Bind]) -
 
 def library_path(drivers: Drivers) -> list[str]:
     """Return shell lines that let the loader find the libraries, behind the image's own."""
-    folders = [folder for folder in drivers.folders if _is_plain(folder)]
-    if drivers.libraries:
-        folders.append(LIBS)
-    if drivers.libraries32:
+    aliased = {folder for folder, _ in drivers.aliases}
+    folders = [LIBS] if drivers.libraries or LIBS in aliased else []
+    if drivers.libraries32 or LIBS32 in aliased:
         folders.append(LIBS32)
-    return [
+    folders += [folder for folder in drivers.folders if _is_plain(folder)]
+    return drivers.shell + [
         f'case ":${{LD_LIBRARY_PATH-}}:" in *":{folder}:"*) ;; *) export LD_LIBRARY_PATH='
         f'"${{LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}}{folder}" ;; esac'
         for folder in folders

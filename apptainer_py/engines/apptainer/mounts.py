@@ -267,19 +267,35 @@ def _check_source(bind: binds.Bind) -> None:
 
 def stage_device(p: Plan, source: str, target: str) -> bool:
     """Make the target of a bind below a /dev of the container's own; False where there is none."""
+    made = _stage_above(p, target)
+    name = target[1:]
+    if made and name not in made:
+        kind = "directory" if os.path.isdir(source) else "file"
+        p.staged.append((kind, name, b"", 0o755 if kind == "directory" else 0o644))
+    return bool(made)
+
+
+def stage_link(p: Plan, text: str, target: str) -> None:
+    """Make a link below a /dev of the container's own, where nothing else has its name."""
+    made = _stage_above(p, target)
+    if made and target[1:] not in made:
+        p.staged.append(("link", target[1:], text, 0))
+
+
+def _stage_above(p: Plan, target: str) -> set[str]:
+    """Make what is above a target below the container's own /dev; return all names made so far.
+
+    The set is empty where the container has no such /dev, or the target does not lie there.
+    """
     made = {name for _, name, _, _ in p.staged}
     if "dev" not in made or not target.startswith("/dev/"):
-        return False
+        return set()
     parts = target[1:].split("/")
     for depth in range(2, len(parts)):
         name = "/".join(parts[:depth])
         if name not in made:
             p.staged.append(("directory", name, "", 0o755))
-    name = "/".join(parts)
-    if name not in made:
-        kind = "directory" if os.path.isdir(source) else "file"
-        p.staged.append((kind, name, b"", 0o755 if kind == "directory" else 0o644))
-    return True
+    return made
 
 
 def _dev(p: Plan) -> None:

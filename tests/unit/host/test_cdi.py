@@ -24,10 +24,11 @@ EDITS = {
 
 
 def write(
-    folder: Path, name: str, *devices: object, kind: str = "v.com/gpu", **more: object
-) -> None:
+    folder: Path, name: str, *devices: object, kind: str = "v.com/gpu", version: str = "0.6.0",
+    **more: object,
+) -> None:  # fmt: skip
     folder.mkdir(exist_ok=True)
-    value = {"cdiVersion": "0.6.0", "kind": kind, "devices": list(devices), **more}
+    value = {"cdiVersion": version, "kind": kind, "devices": list(devices), **more}
     (folder / name).write_text(json.dumps(value))
 
 
@@ -53,6 +54,19 @@ def test_all_that_a_device_asks_for(tmp_path: Path) -> None:
         ("/usr/bin/hook", ("hook", "do"))
     ]
     assert edits.groups == [44]
+
+
+@pytest.mark.parametrize(
+    "version", ["0.3.0", "0.4.0", "v0.5.0", "0.6.0", "0.7.0", "0.8.0", "1.0.0", "1.1.0", "1.1.1"]
+)
+def test_every_version_with_every_field(tmp_path: Path, version: str) -> None:
+    node = {"path": "/dev/a", "type": "c", "major": 1, "minor": 3, "fileMode": 438,
+            "permissions": "rw", "uid": 0, "gid": 0}  # fmt: skip
+    hook = {"hookName": "prestart", "path": "/h", "args": [], "env": ["A=1"], "timeout": 3}
+    given = device("0", deviceNodes=[node], hooks=[hook], additionalGids=[7])
+    write(tmp_path, "a.json", {**given, "annotations": {"a": "b"}}, annotations={}, version=version)
+    edits = found(tmp_path, "v.com/gpu=0")
+    assert [each.path for each in (*edits.nodes, *edits.hooks)] == ["/dev/a", "/h"]
 
 
 def test_what_all_devices_of_a_file_ask_for_comes_once(tmp_path: Path) -> None:
@@ -86,8 +100,13 @@ def test_yaml(tmp_path: Path) -> None:
     [
         ("a.json", "{", "Expecting property name"),
         ("a.json", "[]", "no CDI specification"),
-        ("a.json", '{"kind": "v.com/gpu"}', "'devices'"),
-        ("a.json", '{"kind": "v.com/gpu", "devices": 3}', "not iterable"),
+        ("a.json", '{"kind": "v.com/gpu", "devices": []}', "'cdiVersion' is missing"),
+        ("a.json", '{"cdiVersion": "0.3.0", "kind": "v.com/gpu"}', "'devices' is missing"),
+        ("a.json", '{"cdiVersion": "0.3.0", "devices": 3}', "not iterable"),
+        ("a.json", '{"cdiVersion": "2.0.0", "devices": []}', "'2.0.0' is not supported"),
+        ("a.json", '{"cdiVersion": 1, "devices": []}', "cdiVersion 1 is not supported"),
+        ("a.json", '{"cdiVersion": "0.6.0", "device": []}', "unknown field 'device'"),
+        ("a.json", '{"cdiVersion": "0.6.0", "devices": ["0"]}', "must be an object"),
         ("a.yaml", "a: [", "while parsing"),
         ("a.yaml", "!!python/object/apply:os.system [true]", "could not determine a constructor"),
         ("a.json", "[" * 200_000, "recursion"),
@@ -133,7 +152,8 @@ def test_a_missing_device(tmp_path: Path) -> None:
         {"env": ["NOVALUE"]}, {"env": [3]}, {"deviceNodes": [{}]}, {"deviceNodes": ["/dev/x"]},
         {"deviceNodes": [{"path": "relative"}]}, {"mounts": [{"hostPath": "/x"}]},
         {"mounts": [{"hostPath": "/x", "containerPath": "/y", "type": "tmpfs"}]},
-        {"hooks": [{"path": "/x"}]}, {"intelRdt": {"closID": "x"}}, {"additionalGids": ["x"]},
+        {"hooks": [{"path": "/x"}]}, {"deviceNode": []}, {"mounts": [{"source": "/x"}]},
+        {"intelRdt": {"closID": "x"}}, {"additionalGids": ["x"]},
     ],
 )  # fmt: skip
 def test_edits_that_cannot_be_used(tmp_path: Path, edits: dict[str, object]) -> None:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import struct
+import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as some
 
+from apptainer_py.base import build
 from apptainer_py.host import libraries, programs
 
 X86_64, I386, ARM64 = (2, 62), (1, 3), (2, 183)
@@ -108,3 +113,41 @@ def test_programs_come_from_binary_path(tmp_path: Path) -> None:
     assert programs.find("tool", both, "") == f"{system}/tool"
     assert programs.find("tool", {"binary path": system}, user) == f"{system}/tool"
     assert programs.find("absent", both, user) == ""
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_the_name_that_a_library_gives_itself(tmp_path: Path, wide: bool) -> None:
+    path = tmp_path / "libx.so.5.6"
+    argv = ["gcc", "-shared", "-nostdlib", "-x", "c", "/dev/null", "-o", str(path)]
+    argv += ["-Wl,-soname,libx.so.5"] if wide else ["-Wl,-soname,libx.so.5", "-m32"]
+    if subprocess.run(argv, check=False, capture_output=True, timeout=60).returncode:
+        pytest.skip("gcc cannot make a library of that class")
+    assert libraries.soname(str(path)) == "libx.so.5"
+    whole = path.read_bytes()
+    assert libraries.machine(str(path))[0] == (2 if wide else 1)
+    for length in range(0, 600, 7):
+        path.write_bytes(whole[:length])
+        assert libraries.soname(str(path)) in ("", "libx.so.5")
+
+
+def test_names_that_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "libx.so.5.6"
+    argv = ["gcc", "-shared", "-nostdlib", "-x", "c", "/dev/null", "-o", str(path)]
+    for name in ("../../etc/passwd", ".."):
+        subprocess.run([*argv, f"-Wl,-soname,{name}"], check=True, timeout=60)
+        assert libraries.soname(str(path)) == ""
+    subprocess.run(argv, check=True, timeout=60)
+    assert libraries.soname(str(path)) == ""
+    assert libraries.soname("/absent") == ""
+    assert libraries.soname("/etc/passwd") == ""
+
+
+@settings(max_examples=200, deadline=None)
+@given(some.binary(max_size=60), some.integers(0, 500))
+def test_any_bytes_are_read(noise: bytes, at: int) -> None:
+    whole = bytearray(Path(build.LIBPYTHON).read_bytes()[:8192])
+    whole[at : at + len(noise)] = noise
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(whole)
+        file.flush()
+        assert "/" not in libraries.soname(file.name)
