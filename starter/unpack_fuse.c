@@ -28,7 +28,6 @@ typedef struct fuse_req *fuse_req_t;
 typedef void init_operation(void *, struct fuse_conn_info *);
 typedef void file_operation(fuse_req_t, uint64_t, struct fuse_file_info *);
 typedef void read_operation(fuse_req_t, uint64_t, size_t, int64_t, struct fuse_file_info *);
-typedef void attribute_operation(fuse_req_t, uint64_t, const char *, size_t);
 
 enum { CAP_CACHE_SYMLINKS = 1 << 23, AHEAD = 2 };
 /* The order of struct fuse_lowlevel_ops. */

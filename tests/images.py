@@ -220,22 +220,6 @@ def bare_squashfs(folder: Path, target: Path) -> None:
     squashfs.pack(str(described_tree(folder)), str(target), how)
 
 
-@_made_once("debian.sif")
-def debian_sif(folder: Path, target: Path) -> None:
-    """A gzip SIF file of a minimal Debian, built by the real Apptainer; slow, needs a mirror."""
-    tree = target.parent / "debian"
-    argv = ["mmdebstrap", "--variant=minbase", "bookworm", str(tree)]
-    subprocess.run(argv, check=True, capture_output=True)
-    shutil.rmtree(tree / "dev")
-    (tree / "dev").mkdir()
-    if os.geteuid() == 0:
-        user = ordinary_user()
-        owner = f"{user.pw_uid}:{user.pw_gid}"
-        subprocess.run(["chown", "-R", "--no-dereference", owner, str(tree)], check=True)
-    _build_with_real(target, lambda _: tree)
-    subprocess.run(["chmod", "-R", "u+rwX", str(tree)], check=True)
-
-
 def _definition(scratch: Path, tree: Path) -> Path:
     path = scratch / "image.def"
     path.write_text(DEFINITION.format(tree=tree))

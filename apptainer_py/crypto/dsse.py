@@ -11,7 +11,6 @@ import os
 from apptainer_py.base import packages
 from apptainer_py.base.errors import ApptainerError
 from apptainer_py.base.files import read_at_most
-from apptainer_py.base.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -49,14 +48,6 @@ class Untrusted(ApptainerError):
     """The certificate does not lead to a root that is trusted."""
 
     message = "{reason}"
-
-
-class Certificates(Record):
-    """A certificate, and what it is judged by; "" of roots are those of the system."""
-
-    leaf: str
-    intermediates: str = ""
-    roots: str = ""
 
 
 def is_envelope(data: bytes) -> bool:

@@ -30,14 +30,6 @@ def find_root() -> str | None:
     return None
 
 
-def divisible(root: str | None = None) -> tuple[str, ...]:
-    """Return what this machine can divide among classes: "L3", "MB"; nothing without resctrl."""
-    root = root or find_root()
-    if root is None:
-        return ()
-    return tuple(name for name in ("L3", "L2", "MB") if os.path.isdir(f"{root}/info/{name}"))
-
-
 def _group(root: str, wish: dict[str, Any], name: str) -> str:
     return f"{root}/{wish.get('closID') or name}"
 

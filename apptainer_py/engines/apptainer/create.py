@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 # linux/openat2.h
 _IN_ROOT, _NO_MAGICLINKS = 0x10, 0x02
 _RESOLVE = _IN_ROOT | _NO_MAGICLINKS
-_LAYERED = (protocol.LAYERKIND_OVERLAY, protocol.LAYERKIND_OVERLAY_TMPFS)
-_SKIPPABLE = ("kernel", "hostfs", "binds", "cwd", "files", "tmp", "dev", "home")
 
 
 class TargetMissing(LaunchError):

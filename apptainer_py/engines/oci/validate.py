@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from apptainer_py.engines.oci.keys import CONFIG, PROCESS, RESOURCES, ConfigWrong, check_keys
+from apptainer_py.engines.oci.keys import CONFIG, PROCESS, ConfigWrong, check_keys
 from apptainer_py.engines.oci.spaces import NEWIPC, NEWNET, NEWNS, NEWUTS
 from apptainer_py.engines.oci.texts import IN_INIT, errno_text, quoted
 
@@ -344,15 +344,6 @@ def check_resources(resources: dict[str, Any], host: HostFacts) -> list[str]:
     if "kernel" in memory or "kernelTCP" in memory:
         return ["Kernel memory settings are ignored and will be removed"]
     return []
-
-
-def check_resource_keys(resources: Any) -> None:
-    """Check the types of resources that come by themselves (update --resources).
-
-    Raises:
-        ConfigWrong: as runc's decoder.
-    """
-    check_keys(resources, RESOURCES)
 
 
 def _check_device_rule(index: int, rule: dict[str, Any]) -> None:
