@@ -381,6 +381,43 @@ class Manager:
         return denied and self.rootless and not self.wish.path.startswith("/")
 
 
+class Directories(Manager):
+    """Groups whose directories are made here, rather than by systemd."""
+
+    def create(self, pid: int = 0, *others: int) -> None:
+        """Make the directories, and what must be set before a process joins."""
+        self.check_unused()
+        self.make_groups()
+
+    def make_groups(self) -> None:
+        """Do so, whoever is in one already.
+
+        Raises:
+            CgroupError: one cannot be made; none of ours is left then.
+        """
+        before = os.umask(GROUP_UMASK)
+        try:
+            self._make_all(self.wish.resources or {})
+        except BaseException:
+            self._undo()
+            raise
+        finally:
+            os.umask(before)
+
+    def _make_all(self, resources: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def _check_thawed(self) -> None:
+        if self.frozen():
+            raise CgroupError(text="container's cgroup unexpectedly frozen")
+
+    def _check_empty(self, path: str) -> None:
+        found = len(processes_below(path))
+        if found:
+            text = f"container's cgroup is not empty: {found} process(es) found"
+            raise CgroupError(text=text)
+
+
 class Disabled(Manager):
     """No control groups at all: the container stays in its caller's."""
 

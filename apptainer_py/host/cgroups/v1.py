@@ -7,9 +7,8 @@ import os
 
 from apptainer_py.host.cgroups.devices import read_rules, wanted_rules
 from apptainer_py.host.cgroups.driver import (
-    GROUP_UMASK,
     CgroupError,
-    Manager,
+    Directories,
     group_row,
     processes_below,
     read_file,
@@ -41,31 +40,8 @@ _POLLIN = 1
 NO_UNIFIED = "invalid configuration: cannot use unified on cgroup v1"
 
 
-class V1(Manager):
+class V1(Directories):
     """A directory in each hierarchy; `paths` has cgroup2's, where there is one, under ""."""
-
-    def create(self, pid: int = 0, *others: int) -> None:
-        """Make a directory in each hierarchy, and what must be set before a process joins."""
-        self.check_unused()
-        self.make_groups()
-
-    def make_groups(self) -> None:
-        """Do so, whoever is in one already."""
-        resources = self.wish.resources or {}
-        before = os.umask(GROUP_UMASK)
-        try:
-            for controller, path in list(self.paths.items()):
-                try:
-                    self._create_one(controller, path, resources)
-                except CgroupError as error:
-                    if not self._forgivable(error):
-                        raise
-                    del self.paths[controller]
-        except BaseException:
-            self._undo()
-            raise
-        finally:
-            os.umask(before)
 
     def check_unused(self) -> None:
         """Refuse a group that others are in.
@@ -77,15 +53,19 @@ class V1(Manager):
             raise CgroupError(text=NO_UNIFIED)
         if "devices" not in self.paths and not self.rootless:
             raise CgroupError(text="cgroup: subsystem does not exist: devices")
-        if self.frozen():
-            raise CgroupError(text="container's cgroup unexpectedly frozen")
+        self._check_thawed()
         path = self.paths.get("devices")
-        if path is None or not os.path.isdir(path):
-            return
-        found = len(processes_below(path))
-        if found:
-            text = f"container's cgroup is not empty: {found} process(es) found"
-            raise CgroupError(text=text)
+        if path is not None and os.path.isdir(path):
+            self._check_empty(path)
+
+    def _make_all(self, resources: dict[str, Any]) -> None:
+        for controller, path in list(self.paths.items()):
+            try:
+                self._create_one(controller, path, resources)
+            except CgroupError as error:
+                if not self._forgivable(error):
+                    raise
+                del self.paths[controller]
 
     def _create_one(self, controller: str, path: str, resources: dict[str, Any]) -> None:
         if controller == "cpuset":

@@ -6,9 +6,8 @@ import errno
 import os
 
 from apptainer_py.host.cgroups.driver import (
-    GROUP_UMASK,
     CgroupError,
-    Manager,
+    Directories,
     processes_below,
     read_file,
     read_maybe,
@@ -30,7 +29,7 @@ _FREEZE_TIMEOUT_MS = 10_000
 _DELEGATED = "cgroup.procs\ncgroup.subtree_control\ncgroup.threads\n"
 
 
-class V2(Manager):
+class V2(Directories):
     """One directory of cgroup2, whose path is under "" in `paths`; `top` is the mount."""
 
     def __init__(
@@ -44,15 +43,17 @@ class V2(Manager):
         """The directory, "" where it could not be made."""
         return self.paths.get("", "")
 
-    def create(self, pid: int = 0, *others: int) -> None:
-        """Make the directory and those above it, with all controllers that can be had there."""
-        self.check_unused()
-        self.make_groups()
+    def check_unused(self) -> None:
+        """Refuse a group that others are in.
 
-    def make_groups(self) -> None:
-        """Do so, whoever is in one already."""
-        resources = self.wish.resources or {}
-        before = os.umask(GROUP_UMASK)
+        Raises:
+            CgroupError: it has processes, or is frozen.
+        """
+        if os.path.isdir(self.path):
+            self._check_thawed()
+            self._check_empty(self.path)
+
+    def _make_all(self, resources: dict[str, Any]) -> None:
         try:
             self._create(resources)
             self._delegate()
@@ -67,23 +68,6 @@ class V2(Manager):
                 )
                 raise CgroupError(text=text) from None
             del self.paths[""]
-        finally:
-            os.umask(before)
-
-    def check_unused(self) -> None:
-        """Refuse a group that others are in.
-
-        Raises:
-            CgroupError: it has processes, or is frozen.
-        """
-        if not os.path.isdir(self.path):
-            return
-        if self.frozen():
-            raise CgroupError(text="container's cgroup unexpectedly frozen")
-        found = len(processes_below(self.path))
-        if found:
-            text = f"container's cgroup is not empty: {found} process(es) found"
-            raise CgroupError(text=text)
 
     def _create(self, resources: dict[str, Any]) -> None:
         controllers = read_file(self.top, "cgroup.controllers").split()
