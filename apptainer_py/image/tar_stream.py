@@ -184,30 +184,12 @@ class TarStream:
     def _entry(
         self, block: bytes, extended: dict[bytes, bytes], long_name: bytes, long_link: bytes
     ) -> Entry:
-        kind = FILE if block[156:157] in (*_FILES, _SPARSE) else block[156:157]
-        if kind not in _KNOWN:
-            raise TarWrong(reason=f"the archive has an entry of the unknown kind {kind!r}")
-        name, link = _text(block[:100]), _text(block[157:257])
-        prefix = _text(block[345:500]) if block[257:263] == b"ustar\0" else b""
-        name = (
-            extended.get(_OF_SPARSE + b"name")
-            or extended.get(b"path")
-            or long_name
-            or (prefix + b"/" + name if prefix else name)
-        )
-        link = extended.get(b"linkpath") or long_link or link
-        if max(len(name), len(link)) > PATH_BYTES or b"\0" in name + link:
-            raise TarWrong(reason="the archive has a name that is too long, or no name at all")
+        kind = _kind(block)
+        name, link = _names(block, extended, long_name, long_link)
         if kind == FILE and name.endswith(b"/"):
             kind = DIRECTORY  # as before POSIX
         size = _decimal(extended, b"size", _number(block[124:136]))
-        self._map, self._size = [], 0
-        self._left = size if kind == FILE else 0
-        self._padding = -size % BLOCK
-        if kind not in (FILE, HARD_LINK) and size:
-            raise TarWrong(reason="the archive has content where none belongs")
-        if kind == HARD_LINK and size:
-            self._left = size  # pax allows it to repeat the file's
+        self._expect(kind, size)
         holes = self._sparse(block, extended) if kind == FILE else 0
         return Entry(
             kind=kind,
@@ -225,6 +207,13 @@ class TarStream:
             ),
             holes_bytes=holes,
         )
+
+    def _expect(self, kind: bytes, size: int) -> None:
+        """Get ready for the content that follows; pax allows a hard link to repeat the file's."""
+        if size and kind not in (FILE, HARD_LINK):
+            raise TarWrong(reason="the archive has content where none belongs")
+        self._map, self._size = [], 0
+        self._left, self._padding = size, -size % BLOCK
 
     def _sparse(self, block: bytes, extended: dict[bytes, bytes]) -> int:
         """Take the map of a sparse file, if it is one; return how much of it is not there."""
@@ -291,6 +280,32 @@ class TarStream:
 
 def _text(field: bytes) -> bytes:
     return field.partition(b"\0")[0]
+
+
+def _kind(block: bytes) -> bytes:
+    flag = block[156:157]
+    kind = FILE if flag in (*_FILES, _SPARSE) else flag
+    if kind not in _KNOWN:
+        raise TarWrong(reason=f"the archive has an entry of the unknown kind {kind!r}")
+    return kind
+
+
+def _names(
+    block: bytes, extended: dict[bytes, bytes], long_name: bytes, long_link: bytes
+) -> tuple[bytes, bytes]:
+    """Return the name and where a link leads: pax's words, else GNU's, else the header's own."""
+    name = _text(block[:100])
+    prefix = _text(block[345:500]) if block[257:263] == b"ustar\0" else b""
+    name = (
+        extended.get(_OF_SPARSE + b"name")
+        or extended.get(b"path")
+        or long_name
+        or (prefix + b"/" + name if prefix else name)
+    )
+    link = extended.get(b"linkpath") or long_link or _text(block[157:257])
+    if max(len(name), len(link)) > PATH_BYTES or b"\0" in name + link:
+        raise TarWrong(reason="the archive has a name that is too long, or no name at all")
+    return name, link
 
 
 def _number(field: bytes, *, signed: bool = False) -> int:

@@ -91,6 +91,21 @@ def build(request: Request, describe: Callable[[str], str]) -> None:
     Raises:
         ApptainerError: it cannot be done; nothing is left of it.
     """
+    job = _job(request, describe)
+    supervised.run(
+        lambda launches: pipeline.run(job, launches),
+        job.identity,
+        (job.folder, job.near),
+        left=_left_beside(job),
+        keep=request.no_cleanup,
+        output=request.output,
+        is_unwanted=request.is_unwanted,
+    )
+    if request.no_cleanup:
+        log.info(f"The build's directories are kept: {job.folder}, {job.near}")
+
+
+def _job(request: Request, describe: Callable[[str], str]) -> pipeline.Job:
     sections = _sections(request.section)
     _check_lock(request)
     _check_target(request)
@@ -103,17 +118,13 @@ def build(request: Request, describe: Callable[[str], str]) -> None:
         ignore_userns=request.ignore_userns,
         userns=request.userns,
     )
-    # What shall stay is no leftover of a build that was killed.
-    kind = "build-kept-" if request.no_cleanup else _TEMPORARY
-    name = f"{kind}{os.urandom(6).hex()}"
     config = config_file.read(request.config_file, require_root_owned=False).config
-    above, target = os.path.split(os.path.abspath(request.target))
-    tmpdir, beside = _tmpdir(request), f".{target[:200]}."
-    job = pipeline.Job(
+    folder, near = _places(request)
+    return pipeline.Job(
         stages=stages,
         target=request.target,
-        folder=f"{tmpdir}/{name}",
-        near=f"{above}/{beside}{name}",
+        folder=folder,
+        near=near,
         identity=identity,
         environ=request.environ,
         describe=describe,
@@ -134,20 +145,22 @@ def build(request: Request, describe: Callable[[str], str]) -> None:
         arch=request.arch,
         arch_variant=request.arch_variant,
     )
-    supervised.run(
-        lambda launches: pipeline.run(job, launches),
-        identity,
-        (job.folder, job.near),
-        left=(
-            *held.abandoned(tmpdir, _TEMPORARY),
-            *held.abandoned(above, f"{beside}{_TEMPORARY}"),
-        ),
-        keep=request.no_cleanup,
-        output=request.output,
-        is_unwanted=request.is_unwanted,
-    )
-    if request.no_cleanup:
-        log.info(f"The build's directories are kept: {job.folder}, {job.near}")
+
+
+def _places(request: Request) -> tuple[str, str]:
+    """Return the temporary directories: where TMPDIR says, and beside the target."""
+    # What shall stay is no leftover of a build that was killed.
+    kind = "build-kept-" if request.no_cleanup else _TEMPORARY
+    name = f"{kind}{os.urandom(6).hex()}"
+    above, target = os.path.split(os.path.abspath(request.target))
+    return f"{_tmpdir(request)}/{name}", f"{above}/.{target[:200]}.{name}"
+
+
+def _left_beside(job: pipeline.Job) -> tuple[str, ...]:
+    """Return what builds that were killed have left beside the directories of this one."""
+    name = os.path.basename(job.folder)
+    prefixes = (f"{place.removesuffix(name)}{_TEMPORARY}" for place in (job.folder, job.near))
+    return tuple(path for prefix in prefixes for path in held.abandoned(*os.path.split(prefix)))
 
 
 def _as_root(request: Request, identity: identities.Identity) -> list[str]:

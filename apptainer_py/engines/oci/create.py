@@ -84,46 +84,36 @@ def _with_monitor(call: OciCall, ready_fd: int) -> Monitored:
 class Creation:
     """One container on its way; each method is a hook of the engine."""
 
+    created_ns = 0
+    pid = 0
+    started_at = 0
+    noted = False
+    named_groups: tuple[str, list[str]] = ("", [])
+    state: StateDir | None = None
+    fifo = -1
+    pty = -1
+    failed = True
+    has_cgroup = False
+
     def __init__(self, context: PrepareContext, call: OciCall) -> None:
         self.call = call
         self.name = call.arguments[0]
-        # On Apptainer's command line somebody stays with each container, and `run` is what the
-        # launcher does with that one.
-        self.monitored = _with_monitor(call, context.ready_fd) if call.apptainer else None
-        self.waits = call.command == "create" or call.apptainer
-        self.detached = self.waits or call.flag("detach")
-        self.stand_in = call.number("stay")
-        self.stays = bool(self.monitored or self.stand_in) or not self.detached
         self.environment = context.environment
         self.cwd = context.cwd
+        self._choose_who_stays(context.ready_fd)
         # Paths of the command line are the caller's; the bundle is the directory from here on.
         self.pid_file = os.path.abspath(call.text("pid-file")) if call.text("pid-file") else ""
         self.bundle, self.config_bytes = self.read_bundle()
         check_id(self.name)
-        self.config: dict[str, Any] = loads(self.config_bytes)
-        if call.flag("empty-process") and isinstance(self.config.get("process"), dict):
-            # No program is looked for; but a bundle for a pod has a process all the same.
-            self.config["process"]["args"] = ["/"]
+        self.config = self._decode()
         self.host = facts.host_facts(call, context.environment)
         listen_fds = terminal.listen_fds(context.environment)
-        self.options = CreateOptions(
-            container_id=self.name,
-            no_pivot=call.flag("no-pivot"),
-            no_new_keyring=call.flag("no-new-keyring"),
-            preserve_fds=call.number("preserve-fds") + listen_fds,
-            systemd_cgroup=call.cgroup_manager == "systemd",
-            rootless=self.host.rootless,
-        )
+        self.options = self._options(listen_fds)
         plan = compile_bundle(self.config, self.bundle, self.host, self.options)
         self.plan: OciPlan = self.shape(plan)
         for warning in self.plan.warnings:
             log.warning(warning)
-        if self.monitored is None or call.text("console-socket"):
-            detached = self.detached or bool(self.stand_in)
-            terminal.check_streams(call, terminal=self.plan.terminal, detached=detached)
-        terminal.check_preserved(call.number("preserve-fds"), listen_fds)
-        self.console = terminal.connect(call.text("console-socket"))
-        self.pidfd_socket = terminal.connect(call.text("pidfd-socket"))
+        self._connect(listen_fds)
         self.program = steps.seccomp_program(self.plan, self.environment, self.host.uid)
         self.hook_state = HookState(
             self.config.get("ociVersion", ""),
@@ -132,24 +122,52 @@ class Creation:
             self.plan.annotations,
             context.environment,
         )
-        self.created_ns = 0
-        self.pid = 0
-        self.started_at = 0
-        self.noted = False
-        self.named_groups: tuple[str, list[str]] = ("", [])
-        self.state: StateDir | None = None
-        self.fifo = -1
-        self.pty = -1
         if self.stays and not self.monitored:
             _starter.relay_begin()
-        self.failed = True
-        self.has_cgroup = False
         self.cgroup = find_manager(
             call.cgroup_manager,
             self.plan.cgroup,
             rootless=self.host.rootless,
             bus=context.environment.get(facts.USER_BUS, ""),
         )
+
+    def _choose_who_stays(self, ready_fd: int) -> None:
+        call = self.call
+        # On Apptainer's command line somebody stays with each container, and `run` is what the
+        # launcher does with that one.
+        self.monitored = _with_monitor(call, ready_fd) if call.apptainer else None
+        self.waits = call.command == "create" or call.apptainer
+        self.detached = self.waits or call.flag("detach")
+        self.stand_in = call.number("stay")
+        self.stays = bool(self.monitored or self.stand_in) or not self.detached
+
+    def _decode(self) -> dict[str, Any]:
+        config: dict[str, Any] = loads(self.config_bytes)
+        if self.call.flag("empty-process") and isinstance(config.get("process"), dict):
+            # No program is looked for; but a bundle for a pod has a process all the same.
+            config["process"]["args"] = ["/"]
+        return config
+
+    def _options(self, listen_fds: int) -> CreateOptions:
+        call = self.call
+        return CreateOptions(
+            container_id=self.name,
+            no_pivot=call.flag("no-pivot"),
+            no_new_keyring=call.flag("no-new-keyring"),
+            preserve_fds=call.number("preserve-fds") + listen_fds,
+            systemd_cgroup=call.cgroup_manager == "systemd",
+            rootless=self.host.rootless,
+        )
+
+    def _connect(self, listen_fds: int) -> None:
+        """Refuse streams that do not fit the process, then reach who is to have its terminal."""
+        call = self.call
+        if self.monitored is None or call.text("console-socket"):
+            detached = self.detached or bool(self.stand_in)
+            terminal.check_streams(call, terminal=self.plan.terminal, detached=detached)
+        terminal.check_preserved(call.number("preserve-fds"), listen_fds)
+        self.console = terminal.connect(call.text("console-socket"))
+        self.pidfd_socket = terminal.connect(call.text("pidfd-socket"))
 
     def read_bundle(self) -> tuple[str, bytes]:
         """Return the bundle's directory and its configuration."""
