@@ -183,38 +183,45 @@ class Server:
         proved = not self._is_own(url)
         until = time.monotonic() + _ANSWER_S
         for attempt in range(self.tries):
-            sent = dict(headers or {})
-            if self._is_own(url):
-                self._prove(sent, scope)
+            is_last = attempt == self.tries - 1 or body is not None
+            sent = self._proving(url, headers, scope)
             try:
                 answer = self._follow(method, url, sent, body)
             except Exception as error:
                 if not is_of_the_net(error):
                     raise
-                late = time.monotonic() > until or self._is_nowhere(error)
-                if attempt == self.tries - 1 or late or body is not None or _is_hopeless(error):
+                if is_last or time.monotonic() > until or self._is_hopeless(error):
                     raise self._wrong(words_of(error)) from None
                 self._wait(attempt, None)
                 continue
             self._answered = True
-            # What another host wants to know is not the registry's question.
-            if answer.status_code == 401 and not proved and self._is_own(answer.url):
-                proved = True
-                challenge = answer.headers.get("WWW-Authenticate", "")
+            if not proved and self._is_challenge(answer):
                 answer.close()
-                if not self._learn(challenge, scope):
+                proved = True
+                if not self._learn(answer.headers.get("WWW-Authenticate", ""), scope):
                     return self._follow(method, url, sent, body)
                 continue
-            last = attempt == self.tries - 1 or time.monotonic() > until
-            if answer.status_code not in _AGAIN or last or body is not None:
+            if answer.status_code not in _AGAIN or is_last or time.monotonic() > until:
                 return answer
             answer.close()
             self._wait(attempt, answer.headers.get("Retry-After"))
         raise self._wrong("it does not answer")
 
-    def _is_nowhere(self, error: BaseException) -> bool:
-        """Return whether nobody has ever answered there: a wrong address is no busy server."""
-        return not self._answered and words_of(error) in _NOWHERE
+    def _proving(self, url: str, headers: Mapping[str, str] | None, scope: str) -> dict[str, str]:
+        """Return the headers with what is known to prove the account, if the host may know it."""
+        sent = dict(headers or {})
+        if self._is_own(url):
+            self._prove(sent, scope)
+        return sent
+
+    def _is_challenge(self, answer: Answer) -> bool:
+        # What another host wants to know is not the registry's question.
+        return answer.status_code == 401 and self._is_own(answer.url)
+
+    def _is_hopeless(self, error: BaseException) -> bool:
+        # Where nobody has ever answered, a wrong address is no busy server.
+        is_nowhere = not self._answered and words_of(error) in _NOWHERE
+        return is_nowhere or _is_hopeless(error)
 
     def _follow(self, method: str, url: str, headers: dict[str, str], body: Any) -> Answer:
         host = urlsplit(url).netloc
