@@ -162,6 +162,9 @@ NO_RETURN static void become_stage2(struct launch *l) {
     if (chdir("/") < 0) /* pivot_root moves only those whose directory is the root itself */
         _exit(255);
     label_open(l);
+    /* SAFE: a namespace of the caller's own, below one that is; no id but the caller's is in it. */
+    if (stage_takes_names(l) && privs_take_names(l) < 0)
+        fail("the ids of the payload cannot be had", errno);
     if (l->plan.flags & PLAN_LEAN)
         stage_serve(l);
     if (bearer_needed(l))

@@ -57,10 +57,9 @@ int op_session(struct rpc *r, const struct op_request *q, struct op_reply *a, in
     if (fs < 0)
         return answer(a, ERR_MOUNT, errno);
     if (!ramfs) {
-        /* Root's payload may be somebody else's; the directory is whose processes fill it. */
-        bool root = l->flow == FLOW_ROOT;
-        (void)set_number(fs, "uid", root ? l->uid : l->plan.uid);
-        (void)set_number(fs, "gid", root ? l->gid : l->plan.gid);
+        /* The payload may be somebody else's; the directory is whose processes fill it. */
+        (void)set_number(fs, "uid", fakeroot_wanted(l) ? 0 : l->uid);
+        (void)set_number(fs, "gid", fakeroot_wanted(l) ? 0 : l->gid);
         if (size > 0)
             (void)set_number(fs, "size", size << 20);
     }

@@ -145,6 +145,19 @@ static int setuid_plan(const struct launch *l, const struct container_plan *plan
     return ERR_OK;
 }
 
+/* Is the payload to have other ids than its caller? */
+bool policy_gives_names(const struct launch *l, const struct container_plan *plan) {
+    return plan->uid != l->uid || plan->gid != l->gid;
+}
+
+/* In a user namespace ids are names, and whoever has them is the caller.  They hold in one more
+ * namespace, which no other launch enters, and in which a capability would be worth nothing. */
+static bool may_have_names(const struct launch *l, const struct container_plan *plan) {
+    const uint32_t without = PLAN_INSTANCE | PLAN_JOIN | PLAN_SHARED | PLAN_METHODS;
+    return l->flow == FLOW_USERNS && !(plan->flags & without) && !wants_capabilities(plan) &&
+           plan->uid != UINT32_MAX && plan->gid != UINT32_MAX;
+}
+
 /* A caller other than root gets its own ids, and in the setuid flow no capability but granted
  * ones. */
 int policy_plan(const struct launch *l, const struct container_plan *plan) {
@@ -179,9 +192,10 @@ int policy_plan(const struct launch *l, const struct container_plan *plan) {
         return code;
     /* Root's payload in a namespace of its own may gain what that namespace has. */
     bool root_inside = l->flow == FLOW_USERNS && (l->uid == 0 || fakeroot);
-    if ((!fakeroot && (plan->uid != l->uid || plan->gid != l->gid)) || plan->group_count != 0 ||
+    bool named = !fakeroot && policy_gives_names(l, plan);
+    if ((named && !may_have_names(l, plan)) || plan->group_count != 0 ||
         plan->flags & (PLAN_SETUID | PLAN_GROUPS) ||
-        (!(plan->flags & PLAN_NO_NEW_PRIVS) && !root_inside))
+        (!(plan->flags & PLAN_NO_NEW_PRIVS) && (named || !root_inside)))
         return ERR_REFUSED;
     return l->flow == FLOW_USERNS ? ERR_OK : setuid_plan(l, plan);
 }

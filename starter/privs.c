@@ -365,15 +365,28 @@ static int map_one(uint32_t inside[2], uint32_t outside[2]) {
     return result;
 }
 
-/* Maps the caller onto itself, one id; no privilege of the host is involved. */
-int privs_make_userns(const struct launch *l) {
+/* A namespace of one id, the caller's; no privilege of the host is involved. */
+static int make_userns(const struct launch *l, uint32_t inside[2]) {
     uint32_t own[2] = {l->uid, l->gid};
     /* The kernel maps root for nobody who could not have set file capabilities. */
     if (l->permitted & CAP_BIT(CAP_SETFCAP) && !privs_raise(CAP_BIT(CAP_SETFCAP)))
         return -1;
     if (unshare(CLONE_NEWUSER) < 0)
         return -1;
-    return map_one(own, own);
+    return map_one(inside, own);
+}
+
+/* The caller is called there as it is outside. */
+int privs_make_userns(const struct launch *l) {
+    uint32_t own[2] = {l->uid, l->gid};
+    return make_userns(l, own);
+}
+
+/* In the user-namespace flow other ids are other names: stage 2 is called so in a namespace below
+ * that of the launch, and stays whom it was. */
+int privs_take_names(const struct launch *l) {
+    uint32_t inside[2] = {l->plan.uid, l->plan.gid};
+    return make_userns(l, inside);
 }
 
 /* The same with the caller as root, for --fakeroot of those who have no ranges of ids. */

@@ -31,6 +31,11 @@ static void limit_to_bearer(const struct launch *l, enum role role, struct targe
         memset(t->caps, 0, sizeof(t->caps));
 }
 
+/* Stage 2 alone has the payload's ids in a user namespace below that of the launch. */
+bool stage_takes_names(const struct launch *l) {
+    return l->flow == FLOW_USERNS && !fakeroot_wanted(l) && policy_gives_names(l, &l->plan);
+}
+
 /* With --fakeroot the container's processes are root of its namespace, which is the caller. */
 static bool is_inside(enum role role) {
     return role == ROLE_RPC || role == ROLE_METHODS || role == ROLE_READER ||
@@ -58,6 +63,10 @@ void stage_target(const struct launch *l, enum role role, struct target_identity
             t->groups[i] = l->plan.groups[i];
         memcpy(t->caps, l->plan.caps, sizeof(t->caps));
         t->no_new_privs = (l->plan.flags & PLAN_NO_NEW_PRIVS) != 0;
+        if (role == ROLE_SHIM && stage_takes_names(l)) {
+            t->uid = l->uid;
+            t->gid = l->gid;
+        }
         limit_to_bearer(l, role, t);
         break;
     case ROLE_RPC:

@@ -24,24 +24,34 @@ static bool to_number(const char *text, size_t length, uint64_t *number) {
     return *number <= UINT32_MAX;
 }
 
-/* name:first:count; the last id that there is stands for none. */
+/* What lies before the next colon, if there must be one or not; then `text` is behind it. */
+static bool take_field(const char **text, const char *end, bool colon, const char **field,
+                       size_t *length) {
+    const char *stop = memchr(*text, ':', (size_t)(end - *text));
+    if (!stop && colon)
+        return false;
+    *field = *text;
+    *length = (size_t)((stop ? stop : end) - *text);
+    *text = stop ? stop + 1 : end;
+    return true;
+}
+
+/* name:first:count; the last id that there is stands for none.  Fields behind these are nobody's,
+ * as for shadow's newuidmap: what it reads as a range is one. */
 static bool read_line(const char *text, size_t length, struct line *out) {
-    const char *first = memchr(text, ':', length);
-    if (!first)
-        return false;
-    size_t left = length - (size_t)(first + 1 - text);
-    const char *second = memchr(first + 1, ':', left);
+    const char *end = text + length, *first, *second;
+    size_t first_length, second_length;
     uint64_t start, count;
-    if (!second)
+    memset(out, 0, sizeof(*out));
+    if (!take_field(&text, end, true, &out->name, &out->name_length) ||
+        !take_field(&text, end, true, &first, &first_length) ||
+        !take_field(&text, end, false, &second, &second_length))
         return false;
-    size_t start_length = (size_t)(second - first) - 1, count_length = left - start_length - 1;
-    if (!to_number(first + 1, start_length, &start) ||
-        !to_number(second + 1, count_length, &count) || count == 0 ||
-        start + count > UINT32_MAX)
+    if (!to_number(first, first_length, &start) || !to_number(second, second_length, &count) ||
+        count == 0 || start + count > UINT32_MAX)
         return false;
-    *out = (struct line){.name = text, .name_length = (size_t)(first - text),
-                         .range = {(uint32_t)start, (uint32_t)count}};
-    if (out->name_length > 0 && text[0] == '!') {
+    out->range = (struct subid_range){(uint32_t)start, (uint32_t)count};
+    if (out->name_length > 0 && out->name[0] == '!') {
         out->off = true;
         out->name++;
         out->name_length--;
@@ -63,30 +73,31 @@ static const char *next_line(const char **at, const char *end, size_t *length) {
     const char *stop = memchr(line, '\n', (size_t)(end - line));
     *length = (size_t)((stop ? stop : end) - line);
     *at = stop ? stop + 1 : end;
+    if (*length > 0 && line[*length - 1] == '\r')
+        --*length; /* of an editor on another system; it hides nobody's range */
     return line;
 }
 
-/* As Apptainer chooses: the first range of just the wanted size, else the largest. */
+/* As Apptainer chooses: the first range of just the wanted size, else the largest.  Lines that are
+ * switched off take part: who has such a one first has none, whatever else there is. */
 enum subids_answer subids_find(const char *text, size_t size, const char *name, uint32_t id,
                                struct subid_range *found) {
-    enum subids_answer answer = SUBIDS_NONE;
     const char *at = text, *end = text + size, *line;
     size_t length;
-    struct line l;
+    struct line l, chosen = {.off = false};
+    bool any = false;
     while ((line = next_line(&at, end, &length)) != NULL) {
-        if (!read_line(line, length, &l) || l.off || !is_owner(&l, name, id))
+        if (!read_line(line, length, &l) || !is_owner(&l, name, id))
             continue;
-        if (l.range.count < SUBIDS_WANTED) {
-            answer = answer == SUBIDS_FOUND ? answer : SUBIDS_SMALL;
-            continue;
-        }
-        if (answer != SUBIDS_FOUND || (found->count != SUBIDS_WANTED &&
-                                       (l.range.count == SUBIDS_WANTED ||
-                                        l.range.count > found->count)))
-            *found = l.range;
-        answer = SUBIDS_FOUND;
+        any = true;
+        if (chosen.range.count != SUBIDS_WANTED &&
+            (l.range.count == SUBIDS_WANTED || l.range.count > chosen.range.count))
+            chosen = l;
     }
-    return answer;
+    if (chosen.range.count < SUBIDS_WANTED)
+        return any ? SUBIDS_SMALL : SUBIDS_NONE;
+    *found = chosen.range;
+    return chosen.off ? SUBIDS_NONE : SUBIDS_FOUND;
 }
 
 static bool overlap(const struct subid_range *a, const struct subid_range *b) {

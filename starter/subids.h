@@ -17,7 +17,7 @@ struct subid_range {
 
 /* What is known of one file. */
 enum subids_answer {
-    SUBIDS_NONE,                       /* no line, or only switched-off ones */
+    SUBIDS_NONE,                       /* no line, or one that is switched off */
     SUBIDS_SMALL,                      /* lines, but each with fewer ids than wanted */
     SUBIDS_FOUND
 };

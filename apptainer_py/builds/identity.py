@@ -91,11 +91,12 @@ def choose(
 def _ranges(name: str, *, rights: bool) -> tuple[IdMap, IdMap] | None:
     found = []
     for path, tool in ((subid_file.SUBUID, "newuidmap"), (subid_file.SUBGID, "newgidmap")):
-        listed = subid_file.usable(subid_file.read(path), name, os.geteuid())
-        enough = [one for one in listed if one.count >= subid_file.WANTED]
-        if not enough or (not rights and subid.find_program(tool) is None):
+        entry = subid_file.find(subid_file.read(path), name, os.geteuid())
+        if entry is None or entry.disabled or entry.count < subid_file.WANTED:
             return None
-        found.append(IdMap(inside=1, outside=enough[0].first, count=subid_file.WANTED))
+        if not rights and subid.find_program(tool) is None:
+            return None
+        found.append(IdMap(inside=1, outside=entry.first, count=entry.count))
     return found[0], found[1]
 
 

@@ -21,12 +21,21 @@ SUBUID: Final = "/etc/subuid"
 SUBGID: Final = "/etc/subgid"
 WANTED: Final = 65536
 _NONE: Final = (1 << 32) - 1
+_DIGITS: Final = 10
 _FILE_BYTES: Final = 4 << 20
 
 
 class NoMapping(LaunchError):
     message = "could not use fakeroot: no mapping entry found in {file} for {user}"
     hint = "the administrator adds one with `apptainer-py config fakeroot --add {user}`"
+
+
+class SwitchedOff(LaunchError):
+    message = (
+        "could not use fakeroot: your fakeroot mapping has been disabled by the administrator in "
+        "{file}"
+    )
+    hint = "the administrator enables it with `apptainer-py config fakeroot --enable {user}`"
 
 
 class TooFew(LaunchError):
@@ -52,21 +61,27 @@ class Entry(Record):
 
     def belongs_to(self, name: str, number: int) -> bool:
         """Return whether the line is of the user with this name and number."""
-        return self.owner == name or (
-            self.owner.isascii() and self.owner.isdecimal() and int(self.owner) == number
-        )
+        return self.owner == name or (_is_number(self.owner) and int(self.owner) == number)
+
+
+def _is_number(word: str) -> bool:
+    return word.isascii() and word.isdecimal() and len(word) <= _DIGITS
 
 
 def parse_line(line: str) -> Entry | None:
-    """Return the range of a line; None for a comment, or what is none."""
-    owner, *rest = line.strip().split(":")
+    """Return the range of a line; None for a comment, or what is none.
+
+    Fields behind the third are nobody's, as for shadow's newuidmap.
+    """
+    owner, *rest = line.removesuffix("\r").split(":")
     disabled = owner.startswith("!")
     owner = owner.removeprefix("!")
-    if not owner or len(rest) != 2:
+    numbers = rest[:2]
+    if not owner or len(numbers) != 2:
         return None
-    if not all(word.isascii() and word.isdecimal() and len(word) <= 10 for word in rest):
+    if not all(map(_is_number, numbers)):
         return None
-    first, count = int(rest[0]), int(rest[1])
+    first, count = map(int, numbers)
     if count == 0 or first + count > _NONE:
         return None
     return Entry(owner=owner, first=first, count=count, disabled=disabled)
@@ -82,20 +97,34 @@ def read(path: str) -> list[Entry]:
     return [entry for line in lines if (entry := parse_line(line)) is not None]
 
 
-def usable(entries: Sequence[Entry], name: str, number: int) -> list[Entry]:
-    """Return a user's ranges that are switched on."""
-    return [one for one in entries if not one.disabled and one.belongs_to(name, number)]
+def find(entries: Sequence[Entry], name: str, number: int) -> Entry | None:
+    """Return the line that counts for a user, as starter/subids.c: it may be switched off.
+
+    The first one of just the wanted size, else the largest.
+    """
+    own = [one for one in entries if one.belongs_to(name, number)]
+    fit = (one for one in own if one.count == WANTED)
+    return next(fit, max(own, key=lambda one: one.count, default=None))
 
 
-def check(path: str, name: str, number: int) -> None:
-    """Make sure that a user has a range of enough ids.
+def is_listed(entry: Entry | None) -> bool:
+    """Return whether a user is named at all; a range that is too small is a mistake to tell."""
+    return entry is not None and not (entry.disabled and entry.count >= WANTED)
+
+
+def check(path: str, name: str, number: int) -> Entry:
+    """Return a user's range of enough ids.
 
     Raises:
         NoMapping: there is none.
         TooFew: each is too small.
+        SwitchedOff: by the administrator.
     """
-    own = usable(read(path), name, number)
-    if not own:
+    entry = find(read(path), name, number)
+    if entry is None:
         raise NoMapping(file=path, user=name)
-    if all(entry.count < WANTED for entry in own):
+    if entry.count < WANTED:
         raise TooFew(file=path, user=name)
+    if entry.disabled:
+        raise SwitchedOff(file=path, user=name)
+    return entry

@@ -63,7 +63,11 @@ def listing(name: str | None, *, as_json: bool = False) -> str:
         raise _failure("list", "while listing capabilities: must specify a user or a group")
     grants = _read("list")
     shown = {
-        kind: {who: words for who, words in grants.section(kind).items() if name in (None, who)}
+        kind: {
+            who: words
+            for who, words in grants.section(kind).items()
+            if words and name in (None, who)
+        }
         for kind in _SECTIONS
     }
     if not any(shown.values()):

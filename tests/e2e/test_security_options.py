@@ -199,12 +199,58 @@ def test_a_user_stays_who_he_is(own, sif, word):
     assert "with suid mode requires root privileges" in done.stderr
 
 
+@pytest.mark.parametrize(("words", "uid", "gid"), [
+    ("uid:1234", 1234, None), ("uid:0", 0, None), ("gid:5", None, 5), ("uid:1234,gid:5", 1234, 5),
+    ("gid:5:6,uid:7", 7, 5),
+])  # fmt: skip
+@pytest.mark.parametrize("more", [[], ["-p"], ["-C", "--writable-tmpfs"]])
+@pytest.mark.parametrize("root", [False, True])
+def test_in_a_user_namespace_ids_are_names(own, sif, words, uid, gid, more, root):
+    """The payload is its caller still: it has nothing but other numbers."""
+    if root and uid == 0:
+        pytest.skip("root is called so already")
+    user = (0, 0) if root else (own.user.pw_uid, own.user.pw_gid)
+    uid, gid = user[0] if uid is None else uid, user[1] if gid is None else gid
+    line = (
+        f"{SHOW}; cat /proc/self/uid_map /proc/self/gid_map; touch $HOME/a; stat -c %u:%g $HOME/a"
+    )
+    script = f"{line}; rm -f $HOME/a"
+    done = own.run("exec", "-u", *more, "--security", words, sif, "sh", "-c", script, root=root)
+    found = status(done.stdout)
+    assert found["Uid"] == [str(uid)] * 4, done.stderr
+    assert found["Gid"] == [str(gid)] * 4
+    assert {int(found[name][0], 16) for name in found if name.startswith("Cap")} == {0}
+    assert found["NoNewPrivs"] == ["1"]
+    lines = done.stdout.splitlines()[-3:]
+    assert [row.split() for row in lines[:2]] == [
+        [str(inside), str(outside), "1"] for inside, outside in zip((uid, gid), user, strict=True)
+    ]
+    assert lines[2] == f"{uid}:{gid}"
+    assert ("no group but the first" in done.stderr) == (":6" in words)
+
+
+@pytest.mark.parametrize("option", [("--add-caps", "chown"), ("--sharens",)])
+def test_other_names_are_the_payloads_alone(own, sif, option):
+    done = own.run("exec", "-u", *option, "--security", "uid:1234", sif, "echo", "started")
+    assert (done.returncode, done.stdout) == (255, "")
+    assert f"with {option[0]} is not supported yet" in done.stderr
+
+
+def test_no_instance_has_other_names(own, sif):
+    words = ("instance", "start", "-u", "--security", "uid:1234", sif, "named")
+    done = own.run(*words)
+    assert (done.returncode, done.stdout) == (255, "")
+    assert "with an instance is not supported yet" in done.stderr
+    assert "named" not in own.run("instance", "list").stdout
+
+
 @pytest.mark.parametrize("value", ["x", "-1", "4294967295", "4294967296", "99999999999999999999"])
 @pytest.mark.parametrize("key", ["uid", "gid"])
 def test_what_is_no_id(own, sif, key, value):
-    done = own.run("exec", "--security", f"{key}:{value}", sif, "id", root=True)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (255, "", 1)
-    assert f'parsing "{value}"' in done.stderr
+    for root, flow in ((True, ()), (False, ("-u",))):
+        done = own.run("exec", *flow, "--security", f"{key}:{value}", sif, "id", root=root)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (255, "", 1)
+        assert f'parsing "{value}"' in done.stderr
 
 
 # ---- labels, and what is no setting ----

@@ -440,6 +440,14 @@ FLAGS = [
         )
     ),
     *(
+        Case(
+            f"exec --security {word} {{sif}} sh -c 'grep -e id -e Gr -e Cap -e New "
+            "/proc/self/status | grep -v -e Pid -e pid; cat /proc/self/uid_map /proc/self/gid_map'",
+            flows=(USERNS,),
+        )
+        for word in ("uid:0", "uid:1234", "gid:5", "gid:5,uid:1234 -p", "uid:x")
+    ),
+    *(
         Case(f"exec --security {word} {{sif}} true", differs={"status": SETTING, "said": SETTING})
         for word in ("bad", "bad:x", "seccomp:")
     ),

@@ -6,6 +6,8 @@ one held. What it asks for is what a taken-over stage 1 could ask for, one direc
 
 from __future__ import annotations
 
+import grp
+import json
 import os
 import shutil
 import socket
@@ -17,7 +19,8 @@ from pathlib import Path
 import pytest
 
 from apptainer_py.model import protocol
-from tests import images, own_install
+from tests import extfs_images, images, own_install
+from tests.e2e.subids import both, launch, range_of
 from tests.e2e.test_cni import PLUGINS, Host, allow
 from tests.own_install import Installation, eventually
 
@@ -92,6 +95,10 @@ def rogue(require_root: None) -> Iterator[Installation]:
         text = engine.read_text()
         assert text.count(PLANS) == 1
         engine.write_text(text.replace(PLANS, PLANS_ANYTHING + PLANS))
+        grants = tree / "apptainer_py/engines/apptainer/capabilities.py"
+        text = grants.read_text()
+        assert text.count(GRANTS) == 1
+        grants.write_text(text.replace(GRANTS, OTHER_GRANTS))
         made = Installation(place)
         argv = [tree / "install", "--prefix", made.prefix, "--sysconfdir", made.sysconfdir]
         done = subprocess.run(argv, capture_output=True, text=True, check=False)
@@ -102,6 +109,8 @@ def rogue(require_root: None) -> Iterator[Installation]:
         shutil.rmtree(place)
 
 
+GRANTS = 'FILE = f"{SYSCONFDIR}/capability.json"\n'
+OTHER_GRANTS = 'FILE = os.path.join(os.path.dirname(SYSCONFDIR), "believed.json")\n'
 _IMPORT = "\nfrom apptainer_py.base import build\n\nTYPE_CHECKING"
 
 
@@ -282,6 +291,119 @@ def test_what_ends_the_launch(rogue, sif, holds, believed, words):
     done = rogue.run("exec", *words, sif, "true")
     assert done.returncode == 255, done.stderr
     assert "FATAL" in done.stderr
+
+
+@pytest.fixture
+def places(rogue: Installation) -> Iterator[dict[str, Path]]:
+    """An image in two directories of which one's name begins with the other's; links to both."""
+    place = Path(tempfile.mkdtemp(dir=rogue.place))
+    place.chmod(0o755)
+    found = {name: place / name for name in ("safe", "safe-not", "alias", "link", "hard")}
+    for name in ("safe", "safe-not"):
+        found[name].mkdir()
+        shutil.copy(images.own_sif(images.shared_folder()), found[name] / "i.sif")
+    found["alias"].symlink_to("safe")
+    found["link"].symlink_to("safe-not/i.sif")
+    os.link(found["safe"] / "i.sif", found["hard"])
+    yield found
+    shutil.rmtree(place)
+
+
+@pytest.mark.parametrize(
+    ("permitted", "image", "runs"),
+    [
+        ("safe", "safe/i.sif", True),
+        ("safe", "alias/i.sif", True),
+        ("alias", "safe/i.sif", True),
+        ("safe", "safe-not/i.sif", False),
+        ("safe", "link", False),
+        ("safe", "hard", False),
+        ("safe", "safe/../safe-not/i.sif", False),
+    ],
+)
+def test_paths_are_judged_by_the_open_file(rogue, places, permitted, image, runs):
+    """Component by component, and by the name that the kernel knows it by."""
+    configure(rogue, f"limit container paths = {places[permitted]}", "")
+    done = rogue.run("exec", places["safe"].parent / image, "echo", "ran")
+    assert (done.returncode, done.stdout) == ((0, "ran\n") if runs else (255, "")), done.stderr
+
+
+@pytest.mark.parametrize("value", ["yes", "no"])
+def test_ids_of_a_user_who_may_have_no_namespace(rogue, value):
+    tree = images.small_tree(images.shared_folder())
+    configure(rogue, f"allow user ns = {value}", "")
+    done = launch(rogue, "exec", "-f", tree, "id", "-u", files=both(range_of(rogue)))
+    assert (done.returncode, done.stdout) == ((0, "0\n") if value == "yes" else (255, ""))
+
+
+NET_RAW = 1 << 13
+
+
+@pytest.mark.parametrize(
+    ("text", "granted"),
+    [
+        ('{"users": {"@user": ["CAP_NET_RAW"]}}', True),
+        ('{"groups": {"@group": ["CAP_NET_RAW"]}}', True),
+        ('{"groups": {"@user": ["CAP_CHOWN"], "games": ["CAP_NET_RAW"]}}', False),
+        ('{"groups": {"no-such-group": ["CAP_NET_RAW"], "root": ["CAP_NET_RAW"]}}', False),
+        ('{"users": {"root": ["CAP_NET_RAW"], "@user2": ["CAP_NET_RAW"]}}', False),
+        ('{"users": {"@user": ["CAP_CHOWN"]}}', False),
+        ('{"users": {"@user": ["CAP_NET_RAW"]}} ', True),
+        ('{"users": {"@user": ["CAP_NET_RAW"]}} x', False),
+        ('{"users": {"@user": ["CAP_NET_RAW"]}, "users": {}}', False),
+        ("", False),
+        (None, False),
+    ],
+)
+def test_what_was_granted(rogue, sif, text, granted):
+    """Whatever master believes, C reads the administrator's own file."""
+    name = rogue.user.pw_name
+    configure(rogue, "", "")
+    believed = rogue.place / "believed.json"
+    believed.write_text(json.dumps({"users": {name: ["CAP_NET_RAW"]}}))
+    believed.chmod(0o644)
+    file = rogue.sysconfdir / "capability.json"
+    file.unlink(missing_ok=True)
+    if text is not None:
+        group = grp.getgrgid(rogue.user.pw_gid).gr_name
+        file.write_text(text.replace("@user", name).replace("@group", group))
+        file.chmod(0o644)
+    look = ("sh", "-c", "grep CapEff /proc/self/status")
+    done = rogue.run("exec", "--add-caps", "net_raw", sif, *look)
+    if granted:
+        assert int(done.stdout.split()[1], 16) == NET_RAW, done.stderr
+    else:
+        assert (done.returncode, done.stdout) == (255, ""), done.stderr
+        assert protocol.ERR_TEXTS[protocol.ERR_CAPABILITY] in done.stderr
+
+
+@pytest.mark.parametrize("fault", ["owner", "mode", "link"])
+def test_grants_that_others_could_have_written(rogue, sif, fault):
+    test_what_was_granted(rogue, sif, '{"users": {"@user": ["CAP_NET_RAW"]}}', granted=True)
+    file = rogue.sysconfdir / "capability.json"
+    if fault == "link":
+        file.rename(rogue.sysconfdir / "aim")
+        file.symlink_to("aim")
+    else:
+        os.chown(file, rogue.user.pw_uid if fault == "owner" else 0, 0)
+        file.chmod(0o664 if fault == "mode" else 0o644)
+    done = rogue.run("exec", "--add-caps", "net_raw", sif, "true")
+    file.unlink()
+    (rogue.sysconfdir / "aim").unlink(missing_ok=True)
+    assert done.returncode == 255
+    assert protocol.ERR_TEXTS[protocol.ERR_CAPABILITY] in done.stderr
+
+
+@pytest.mark.parametrize("value", ["yes", "no"])
+def test_the_kernel_reads_no_extfs(rogue, sif, value):
+    place = Path(tempfile.mkdtemp(dir=rogue.place))
+    place.chmod(0o755)
+    image = extfs_images.extfs(place / "data.img", owner=rogue.user.pw_uid)
+    os.chown(image, rogue.user.pw_uid, rogue.user.pw_gid)
+    configure(rogue, f"allow setuid-mount extfs = {value}", "allow setuid-mount extfs = yes")
+    done = rogue.run("exec", "-B", f"{image}:/mnt:image-src=/", sif, "true")
+    assert done.returncode == (0 if value == "yes" else 255), done.stderr
+    shutil.rmtree(place)
 
 
 def test_another_kind_of_image(rogue):

@@ -32,16 +32,19 @@ def tree(own) -> Path:
     "text",
     [
         "{name}:100000:65536\nsomebody:165535:65536\n",
+        "{name}:100000:65536\nsomebody:165535:65536:more\n",
+        "{name}:100000:65536\nsomebody:165535:65536\r\n",
         "!somebody:100000:1\n{name}:100000:65536\n",
         "{name}:100000:65536\n0:34465:65536\n",
         "{name}:1:65536\n",
+        "{name}:65000:65536\n",
         "{name}:{uid}:65536\n",
         "{name}:0:65536\n",
         "{name}:0:4294967295\n",
     ],
 )
 def test_ids_of_others_are_not_mapped(own, tree, flow, text):
-    """Another user's range, accounts of the system, the caller's own id, root."""
+    """Another user's range, the system's accounts (below 65000, and nobody), one's own id, root."""
     filled = text.format(name=own.user.pw_name, uid=own.user.pw_uid)
     for files in (
         both(filled),
@@ -58,7 +61,9 @@ def test_ids_of_others_are_not_mapped(own, tree, flow, text):
     [
         "{name}:100000:65535", "{name}:100000:0", "{name}:4294901760:65536", "{name}:-1:65536",
         "{name}:100000:-65536", "{name}:100000:99999999999999999999", "{name}: 100000:65536",
-        "{name}:0x186a0:65536", "{name}:100000:65536:1", "{name}:100000", "!{name}:100000:65536",
+        "{name}:0x186a0:65536", "{name}:100000", "!{name}:100000:65536", " {name}:100000:65536",
+        "{name}:100000:65536 ", "!{name}:100000:65536\n{name}:300000:65536",
+        "{name}:300000:65537\n!{name}:100000:65538",
         "{name}x:100000:65536", ":100000:65536", "0{uid}x:100000:65536", "#{name}:100000:65536",
     ],
 )  # fmt: skip
@@ -71,6 +76,24 @@ def test_a_line_of_another_form_gives_nothing(own, tree, line):
     assert rows in ([["0", user, "1"], ["0", group, "1"]], []), done.stderr
     if not rows:
         assert done.returncode == 255 and "range count lower than 65536" in done.stderr
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+@pytest.mark.parametrize(
+    "line", ["{name}:100000:65536:more", "{name}:100000:65536:", "{uid}:100000:65536"]
+)
+def test_fields_behind_the_third_are_nobodys(own, tree, flow, line):
+    """newuidmap reads such a line as a range, so it is one for us."""
+    text = line.format(name=own.user.pw_name, uid=own.user.pw_uid)
+    done = launch(own, "exec", "-f", *FLOWS[flow], tree, *IDS, files=both(text))
+    assert done.stdout.split()[3:6] == ["1", "100000", "65536"], done.stderr
+
+
+def test_which_file_has_it_switched_off(own, tree):
+    files = {"/etc/subuid": range_of(own), "/etc/subgid": "!" + range_of(own)}
+    done = launch(own, "exec", "-f", tree, *IDS, files=files)
+    assert (done.returncode, done.stdout) == (255, "")
+    assert "disabled by the administrator in /etc/subgid" in done.stderr
 
 
 def test_the_highest_range_that_there_is(own, tree):
@@ -141,6 +164,7 @@ def test_a_newuidmap_that_is_not_roots_is_not_run(own, tree):
     """Where root's own program has been replaced by a script of the user's, it is left alone."""
     script = own.place / "newuidmap"
     mark = Path(own.user.pw_dir) / "ran"
+    mark.unlink(missing_ok=True)
     script.write_text(f"#!/bin/sh\ntouch {mark}\n")
     script.chmod(0o755)
     os.chown(script, own.user.pw_uid, -1)

@@ -190,8 +190,13 @@ pid_t container_start(struct launch *l, int *err) {
         for (int set = 0; set < CAP_SETS; set++)
             must(l->plan.caps[set] == l->plan.caps[0] && !(l->plan.caps[set] & ~granted),
                  "the setuid flow gives no capability that was not granted");
-    must(inner || l->flow == FLOW_ROOT || (l->plan.uid == l->uid && l->plan.gid == l->gid),
+    bool own = l->plan.uid == l->uid && l->plan.gid == l->gid;
+    must(inner || l->flow == FLOW_ROOT || l->flow == FLOW_USERNS || own,
          "the payload is the caller's");
+    for (int set = 0; set < CAP_SETS && l->flow == FLOW_USERNS && !inner && !own; set++)
+        must(l->plan.caps[set] == 0 && l->plan.flags & PLAN_NO_NEW_PRIVS &&
+                 !(l->plan.flags & (PLAN_INSTANCE | PLAN_SHARED)),
+             "who has another name in a user namespace has nothing more");
     pid_t pid = born();
     *err = errno;
     return pid;

@@ -21,6 +21,9 @@ NAMES = tuple(protocol.CAPABILITY_NAMES.values())
 ALL = (1 << len(NAMES)) - 1
 FILE = f"{SYSCONFDIR}/capability.json"
 FILE_BYTES = 1 << 16  # CONFIG_FILE_BYTES, to which C holds it too
+# Escapes, and what needs one; no name of an account has them.
+_NOT_IN_FILE = (b"\\", b"\x7f")
+_NOT_THE_FORM = "is not JSON of the form users, groups: each once, of names with lists, no escapes"
 
 
 class RootOnly(ApptainerError):
@@ -82,16 +85,22 @@ def entries(text: bytes) -> list[tuple[str, str, list[str]]]:
     if not text.strip():
         return []
     found = []
+    seen: set[str] = set()
     try:
-        for section, names in _members(json.loads(text, object_pairs_hook=tuple)):
-            if section not in ("users", "groups"):
+        if any(odd in text for odd in _NOT_IN_FILE):
+            raise ValueError
+        for section, names in _members(json.loads(text.decode(), object_pairs_hook=tuple)):
+            if section not in ("users", "groups") or section in seen:
                 raise TypeError
+            seen.add(section)
             for name, words in _members(names):
                 if not isinstance(words, list | None):
                     raise TypeError
-                found.append((section, name, [str(word) for word in words or []]))
+                if not all(isinstance(word, str) for word in words or []):
+                    raise TypeError
+                found.append((section, name, words or []))
     except (ValueError, TypeError, RecursionError):
-        raise ConfigError(file=FILE, reason="is not JSON of the form users, groups") from None
+        raise ConfigError(file=FILE, reason=_NOT_THE_FORM) from None
     return found
 
 

@@ -133,8 +133,8 @@ def choose(action: ActionRequest, facts: Facts, kind: str) -> Degree:
         from apptainer_py.engines.apptainer.prepare import UsernsForbidden
 
         raise UsernsForbidden
-    listed = subid_file.usable(subid_file.read(subid_file.SUBUID), name, facts.uid)
-    if facts.uid == 0 or (listed and not action.ignore_subuid):
+    entry = subid_file.find(subid_file.read(subid_file.SUBUID), name, facts.uid)
+    if facts.uid == 0 or (subid_file.is_listed(entry) and not action.ignore_subuid):
         subid_file.check(subid_file.SUBUID, name, facts.uid)
         subid_file.check(subid_file.SUBGID, name, facts.uid)
         if facts.flow == protocol.FLOW_USERNS:

@@ -176,8 +176,9 @@ def _below(path: str, directory: str) -> bool:
     try:
         directory = os.path.realpath(directory, strict=True)
     except OSError as error:
-        reason = f"failed to resolve path {directory}: lstat {error.filename}: {error.strerror}"
-        raise ImageNotPermitted(reason=reason.lower()) from None
+        why = (error.strerror or "not a path").lower()
+        reason = f"failed to resolve path {directory}: lstat {error.filename}: {why}"
+        raise ImageNotPermitted(reason=reason) from None
     return directory == "/" or path == directory or path.startswith(directory + "/")
 
 

@@ -332,6 +332,9 @@ def share(
     """Return the plan; another one, for a rank of several that live in one container."""
     if not action.sharens and not any(name in context.environment for name in RANK_VARIABLES):
         return plan
+    other = (plan.uid, plan.gid) != (context.facts.uid, context.facts.gid)
+    if other and not prepared.fakeroot:
+        return plan  # the others would not see the same names
     from apptainer_py.engines.apptainer import ranks
 
     return ranks.arrange(ranks.Launch(prepared, action, context, *rest), plan)

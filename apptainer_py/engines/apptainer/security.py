@@ -23,6 +23,8 @@ KEYS = ("uid", "gid", "seccomp", "apparmor", "selinux")
 _GROUPS_MAX = protocol.LIMIT_GROUPS
 _IDS = 2**32 - 1  # the last number means "no change" in every call
 _SYS_ADMIN = 1 << 21
+_NO_GAIN = protocol.PLANFLAG_NO_NEW_PRIVS
+_NONE = (0, 0, 0, 0, 0)
 
 
 class SecurityWrong(LaunchError):
@@ -54,8 +56,8 @@ class Security(Record):
 
     @property
     def changes_identity(self) -> bool:
-        """Return whether root's payload is to be somebody else's, and held like one."""
-        return bool(self.uid) or bool(self.gids)
+        """Return whether the payload is to be somebody else's, and held like one."""
+        return self.uid is not None or bool(self.gids)
 
 
 def read(words: tuple[str, ...], facts: Facts) -> Security:
@@ -85,10 +87,13 @@ def _identity(given: dict[str, str], facts: Facts) -> tuple[int | None, tuple[in
         if facts.flow == protocol.FLOW_SETUID:
             reason = f"{key} security feature with suid mode requires root privileges"
             raise IdentityWrong(reason=reason)
-        if facts.flow == protocol.FLOW_USERNS:
-            raise NotSupported(what=f"--security {key}: in a user namespace")
     uid = _number(given["uid"], "UID") if "uid" in given else None
     gids = tuple(_number(text, "GID") for text in given.get("gid", "").split(":") if text)
+    if uid is not None and uid == facts.uid:
+        uid = None
+    if facts.flow == protocol.FLOW_USERNS and len(gids) > 1:
+        log.warning("--security gid: in a user namespace there is no group but the first")
+        gids = gids[:1]
     if len(gids) > _GROUPS_MAX:
         log.warning(f"you can't specify more than {_GROUPS_MAX} group IDs")
     return uid, gids[:_GROUPS_MAX]
@@ -144,6 +149,8 @@ def capabilities_of(action: ActionRequest, facts: Facts) -> Capabilities:
     for option in ("keep_privs", "allow_setuid"):
         if getattr(action, option):
             raise capabilities.RootOnly(option="--" + option.replace("_", "-"))
+    if facts.flow == protocol.FLOW_USERNS:
+        return _NONE
     held = capabilities.parse_names(action.add_caps, "add") & facts.permitted
     held &= ~capabilities.parse_names(action.drop_caps, "drop")
     return (held, held, held, held, held)
@@ -162,6 +169,7 @@ def apply(
         ApptainerError: root may not have that, or the filter is not to be had.
     """
     if security.changes_identity:
+        _check_names(action, facts)
         # Root's own supplementary groups are nothing for somebody else.
         held = protocol.PLANFLAG_GROUPS | protocol.PLANFLAG_NO_NEW_PRIVS
         plan = plan.replace(
@@ -169,9 +177,9 @@ def apply(
             gid=security.gids[0] if security.gids else facts.gid,
             groups=security.gids if len(security.gids) > 1 else (),
             caps=capabilities_of(action, facts),
-            flags=plan.flags | held,
+            flags=plan.flags | (held if facts.flow == protocol.FLOW_ROOT else held & _NO_GAIN),
         )
-        prepared.user = _account(prepared.user, plan.uid, plan.gid)
+        prepared.user = _account(prepared.user, plan.uid, plan.gid, facts)
     if security.label:
         prepared.label = packed(security.label)
         plan = plan.replace(flags=plan.flags | protocol.PLANFLAG_LABEL)
@@ -183,20 +191,35 @@ def apply(
     return plan
 
 
+def _check_names(action: ActionRequest, facts: Facts) -> None:
+    """Refuse, in a user namespace, what the payload's own one below it is too small for."""
+    if facts.flow != protocol.FLOW_USERNS:
+        return
+    for option in ("add_caps", "instance", "sharens"):
+        if getattr(action, option):
+            name = {"instance": "an instance"}.get(option, "--" + option.replace("_", "-"))
+            raise NotSupported(what=f"--security uid and gid in a user namespace, with {name}")
+
+
 def packed(label: tuple[int, str]) -> list[bytes]:
     """Return a label for stage 2's message."""
     return [b"%d" % label[0], os.fsencode(label[1])]
 
 
-def _account(user: User, uid: int, gid: int) -> User:
-    """Return the payload's account: the target's name, in the caller's home."""
+def _account(user: User, uid: int, gid: int, facts: Facts) -> User:
+    """Return the payload's account: the target's name, in the caller's home.
+
+    A number of a user's own choice, which nobody has, is the user's under another number.
+    """
     import pwd
 
     try:
         name = pwd.getpwuid(uid).pw_name
     except KeyError:
-        log.warning(f"user: unknown userid {uid}")
-        name = str(uid)
+        name = user.name
+        if facts.uid == 0:
+            log.warning(f"user: unknown userid {uid}")
+            name = str(uid)
     return User(name, user.home, user.home_source, uid, gid)
 
 

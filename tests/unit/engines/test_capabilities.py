@@ -83,7 +83,10 @@ def test_the_file(monkeypatch: pytest.MonkeyPatch, text: str, gids: list[int], m
 @pytest.mark.parametrize(
     "text",
     ["x", "[]", "7", '{"users": []}', '{"users": {"root": "CAP_CHOWN"}}', '{"more": {"a": []}}',
-     "[" * 100_000],
+     "[" * 100_000, '{"users": {}, "users": {"root": ["CAP_CHOWN"]}}', "\ufeff{}",
+     '{"users": {}} x',
+     '{"users": {"r\\u006fot": ["CAP_CHOWN"]}}', '{"users": {"root": [5]}}',
+     '{"users": {"root": ["CAP_CHOWN", null]}}', '{"users": {"ro\x7fot": []}}'],
 )  # fmt: skip
 def test_a_file_of_another_form(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setattr(capabilities, "read_file", text.encode)

@@ -15,7 +15,7 @@ TEXT = """\
 # people
 
 alice:100000:65536
-  bob:200000:65536\t
+bob:200000:65536:x\r
 carol:1:5
 !1004:300000:65536
 odd line
@@ -62,7 +62,7 @@ def test_accounts_are_passed_over_and_a_full_file_says_so():
 def test_remove_disable_and_enable_touch_their_lines_alone():
     assert subid_edit.remove(TEXT, "alice", 1001, FILE) == TEXT.replace("alice:100000:65536\n", "")
     off = subid_edit.disable(TEXT, "bob", 1002, FILE)
-    assert off == TEXT.replace("  bob:", "!bob:")
+    assert off == TEXT.replace("bob:", "!bob:")
     assert subid_edit.disable(off, "bob", 1002, FILE) == off
     assert subid_edit.enable(off, "bob", 1002, FILE) == off.replace("!bob", "bob")
     assert subid_edit.enable(TEXT, "dave", 1004, FILE) == TEXT.replace("!1004", "1004")
@@ -77,12 +77,38 @@ def test_who_is_not_there_is_named(change, user):
 
 @pytest.mark.parametrize(
     "line",
-    ["", "#x:1:2", "x:1", "x:1:2:3", "x::2", "x:-1:2", "x:1:0", "x:1:4294967295", "x:\u0661:2",
+    ["", "#x:1:2", "x:1", " x:1:2", "x:1:2 ", "x:1:2\t", "x:1: 2", "x:1:2\r\r",
+     "x::2", "x:-1:2", "x:1:0", "x:1:4294967295", "x:\u0661:2",
      "x:99999999999:1", "!:1:2", ":1:2"],
 )  # fmt: skip
 def test_lines_that_are_none(line):
     entry = subid_file.parse_line(line)
-    assert entry is None or (line.startswith("#") and entry.owner.startswith("#"))
+    # What begins with another character is a name that nobody has.
+    assert entry is None or entry.owner[0] in "# "
+
+
+@pytest.mark.parametrize(
+    ("text", "first", "listed"),
+    [
+        ("", None, False),
+        ("7:100:65536\na:1:65536", 100, True),
+        ("a:1:200000\na:300000:65536", 300000, True),
+        ("a:1:65537\na:300000:65538", 300000, True),
+        ("a:1:5", 1, True),
+        ("!a:1:5", 1, True),
+        ("!a:1:65536", 1, False),
+        ("!a:1:65536\na:300000:65536", 1, False),
+        ("a:1:5\n!a:300000:65536", 300000, False),
+        ("a:1:65537\n!a:300000:65538", 300000, False),
+        ("a:300000:65536\n!a:1:65536", 300000, True),
+        ("a:1:2:3\r\nb:5:65536", 1, True),
+    ],
+)
+def test_which_line_counts(text, first, listed):
+    entries = [one for line in text.split("\n") if (one := subid_file.parse_line(line))]
+    found = subid_file.find(entries, "a", 7)
+    assert (found.first if found else None) == first
+    assert subid_file.is_listed(found) == listed
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path):
