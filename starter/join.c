@@ -21,6 +21,7 @@
 #include "starter.h"
 
 enum { SPACE_COUNT = 7, USER = 0, MNT = 1, PIDS = 2 };
+enum { HIDDEN = -1 }; /* no code of an answer: /proc does not show it, and it need not */
 
 /* In the order of struct identity's; the one of mounts is entered last. */
 static const struct {
@@ -137,19 +138,26 @@ static bool is_closed(int process_fd) {
     return fstatat(process_fd, "stat", &st, AT_SYMLINK_NOFOLLOW) == 0 && st.st_uid == 0;
 }
 
+/* Where /proc hides what is closed to its user (hidepid), CAP_SYS_PTRACE sees it, which nobody has
+ * in the user-namespace flow.  There is no right to win there either: that it lives is enough. */
+static int hidden_or_gone(const struct launch *l, unsigned long parent) {
+    bool lives = l->flow == FLOW_USERNS && parent > 1 && kill((pid_t)parent, 0) == 0;
+    return lives ? HIDDEN : ERR_INSTANCE_GONE;
+}
+
 /* Once the shim runs for good, its parent holds nothing; the caller's own in every id. */
 static int judge_keeper(const struct launch *l, const struct status *shim) {
     struct status keeper;
     char path[32] = "/proc/";
     append_number(path, sizeof(path), shim->parent);
     int fd = open(path, O_PATH | O_DIRECTORY | O_CLOEXEC);
-    int code = fd < 0 || read_status(fd, &keeper) < 0 ? ERR_INSTANCE_GONE
+    int code = fd < 0 || read_status(fd, &keeper) < 0 ? hidden_or_gone(l, shim->parent)
                /* In a user namespace there is no right to look, nor one that could be won. */
                : l->flow != FLOW_USERNS && !is_our_program(l, fd) ? ERR_INSTANCE_FOREIGN
                                                                : ERR_OK;
     close_fd(&fd);
     if (code != ERR_OK)
-        return code;
+        return code == HIDDEN ? ERR_OK : code;
     if (keeper.uid[0] != l->uid)
         return ERR_INSTANCE_FOREIGN;
     bool finished = all_are(keeper.uid, l->uid) && (keeper.permitted == 0 || l->flow == FLOW_ROOT);

@@ -1014,6 +1014,7 @@ NO_RETURN void keeper_main(struct launch *l) {
     static struct keeper keeper;
     struct keeper *k = &keeper;
     k->launch = l;
+    l->caller_pid = getppid();
     k->host_device = -1;
     loan_init(l, &k->loan);
     loan_ask(l, &k->loan);

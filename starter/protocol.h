@@ -181,6 +181,7 @@ struct stage_info {
     uint32_t reason;      /* enum reason */
     uint32_t uid, gid;
     uint32_t umask;       /* the caller's */
+    int32_t caller_pid;   /* who has started this launch; 0 where no number stands for it here */
     int32_t request_fd;   /* sealed memfd */
     int32_t config_fd;    /* the administrator's file, or -1 */
     int32_t keeper_fd;    /* master: operations and events */

@@ -48,6 +48,7 @@ struct launch {
     uint64_t permitted;                /* capabilities that this flow can have at all */
     uint64_t bounding;                 /* the caller's own bounding set */
     struct inherited inherited;
+    pid_t caller_pid;                  /* who has started us, as getppid() says; 0: not seen here */
     int request_fd;
     int trace_file;                    /* the caller's, or -1 */
     struct request_header request;

@@ -16,9 +16,11 @@ static const char limit_name[] = "APY_TEST_LIMIT_MS=";
 struct place {
     int step, role, end;
 };
-/* Memory of its own, shared: it stays where descriptors are closed and signals are blocked. */
+/* Memory of its own, shared: it stays where descriptors are closed and signals are blocked.  How
+ * many have come, who came last, how many may pass; another place than the first, if there is one.
+ */
 struct gate {
-    int reached, role, open;
+    int reached, role, open, step, end;
 };
 static struct place die_place = {-1, -1, 0}, wait_place = {-1, -1, 0};
 static volatile struct gate *gate;
@@ -73,18 +75,27 @@ static bool is_here(const struct place *p, uint32_t step, int role, bool end) {
     return (int)step == p->step && end == (p->end != 0) && (p->role < 0 || p->role == role);
 }
 
+static struct place wait_where(void) {
+    struct place p = wait_place;
+    if (gate->step)
+        p = (struct place){gate->step, -1, gate->end};
+    return p;
+}
+
 static void wait_here(int role) {
     static const struct timespec moment = {.tv_nsec = 1000000};
     int moments = TEST_PATIENCE_MS; /* a test that was killed opens nothing any more */
+    int number = gate->reached + 1;
     gate->role = role;
-    gate->reached = 1;
-    while (!gate->open && moments-- > 0)
+    gate->reached = number;
+    while (gate->open < number && moments-- > 0)
         (void)nanosleep(&moment, NULL);
 }
 
 void test_here(uint32_t step, int role, bool end) {
     static const char told[] = "STEPS:   a process dies here\n"; /* a test must see that it did */
-    if (gate && is_here(&wait_place, step, role, end) && !gate->open)
+    struct place place = gate ? wait_where() : die_place;
+    if (gate && is_here(&place, step, role, end) && gate->open <= gate->reached)
         wait_here(role);
     if (!is_here(&die_place, step, role, end))
         return;

@@ -55,12 +55,15 @@ class Rank(Record):
     protocol: str
 
 
-def find(environment: Mapping[str, str]) -> Rank | None:
-    """Return which of several this is; None where it is alone, or the job has no name."""
+def find(environment: Mapping[str, str], caller: int) -> Rank | None:
+    """Return which of several this is; None where it is alone, or the job has no name.
+
+    `caller` is the number of the process that has started this launch.
+    """
     size = _number(environment, _SIZES)
     if size == 1:
         return None
-    job = _job(environment)
+    job = _job(environment, caller)
     if not job:
         return None
     return Rank(
@@ -88,41 +91,37 @@ def _protocol(environment: Mapping[str, str]) -> str:
     return "" if "SLURM_STEP_ID" in environment else "?"
 
 
-def _job(environment: Mapping[str, str]) -> str:
+def _job(environment: Mapping[str, str], caller: int) -> str:
     for names in _JOBS:
         values = [environment.get(name, "") for name in names]
         if all(values):
             return ":".join((names[0], *values))
     # Hydra, which MPICH and its children have, gives its jobs no names.
     name = next((one for one in RANK_VARIABLES if one in environment), "")
-    return _launcher(name) if name and name != "SLURM_PROCID" else ""
+    return _launcher(caller, name) if name and name != "SLURM_PROCID" else ""
 
 
-def _launcher(variable: str) -> str:
+def _launcher(caller: int, variable: str) -> str:
     """Return what stands for the nearest process above us that is no rank."""
-    pid, inside = os.getppid(), True
+    pid = caller
     try:
         for _ in range(_MOST_ANCESTORS):
-            parent, started = _stat(pid)
-            if not inside and not _has_variable(pid, os.fsencode(variable)):
+            above, started = _stat(pid)
+            if not _has_variable(pid, os.fsencode(variable)):
                 return f"launcher:{pid}:{started}"
-            pid, inside = parent, False
+            pid = above
     except (OSError, ValueError):
         pass
     return ""
 
 
-def parent() -> str:
-    """Return what stands for the process that has started this launch; nothing, if it is hidden.
-
-    This stage's own parent is the process that the caller has started.
-    """
+def parent(caller: int) -> str:
+    """Return what stands for the process that has started this launch."""
     try:
-        pid, _ = _stat(os.getppid())
-        _, started = _stat(pid)
+        _, started = _stat(caller)
     except (OSError, ValueError):
-        return ""
-    return f"parent:{pid}:{started}"
+        started = 0  # hidden, as proc(5) may have it; as long as it lives, its number is enough
+    return f"parent:{caller}:{started}"
 
 
 def _stat(pid: int) -> tuple[int, int]:

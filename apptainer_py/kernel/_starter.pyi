@@ -17,6 +17,7 @@ class StageInfo(TypedDict):
     uid: int
     gid: int
     umask: int
+    caller_pid: int
     request_fd: int
     config_fd: int
     keeper_fd: int

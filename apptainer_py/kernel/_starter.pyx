@@ -7,7 +7,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from libc.errno cimport ECONNRESET, errno
 from libc.stdint cimport int32_t, uint16_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy, strlen
+from libc.string cimport memcpy, strerror, strlen
 from posix.types cimport mode_t
 
 
@@ -60,6 +60,7 @@ cdef extern from "protocol.h":
         uint32_t uid
         uint32_t gid
         uint32_t umask
+        int32_t caller_pid
         int32_t request_fd
         int32_t config_fd
         int32_t keeper_fd
@@ -180,7 +181,8 @@ def stage():
     cdef const stage_info *info = _info()
     return {
         "stage": info.stage, "flow": info.flow, "reason": info.reason, "uid": info.uid,
-        "gid": info.gid, "umask": info.umask, "request_fd": info.request_fd,
+        "gid": info.gid, "umask": info.umask,
+        "caller_pid": info.caller_pid, "request_fd": info.request_fd,
         "config_fd": info.config_fd, "keeper_fd": info.keeper_fd, "rpc_fd": info.rpc_fd,
         "start_fd": info.start_fd, "methods_fd": info.methods_fd, "trigger_fd": info.trigger_fd,
         "helper_fds": (info.helper_fds[0], info.helper_fds[1]), "permitted": info.permitted,
@@ -505,7 +507,8 @@ def openat2(int directory, bytes path, uint64_t flags, uint64_t resolve):
     """
     cdef int fd = wire_openat2(directory, PyBytes_AS_STRING(path), flags, resolve)
     if fd < 0:
-        raise OSError(errno, path.decode("utf-8", "surrogateescape"))
+        name = path.decode("utf-8", "surrogateescape")
+        raise OSError(errno, strerror(errno).decode("utf-8", "replace"), name)
     return fd
 
 

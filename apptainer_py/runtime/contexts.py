@@ -44,6 +44,7 @@ class Facts:
     """What the starter says about the caller and the flow; read-only."""
 
     __slots__ = (
+        "caller_pid",
         "config_lines",
         "config_problems",
         "configuration",
@@ -61,6 +62,7 @@ class Facts:
         self.uid = info["uid"]
         self.gid = info["gid"]
         self.umask = info["umask"]
+        self.caller_pid = info["caller_pid"]
         self.permitted = info["permitted"]
         self.configuration: Mapping[str, object] = {}
         self.config_lines: Mapping[str, int] = {}

@@ -7,6 +7,7 @@ the record says, and only a process that has been looked at is ever sent a signa
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 
@@ -24,7 +25,7 @@ _NAME = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ012345678
 _NAME_BYTES = 200
 _CONFIGURATION = "APPTAINER_CONFIGDIR"
 _RECORD_BYTES = 1 << 20
-_NO_LINKS = 0x04  # RESOLVE_NO_SYMLINKS of linux/openat2.h
+_NO_LINKS, _NO_MAGIC_LINKS = 0x04, 0x02  # RESOLVE_NO_SYMLINKS, _MAGICLINKS of linux/openat2.h
 _SHIM = "appinit"
 _LOG_MODE = 0o644
 
@@ -46,11 +47,11 @@ class NotUsable(ApptainerError):
     """A file or directory of the records cannot be used."""
 
     message = "{path}: {reason}"
-    hint = "what belongs to instances lies in ~/.apptainer/instances, without links"
+    hint = "records and logs lie in ~/.apptainer/instances, or where APPTAINER_CONFIGDIR says"
 
 
 class Owner(Record):
-    """Whose instances: an account, and the directory below which no link is followed."""
+    """Whose instances: an account, and the directory below which links lead to its own alone."""
 
     name: str
     uid: int
@@ -161,31 +162,57 @@ def logs_of(owner: Owner, name: str) -> tuple[str, str]:
     return f"{start}.err", f"{start}.out"
 
 
-# ---- files: below the home no link is followed ----
+# ---- files: below the home a link is followed to a directory of the owner's, and to no file ----
 
 
 def _open_folder(owner: Owner, path: str, *, make: bool) -> int:
     """Open a directory below the home, and make what is missing of it, for its owner alone.
 
     Raises:
-        OSError: it cannot be had; ELOOP where a part of it is a link.
+        OSError: it cannot be had, and what part of it.
     """
     if make and not os.path.exists(owner.above):
         os.makedirs(owner.above, 0o700)
     here = os.open(owner.above, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    at = owner.above
     for part in path.removeprefix(owner.above).strip("/").split("/"):
+        at = f"{at}/{part}"
         try:
-            try:
-                below = _open_at(here, part, os.O_RDONLY | os.O_DIRECTORY)
-            except FileNotFoundError:
-                if not make:
-                    raise
-                _make_folder(part, here)
-                below = _open_at(here, part, os.O_RDONLY | os.O_DIRECTORY)
+            below = _open_part(here, part, owner, make=make)
+        except OSError as error:
+            error.filename = at
+            raise
         finally:
             os.close(here)
         here = below
     return here
+
+
+def _open_part(above: int, part: str, owner: Owner, *, make: bool) -> int:
+    try:
+        return _open_at(above, part, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        if not make:
+            raise
+        _make_folder(part, above)
+        return _open_at(above, part, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        # With O_DIRECTORY a link is no directory.
+        if error.errno not in (errno.ELOOP, errno.ENOTDIR):
+            raise
+        return _follow(above, part, owner)
+
+
+def _follow(above: int, link: str, owner: Owner) -> int:
+    """Open the directory to which a link leads, as where a home is small, if it is the owner's."""
+    flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+    found = _starter.openat2(above, os.fsencode(link), flags, _NO_MAGIC_LINKS)
+    try:
+        if os.fstat(found).st_uid != owner.uid:
+            raise PermissionError(errno.EACCES, f"the link leads to no directory of {owner.name}")
+        return _open_at(found, ".", os.O_RDONLY | os.O_DIRECTORY)
+    finally:
+        os.close(found)
 
 
 def _make_folder(name: str, above: int) -> None:
@@ -200,7 +227,9 @@ def _open_at(folder: int, name: str, flags: int) -> int:
 
 
 def _unusable(path: str, error: OSError) -> NotUsable:
-    return NotUsable(path=path, reason=(error.strerror or "it cannot be used").lower())
+    reason = error.strerror or "it cannot be used"
+    where = str(error.filename or "")
+    return NotUsable(path=where if where.startswith("/") else path, reason=reason.lower())
 
 
 def open_log(owner: Owner, path: str) -> int:
@@ -255,6 +284,20 @@ class Place:
         except OSError:
             return True  # a file system without locks
         return True
+
+    def holder(self) -> int:
+        """Return the number of the process that has the name, as proc_locks(5) tells; or 0."""
+        facts = os.fstat(self._fd)
+        device = f"{os.major(facts.st_dev):02x}:{os.minor(facts.st_dev):02x}:{facts.st_ino}"
+        try:
+            lines = read_at_most(os.open("/proc/locks", os.O_RDONLY | os.O_CLOEXEC), 1 << 20)
+        except OSError:
+            return 0
+        for line in lines.decode("ascii", "replace").splitlines():
+            words = line.split()
+            if len(words) > 5 and words[1] == "FLOCK" and words[5] == device and words[4].isdigit():
+                return int(words[4])
+        return 0
 
     def read(self) -> Instance | None:
         """Return what the record says, if there is one that can be understood."""
@@ -444,25 +487,47 @@ def pid_space() -> int:
         return 0
 
 
-def _title_of(pid: int) -> str:
+def _title_of(pid: int) -> str | None:
+    """Return how a process calls itself; None where /proc does not show it (hidepid)."""
     try:
         folder = process_folder(pid)
     except OSError:
-        return ""
+        return None
     try:
         return read_at(folder, "cmdline").partition("\0")[0]
     except OSError:
-        return ""
+        return None
     finally:
         os.close(folder)
+
+
+def title(owner: Owner, name: str) -> str:
+    """Return what an instance's keeper calls itself."""
+    return f"Apptainer instance: {owner.name} [{name}]"
+
+
+def are_hidden() -> bool:
+    """Return whether /proc hides what is closed to its user, as the starter's processes are."""
+    try:
+        folder = process_folder(os.getppid())
+    except OSError:
+        return True
+    try:
+        look(folder)
+    except (OSError, ValueError):
+        return True
+    finally:
+        os.close(folder)
+    return False
 
 
 def is_running(instance: Instance, folder: int, owner: Owner) -> bool:
     """Return whether the process of an open directory of /proc is the one of the record.
 
     It is the first of a pid namespace below ours, named as our shim and Apptainer's, belongs to the
-    owner of the record in every id, and its parent shows the instance's name. Root's own may be
-    the image's init, which is named as it likes.
+    owner of the record in every id, and its parent shows the instance's name; where /proc hides
+    the parent, the first process has begun when the record says. Root's own may be the image's
+    init, which is named as it likes.
     """
     if instance.pid_space not in (0, pid_space()) or instance.boot not in ("", boot_id()):
         return False
@@ -477,8 +542,15 @@ def is_running(instance: Instance, folder: int, owner: Owner) -> bool:
         and process.parent == instance.ppid
         and instance.started in (0, process.started)
         and (owner.uid == 0 or set(process.uids) == {owner.uid})
-        and _title_of(process.parent) == f"Apptainer instance: {owner.name} [{instance.name}]"
+        and _is_keeper(instance, owner)
     )
+
+
+def _is_keeper(instance: Instance, owner: Owner) -> bool:
+    shown = _title_of(instance.ppid)
+    if shown is None:
+        return bool(instance.started and instance.boot)
+    return shown == title(owner, instance.name)
 
 
 def open_running(instance: Instance, owner: Owner) -> int:

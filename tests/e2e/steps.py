@@ -319,9 +319,10 @@ def has_spoken(process: subprocess.Popen[bytes]) -> bool:
 
 
 class Gate:
-    """The page that a test shares with a starter which waits at a step (starter/trace.c)."""
+    """The page that a test shares with a starter which waits at a step (starter/steps.c)."""
 
-    _FORM = struct.Struct("=3i")
+    _FORM = struct.Struct("=5i")
+    _WIDE = (1 << 31) - 1
 
     def __init__(self) -> None:
         self.fd = os.memfd_create("gate")
@@ -331,7 +332,8 @@ class Gate:
 
     def reached(self) -> bool:
         """Return whether a process waits there."""
-        return bool(self._FORM.unpack_from(self._page)[0])
+        reached, _, passed, _, _ = self._FORM.unpack_from(self._page)
+        return bool(reached > passed)
 
     def waiting(self) -> str:
         """Return the role of the process that waits."""
@@ -339,8 +341,13 @@ class Gate:
 
     def open(self) -> None:
         """Let it go on, and whoever comes later."""
-        reached, role, _ = self._FORM.unpack_from(self._page)
-        self._FORM.pack_into(self._page, 0, reached, role, 1)
+        reached, role, _, step, end = self._FORM.unpack_from(self._page)
+        self._FORM.pack_into(self._page, 0, reached, role, self._WIDE, step, end)
+
+    def move(self, step: int, end: int) -> None:
+        """Let it go on, and have the next one wait elsewhere."""
+        reached, role, _, _, _ = self._FORM.unpack_from(self._page)
+        self._FORM.pack_into(self._page, 0, reached, role, reached, step, end)
 
     def close(self) -> None:
         """Give the page back."""

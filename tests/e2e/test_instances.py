@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import re
+import select
 import shutil
 import signal
 import subprocess
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests import images
 from tests.e2e.three_flows import FLOWS
-from tests.own_install import eventually
+from tests.own_install import DEADLINE_S, eventually
 
 # What runs behind an `&` heeds no SIGINT.
 SERVICE = 'trap "kill \\$left; {0}" {1}; sleep 100 & left=$!; echo up; wait'
@@ -315,6 +318,64 @@ def test_starts_of_one_name_at_once(own: Instances, image: Path) -> None:
     ]
     assert sorted(process.wait(timeout=60) for process in started) == [0, 255, 255, 255]
     assert list(own.listed()) == ["apy-test-1"]
+
+
+def test_a_name_whose_record_is_lost(own: Instances, image: Path) -> None:
+    """It is held as long as the instance lives, and who wants it is told by whom."""
+    assert own.start(image, "apy-test-1").returncode == 0
+    keeper = os.pidfd_open(json.loads(own.record("apy-test-1").read_text())["ppid"])
+    own.record("apy-test-1").unlink()
+    try:
+        assert own.listed() == {}
+        done = own.start(image, "apy-test-1")
+        refused, hint = done.stderr.splitlines()
+        assert (done.returncode, refused) == (255, "FATAL:   instance apy-test-1 already exists")
+        os.kill(int(re.search("`kill -9 ([0-9]+)`", hint)[1]), signal.SIGKILL)
+        assert select.select([keeper], [], [], DEADLINE_S)[0]
+    finally:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(keeper, signal.SIGKILL)
+        os.close(keeper)
+    eventually(lambda: own.start(image, "apy-test-1").returncode == 0, "the name is free")
+
+
+def test_where_a_link_leads(own: Instances, image: Path, user_tmp: Path) -> None:
+    """Homes are small: ~/.apptainer, or a part of it, often lies elsewhere."""
+    chosen, elsewhere = user_tmp / "chosen", user_tmp / "elsewhere"
+    for folder in (chosen, elsewhere):
+        folder.mkdir()
+        os.chown(folder, own.account.pw_uid, own.account.pw_gid)
+    (chosen / "instances").symlink_to("../elsewhere")
+    env = {"APPTAINER_CONFIGDIR": str(chosen)}
+    done = own.start(image, "apy-test-1", env=env)
+    assert (done.returncode, done.stderr) == (0, STARTED)
+    assert len(list(elsewhere.glob("app/*/*/apy-test-1/apy-test-1.json"))) == 1
+    assert "apy-test-1" in own.run("instance", "list", env=env).stdout
+    assert own.run("exec", *own.option(), "instance://apy-test-1", "true", env=env).returncode == 0
+    assert own.run("instance", "stop", "apy-test-1", env=env).returncode == 0
+    os.chown(elsewhere, 12345, 12345)
+    done = own.start(image, "apy-test-1", env=env)
+    told = f"the link leads to no directory of {own.account.pw_name}"
+    assert done.returncode == 255
+    assert done.stderr.splitlines()[0] == f"FATAL:   {chosen}/instances: {told}"
+    shutil.rmtree(elsewhere)
+    done = own.start(image, "apy-test-1", env=env)
+    assert done.returncode == 255
+    assert done.stderr.startswith(f"FATAL:   {chosen}/instances: no such file or directory\n")
+
+
+def test_a_log_that_cannot_be_leaves_no_name(own: Instances, image: Path, user_tmp: Path) -> None:
+    env = {"APPTAINER_CONFIGDIR": str(user_tmp)}
+    os.chown(user_tmp, own.account.pw_uid, own.account.pw_gid)
+    assert own.start(image, "apy-test-1", env=env).returncode == 0
+    assert own.run("instance", "stop", "apy-test-1", env=env).returncode == 0
+    log = next(user_tmp.glob("instances/logs/*/*/apy-test-1.out"))
+    log.unlink()
+    log.mkdir()
+    done = own.start(image, "apy-test-1", env=env)
+    assert done.returncode == 255
+    assert done.stderr.startswith(f"FATAL:   {log}: is a directory\n")
+    assert not list(user_tmp.glob("instances/app/*/*/apy-test-1"))
 
 
 def test_stats(own: Instances, user_tmp: Path) -> None:

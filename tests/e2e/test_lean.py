@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests import fixtures, images
+from tests import fixtures, images, refused_calls
+from tests.e2e import steps
 from tests.e2e.test_trace import lines_of
-from tests.own_install import Installation
+from tests.own_install import (
+    HostState,
+    Installation,
+    assert_nothing_left,
+    eventually,
+    household,
+)
 
 FLOWS = ("setuid", "userns", "root")
 
@@ -108,3 +117,60 @@ def test_what_differs_for_each_process_is_left_to_the_shell(own, sandbox, place)
     done = own.run("exec", image, "/proc/self/cwd/nothing")
     assert (done.returncode, done.stdout) == (255, "")
     assert done.stderr.endswith("no such file or directory\n"), done.stderr
+
+
+@pytest.mark.parametrize("options", [(), ("-p",)])
+@pytest.mark.parametrize("flow", FLOWS)
+def test_a_root_that_cannot_be_changed_ends_it(own, sif, flow, options):
+    """Stage 2 waits for master, and master for what it looks up in the root that is to come."""
+    if refused_calls.PIVOT_ROOT < 0:
+        pytest.skip("this machine's number of pivot_root(2) is not known here")
+    root = flow == "root"
+
+    def become() -> None:
+        refused_calls.refuse(refused_calls.PIVOT_ROOT, errno.EPERM, no_new_privs=False)
+        if not root:
+            os.setgroups([])
+            os.setresgid(own.user.pw_gid, own.user.pw_gid, own.user.pw_gid)
+            os.setresuid(own.user.pw_uid, own.user.pw_uid, own.user.pw_uid)
+
+    given = ["-u"] if flow == "userns" else []
+    with household() as home:
+        host = HostState(own.session)
+        process = home.adopt(
+            # Only the child itself can refuse its calls; no thread runs here.
+            subprocess.Popen(
+                [own.program, "exec", *given, *options, sif, "echo", "ran"],
+                env=own.environment(), cwd="/", stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                preexec_fn=become,  # noqa: PLW1509
+            )
+        )  # fmt: skip
+        status, out, err = steps.finish(process)
+        assert_nothing_left(home, host)
+    assert (status, out) == (255, b""), err
+    assert err.endswith(b"the root cannot be changed: operation not permitted\n"), err
+    assert err.count(b"FATAL") == 1, err
+
+
+def test_a_seal_is_its_own_container_s(world):
+    """What is begun early and undone has sealed itself; the next stage 2 has not, while it loads.
+
+    While that one stands before it has, rpc must wait with the root.
+    """
+    with household() as home, steps.gate() as stop:
+        host = HostState(world.own.session, world.place)
+        place = f"{steps.number_of('CONTAINER')}:-1:{steps.BEGIN}:{stop.fd}"
+        flow = "early, wrong"
+        process = home.adopt(steps.launch(world, flow, wait=place, inherited=[stop.fd]))
+        eventually(stop.reached, "keeper has the request of another container")
+        assert stop.waiting() == "KEEPER"
+        assert "STAGE2" in steps.settled(home)  # it has said so, and waits for the word to go on
+        stop.move(steps.number_of("DROP_STAGE2"), steps.BEGIN)
+        eventually(stop.reached, "the next stage 2 begins")
+        assert stop.waiting() == "STAGE2"
+        assert "RPC" in steps.settled(home)  # which ends with the change of the root
+        stop.open()
+        status, out, err = steps.finish(process)
+        assert_nothing_left(home, host)
+    assert (status, out) == (0, b"ran\n"), err

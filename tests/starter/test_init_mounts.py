@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import refused_calls
 from tests.starter import init_driver as d
 from tests.starter.init_driver import Init, RowFailedError
 
@@ -488,20 +489,7 @@ def test_hostile_links(program: Path, root: Path, link: str) -> None:
 
 def block_openat2() -> None:
     """As a filter of seccomp does that knows nothing of openat2(2), and as an old kernel."""
-    code = [
-        (0x20, 0, 0, 0),
-        (0x15, 0, 1, 437),
-        (6, 0, 0, 0x50000 | errno.ENOSYS),
-        (6, 0, 0, 0x7FFF0000),
-    ]
-    packed = b"".join(
-        a.to_bytes(2, "little") + bytes((b, c)) + e.to_bytes(4, "little") for a, b, c, e in code
-    )
-    data = ctypes.create_string_buffer(packed)
-    program = len(code).to_bytes(8, "little") + ctypes.addressof(data).to_bytes(8, "little")
-    libc.prctl(38, 1, 0, 0, 0)
-    if libc.prctl(22, 2, ctypes.create_string_buffer(program), 0, 0) != 0:
-        os._exit(1)
+    refused_calls.refuse(refused_calls.OPENAT2, errno.ENOSYS)
 
 
 @pytest.mark.parametrize("link", LINKS)

@@ -27,6 +27,20 @@ class Exists(LaunchError):
     message = "instance {name} already exists"
 
 
+class Held(Exists):
+    """A process holds the name, and no record tells which."""
+
+    hint = "it is just being started, or its record is lost; `kill -9 {pid}` ends it"
+
+
+class Hidden(LaunchError):
+    message = (
+        "hidepid option set on /proc mount, require 'hidepid=0' to start instance with setuid "
+        "workflow"
+    )
+    hint = "start it with -u, or ask your administrator for the mount option gid="
+
+
 class NoPidSpace(LaunchError):
     message = "an instance needs a PID namespace, and the configuration allows none"
     hint = "ask your administrator for `allow pid ns = yes`"
@@ -63,19 +77,36 @@ class Service:
         self.limited = limited
         self.booted = action.boot
         self.guards: tuple[list[bytes], list[bytes]] = ([], [])
+        # With a user namespace of its own, the first process is open to its user.
+        if facts.flow == protocol.FLOW_SETUID and "namespace" not in fakeroot:
+            self._check_sight()
         self.place = self._reserve()
         self.logs = instances.logs_of(self.owner, self.name)
+        self.streams = self._open_streams()
+
+    @staticmethod
+    def _check_sight() -> None:
+        if instances.are_hidden():
+            raise Hidden
+
+    def _open_streams(self) -> tuple[int, int, int]:
         null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
-        error, output = (instances.open_log(self.owner, path) for path in self.logs)
-        self.streams = (null, output, error)
+        try:
+            error, output = (instances.open_log(self.owner, path) for path in self.logs)
+        except instances.NotUsable:
+            self.ended()
+            raise
+        return null, output, error
 
     def _reserve(self) -> instances.Place:
         place = instances.Place(self.owner, self.name)
-        if not place.lock():
-            raise Exists(name=self.name)
+        free = place.lock()
         found = place.read()
         if found is not None and instances.runs(found, self.owner):
             raise Exists(name=self.name)
+        if not free:
+            pid = place.holder()
+            raise Held(name=self.name, pid=pid) if pid else Exists(name=self.name)
         return place
 
     def read_labels(self, read: Callable[[str], bytes | None]) -> None:

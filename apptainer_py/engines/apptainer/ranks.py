@@ -64,7 +64,7 @@ def arrange(launch: Launch, plan: ContainerPlan) -> ContainerPlan:
         NotShared: --sharens cannot be had.
     """
     prepared, action = launch.prepared, launch.action
-    rank = mpi.find(launch.context.environment)
+    rank = mpi.find(launch.context.environment, launch.context.facts.caller_pid)
     who = _company(launch, plan, rank)
     if who:
         try:
@@ -99,7 +99,7 @@ def _company(launch: Launch, plan: ContainerPlan, rank: Rank | None) -> str:
     if what:
         log.verbose(f"Sharing no container with other ranks: it has {what}")
         return ""
-    return rank.job if rank is not None else mpi.parent()
+    return rank.job if rank is not None else mpi.parent(launch.context.facts.caller_pid)
 
 
 def _obstacle(launch: Launch, plan: ContainerPlan) -> str:

@@ -39,16 +39,18 @@ def rank(job: str, number: int, size: int, local: int, protocol: str) -> mpi.Ran
     ],
 )
 def test_who_it_is(environment: dict[str, str], found: mpi.Rank | None) -> None:
-    assert mpi.find(environment) == found
+    assert mpi.find(environment, os.getpid()) == found
 
 
 def test_a_job_without_a_name_has_its_launcher_s() -> None:
-    """The nearest process above this one's parent that is no rank."""
-    if os.getppid() <= 1:
-        pytest.skip("nobody is above the one that has started the tests")
+    """The nearest process, from the one that has started the launch on, that is no rank."""
     hydra = {"PMI_RANK": "0", "PMI_SIZE": "2", "PMI_FD": "9", "MPI_LOCALNRANKS": "2"}
-    found = mpi.find(hydra)
+    found = mpi.find(hydra, os.getpid())
     assert found is not None
-    assert found.job.startswith("launcher:")
-    assert found.job.split(":")[1] != str(os.getppid())
-    assert mpi.find(hydra) == found
+    assert found.job.startswith(f"launcher:{os.getpid()}:")
+    assert mpi.find(hydra, os.getpid()) == found
+
+
+def test_a_parent_that_proc_hides_is_a_parent() -> None:
+    assert mpi.parent(os.getpid()).startswith(f"parent:{os.getpid()}:")
+    assert mpi.parent(1 << 30) == f"parent:{1 << 30}:0"
