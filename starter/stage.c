@@ -310,7 +310,8 @@ static struct stage_info describe(const struct launch *l, enum stage stage) {
     struct stage_info info = {
         .build_id = APY_BUILD_ID,
         .stage = stage, .flow = l->flow, .reason = l->reason, .uid = l->uid, .gid = l->gid,
-        .umask = l->inherited.umask, .caller_pid = l->caller_pid, .request_fd = l->request_fd, .config_fd = l->config_fd,
+        .umask = l->inherited.umask, .caller_pid = l->caller_pid,
+        .request_fd = l->request_fd, .config_fd = l->config_fd,
         .keeper_fd = master ? l->keeper_socket[1] : -1, .rpc_fd = master ? l->rpc_socket[1] : -1,
         .start_fd = stage == STAGE_START ? l->start_socket[0] : master ? l->start_socket[1] : -1,
         .methods_fd = stage == STAGE_METHODS ? l->methods_socket[0]
