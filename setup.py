@@ -248,11 +248,11 @@ class Compiler:
         if not names:
             raise SystemExit(f"setup.py: there is no source for {kind}")
         made = [self.objects / f"{path.stem}.{kind}.o" for path in names]
-        folder = self.tree / "starter"
-        include = ["-I", str(folder), "-I", str(folder / "generated")]
+        headers = [self.tree / "starter", self.tree / "starter/generated"]
 
         def compile_one(source: Path, target: Path) -> None:
-            # By its bare name: two builds of one tree are then equal wherever they are made.
+            # No name says where the tree is: two builds of it are equal wherever they are made.
+            include = [f"-I{os.path.relpath(folder, source.parent)}" for folder in headers]
             run(
                 [*CACHE, GCC, *flags, *include, "-c", source.name, "-o", str(target)],
                 cwd=source.parent,
