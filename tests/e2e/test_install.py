@@ -200,16 +200,6 @@ def test_life_of_an_installation(place, repository):
     )
 
 
-def test_uninstall_leaves_nothing(place, repository):
-    prefix = place / "prefix"
-    assert run_install(repository, "--prefix", prefix, "--sysconfdir", place / "e").returncode == 0
-    assert run_install(repository, "--uninstall", "--prefix", prefix).returncode == 0
-    assert list(place.iterdir()) == []
-    again = run_install(repository, "--uninstall", "--prefix", prefix)
-    assert again.returncode == 1
-    assert "nothing of ours" in again.stderr
-
-
 def test_uninstall_refuses_a_list_that_others_could_write(place, repository, user):
     listing = place / "prefix/libexec/apptainer-py/manifest"
     listing.parent.mkdir(parents=True)
@@ -323,13 +313,20 @@ def test_refuses_unknown_words_and_shows_the_usage(repository, require_root):
     assert "usage:" in done.stderr
 
 
-def test_demo_runs_as_an_ordinary_user(place, repository):
-    options = ["--prefix", place / "prefix", "--sysconfdir", place / "etc", "--demo"]
+def test_demo_runs_as_an_ordinary_user_and_uninstall_leaves_nothing(place, repository):
+    prefix = place / "prefix"
+    options = ["--prefix", prefix, "--sysconfdir", place / "etc", "--demo"]
     done = run_install(repository, *options)
     assert done.returncode == 0, done.stderr
     assert re.search(r"\(uid [1-9]\d*\) in the apptainer-py demo image", done.stdout)
     assert "in the setuid flow" in done.stdout
     assert "apydemo" not in Path("/etc/passwd").read_text()
+
+    assert run_install(repository, "--uninstall", "--prefix", prefix).returncode == 0
+    assert list(place.iterdir()) == []
+    again = run_install(repository, "--uninstall", "--prefix", prefix)
+    assert again.returncode == 1
+    assert "nothing of ours" in again.stderr
 
 
 def test_an_image_is_a_program_where_no_other_apptainer_has_that_name(installed, demo_sif) -> None:

@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,17 +42,26 @@ class Instances:
         """Return what a command line did."""
         return subprocess.run(
             [self.program, *map(str, words)],
-            env={"PATH": "/usr/bin:/bin", "HOME": str(self.home), **(env or {})},
-            cwd="/",
+            **self._as_caller(env),
             input=stdin,
             capture_output=True,
             text=True,
             check=False,
             timeout=60,
-            user=self.account.pw_uid,
-            group=self.account.pw_gid,
-            extra_groups=[],
         )
+
+    def begin(self, *words: str) -> subprocess.Popen[bytes]:
+        """Start a command line, whose end the test waits for."""
+        return subprocess.Popen([self.program, *words], **self._as_caller())
+
+    def _as_caller(self, env: dict[str, str] | None = None) -> dict[str, Any]:
+        return {
+            "env": {"PATH": "/usr/bin:/bin", "HOME": str(self.home), **(env or {})},
+            "cwd": "/",
+            "user": self.account.pw_uid,
+            "group": self.account.pw_gid,
+            "extra_groups": [],
+        }
 
     def option(self) -> list[str]:
         """Return what chooses the flow."""
@@ -212,15 +222,18 @@ def test_the_images_own_signal(own: Instances, user_tmp: Path) -> None:
     for options, signal_name in (([], "USR1"), (["-s", "TERM"], "TERM"), (["-s", "2"], "INT")):
         assert own.start(image, "apy-test-1").returncode == 0
         eventually(lambda: own.log("apy-test-1").endswith("up\n"), "the service is up")
-        assert own.run("instance", "stop", *options, "apy-test-1").returncode == 0
-        assert own.log("apy-test-1").endswith(f"up\ngot {signal_name}\n")
+        stopping = own.begin("instance", "stop", *options, "apy-test-1")
+        got = f"up\ngot {signal_name}\n"
+        eventually(lambda got=got: own.log("apy-test-1").endswith(got), got)
+        # Process 1 does not end with a service that SIGUSR1 has ended, and has ten seconds.
+        own.run("instance", "stop", "-s", "KILL", "apy-test-1")
+        assert stopping.wait(timeout=20) == 0
+        assert own.listed() == {}
 
 
 def test_commands_in_it_end_with_it(own: Instances, image: Path) -> None:
     assert own.start(image, "apy-test-1").returncode == 0
-    words = [own.program, "exec", "instance://apy-test-1", "sleep", "100"]
-    ids = {"user": own.account.pw_uid, "group": own.account.pw_gid, "extra_groups": []}
-    joined = subprocess.Popen(words, env={"HOME": str(own.home)}, cwd="/", **ids)  # type: ignore[call-overload]
+    joined = own.begin("exec", "instance://apy-test-1", "sleep", "100")
     pid = own.listed()["apy-test-1"]["pid"]
     inside = ["exec", "instance://apy-test-1", "ps"]
     eventually(lambda: "sleep 100" in own.run(*inside).stdout, "the command runs")
