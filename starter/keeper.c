@@ -775,6 +775,10 @@ static void child_stopped(struct keeper *k, pid_t pid, int number) {
             (void)kill(pid, SIGCONT);
 }
 
+static void tell_of_lent(struct keeper *k) {
+    tell_master(k, EVENT_SERVER_ENDED, 0, loan_server_status(k->launch, &k->loan));
+}
+
 static void child_ended(struct keeper *k, pid_t pid, int status) {
     if (pid == k->master) {
         k->master_alive = false;
@@ -791,7 +795,7 @@ static void child_ended(struct keeper *k, pid_t pid, int status) {
         k->container = 0;
         k->container_status = status;
         if (k->lent_ended)
-            tell_master(k, EVENT_SERVER_ENDED, 0, loan_server_status(&k->loan));
+            tell_of_lent(k);
         tell_master(k, EVENT_PAYLOAD_ENDED, pid, status);
         step_end(STEP_PAYLOAD_ENDED);
     }
@@ -812,11 +816,13 @@ static bool watches_lent(const struct keeper *k) {
 }
 
 /* The server of a mount that was taken is another launch's child.  Why it has ended is asked when
- * the container has, too: it may be that very end. */
+ * the container has, too: it may be that very end.  A payload that missed a page may be first. */
 static void lent_server_ended(struct keeper *k) {
     k->lent_ended = true;
     if (k->container_alive)
         (void)kill(k->container, SIGKILL);
+    else if (k->phase != PREPARE)
+        tell_of_lent(k);
 }
 
 static void reap(struct keeper *k) {

@@ -11,6 +11,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <signal.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
@@ -278,10 +279,13 @@ bool loan_is(const struct loan *s, const struct stat *st, uint64_t offset) {
 
 /* ---- who hands out ---- */
 
-int loan_server_status(const struct loan *s) {
+/* The kernel knows once its parent has reaped it.  A server whose mount is still here has not ended
+ * by itself. */
+int loan_server_status(const struct launch *l, const struct loan *s) {
     struct process_info info = {.mask = INFO_EXIT};
-    bool known = ioctl(s->server_fd, GET_INFO, &info) == 0 && info.mask & INFO_EXIT;
-    return known ? info.status : 0;
+    if (ioctl(s->server_fd, GET_INFO, &info) == 0 && info.mask & INFO_EXIT)
+        return info.status;
+    return l->loan_mount >= 0 || l->loan_kept[0] >= 0 ? SIGKILL : 0;
 }
 
 /* In rpc: a copy for keeper.  Before Linux 6.15 a mount that is not attached has no copy. */

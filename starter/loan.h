@@ -39,7 +39,7 @@ void loan_forget(struct launch *l);
 void loan_seal(struct launch *l, struct loan *s, pid_t server, const struct stat *st,
                 uint64_t offset);
 /* As waitpid(2) has it; 0 if that is not known. */
-int loan_server_status(const struct loan *s);
+int loan_server_status(const struct launch *l, const struct loan *s);
 void loan_listen(struct launch *l, struct loan *s);
 void loan_serve(const struct launch *l, const struct loan *s);
 

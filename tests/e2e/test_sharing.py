@@ -15,7 +15,13 @@ from apptainer_py.base.errors import ImageGone
 from tests import images, own_install
 from tests.e2e import sharing
 from tests.e2e.sharing import hold, is_offered, servers, tell
-from tests.own_install import HostState, assert_nothing_left, eventually
+from tests.own_install import (
+    HostState,
+    assert_nothing_left,
+    descendants,
+    eventually,
+    read_until,
+)
 
 FLOWS = {"setuid": (), "userns": ("-u",)}
 
@@ -88,6 +94,33 @@ def test_the_servers_end_is_told_to_both(own, home, flow, image):
     assert first.wait(20) == second.wait(20) == -signal.SIGKILL
     assert second.stderr is not None
     assert second.stderr.read().decode() == f"FATAL:   {ImageGone()}\n"
+
+
+@pytest.mark.parametrize("reaped", [True, False], ids=["reaped", "not reaped"])
+def test_a_bus_error_on_a_lent_mount_is_told_by_its_reason(own, home, flow, image, reaped):
+    """Keeper hears of the payload's end first; who started the server may be late to reap it."""
+    first = hold(own, home, *flow, image)
+    eventually(lambda: is_offered(first), "the mount is offered")
+    words = ("sh", "-c", "echo on; read line; kill -BUS $$")
+    second = home.adopt(
+        own.start("exec", *flow, image, *words, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    )
+    read_until(second.stdout.fileno(), b"on\n")
+    below = descendants(second.pid).items()
+    (payload,) = [pid for pid, (_, _, name) in below if name == "sh"]
+    (server,) = servers(home)
+    if not reaped:
+        os.kill(first.pid, signal.SIGSTOP)
+    os.kill(second.pid, signal.SIGSTOP)
+    os.kill(server, signal.SIGKILL)
+    eventually(lambda: not servers(home), "the server ends")
+    second.stdin.write(b"\n")
+    second.stdin.flush()
+    eventually(lambda: home.alive()[payload][1] == "Z", "the payload ends")
+    os.kill(second.pid, signal.SIGCONT)
+    assert second.wait(20) == -signal.SIGBUS
+    assert second.stderr.read().decode() == f"FATAL:   {ImageGone()}\n"
+    os.kill(first.pid, signal.SIGCONT)
 
 
 def test_a_third_takes_it_from_the_second(own, home, flow, image):
