@@ -66,6 +66,26 @@ def write_all(fd: int, data: bytes) -> None:
         os.close(fd)
 
 
+def open_nameless(folder: int, flags: int, mode: int) -> int:
+    """Make a file that has no name, and is gone if its maker is; `give_name` keeps it.
+
+    Raises:
+        OSError: it cannot be made, or the file system has no such files, as NFS.
+    """
+    return os.open(".", flags | os.O_TMPFILE | os.O_CLOEXEC, mode, dir_fd=folder)
+
+
+def give_name(fd: int, folder: int, name: str) -> None:
+    """Have an open file appear in a directory under one more name, or its first.
+
+    Raises:
+        FileExistsError: the name is taken.
+        OSError: as linkat(2) fails.
+    """
+    # By its directory, or Python would make a link to the link in /proc.
+    os.link(f"/proc/self/fd/{fd}", name, src_dir_fd=folder, dst_dir_fd=folder)
+
+
 def temporary_directory(environment: Mapping[str, str], given: str = "") -> str:
     """Return where temporary files go: what an option gives, or else the environment names."""
     return given or next(filter(None, (environment.get(name, "") for name in _TMPDIRS)), "/tmp")

@@ -77,3 +77,32 @@ def abandoned(above: str, prefix: str) -> list[str]:
         return []
     paths = [f"{above}/{name}" for name in names if name.startswith(prefix)]
     return [path for path in paths if _is_abandoned(path)]
+
+
+class Directory:
+    """A directory for the time of a block; what killed commands have left of its kind goes first.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+
+    def __init__(self, above: str, prefix: str) -> None:
+        import tempfile
+
+        for path in abandoned(above, prefix):
+            self._remove(path)
+        self.path = tempfile.mkdtemp(prefix=prefix, dir=above)
+        self._lock = hold(self.path)
+
+    def __enter__(self) -> str:
+        return self.path
+
+    def __exit__(self, *_: object) -> None:
+        self._remove(self.path)
+        os.close(self._lock)
+
+    @staticmethod
+    def _remove(path: str) -> None:
+        import shutil
+
+        shutil.rmtree(path, ignore_errors=True)

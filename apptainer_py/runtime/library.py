@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from apptainer_py.base import build
+from apptainer_py.base import build, held
 from apptainer_py.base.files import write_all
 from apptainer_py.kernel import _container, _starter
 from apptainer_py.model.json_out import dumps
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from apptainer_py.runtime.process import ProcessSettings
 
 _LAUNCHER = f"{build.BINDIR}/apptainer-py-oci"
+_PREFIX = "apptainer-py-process-"
 _FIRST_EXTRA = 3
 _INFO = 4
 
@@ -116,7 +117,6 @@ class Container:
         self._first = None
 
     def _begin(self, process: Process, verb: str) -> None:
-        import shutil
         import tempfile
 
         settings = process.settings
@@ -126,11 +126,8 @@ class Container:
             raise ProcessError(text="container already has init process")
         if settings.init and settings.sub_cgroup_paths:
             raise ProcessError(text="sub-cgroup paths are for a process in a running container")
-        folder = tempfile.mkdtemp(prefix="apptainer-py-process-")
-        try:
+        with held.Directory(tempfile.gettempdir(), _PREFIX) as folder:
             self._start_in(folder, process, verb)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
         if settings.init:
             self._first = process
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import time
 
+from apptainer_py.base import held
 from apptainer_py.base.errors import ApptainerError
+from apptainer_py.base.files import give_name, open_nameless
 from apptainer_py.base.record import Record
 from apptainer_py.image import detect, sif, sif_edit, squashfs
 
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
 SMALLEST_MIB = 64
 _LARGEST_MIB = 16 << 20  # what ext3 can have with its blocks of 4 KiB
 _MIB = 1 << 20
+_MODE = 0o600
+_PREFIX = "apptainer-py-overlay-"
+_NAME_CHARACTERS = 50  # of a directory's name, four bytes each at most
 _TOOLS = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 
 
@@ -49,38 +54,64 @@ def overlay_create(path: str, wanted: Wanted) -> None:
         raise _failed(f"image size must be equal or less than {_LARGEST_MIB} MiB")
     folders = _folders(wanted.folders)
     base = _check_target(path)
-    above = os.path.dirname(os.path.abspath(path))
-    import shutil
+    above, name = os.path.split(os.path.abspath(path))
     import tempfile
 
-    made = os.path.join(above, f".{os.path.basename(path)[:200]}.{os.urandom(8).hex()}")
     try:
-        tree = tempfile.mkdtemp(prefix="apptainer-py-overlay-")
-        try:
-            _make(made, tree, folders, wanted)
+        with (
+            held.Directory(tempfile.gettempdir(), _PREFIX) as tree,
+            _Nameless(above, name) as image,
+        ):
+            _make(image.fd, tree, folders, wanted)
             if base is None:
                 # Not by rename: what has come to be there meanwhile is not lost.
-                os.link(made, path)
+                give_name(image.fd, image.folder, name)
             else:
-                _append(made, path)
-        finally:
-            shutil.rmtree(tree, ignore_errors=True)
-            _unlink(made)
+                _append(image.fd, path)
     except FileExistsError:
         raise _failed(f"EXT3 overlay image {path} already exists") from None
     except OSError as error:
         raise _failed(f"{path}: {(error.strerror or '').lower()}") from None
 
 
+class _Nameless:
+    """A file beside its target that nobody sees, and that goes with a command that is killed.
+
+    Where the file system has none without a name, it is in a directory that the next one removes.
+    """
+
+    def __init__(self, above: str, name: str) -> None:
+        self._place: held.Directory | None = None
+        self.fd = -1
+        self.folder = os.open(above, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self._open(above, name)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _open(self, above: str, name: str) -> None:
+        try:
+            self.fd = open_nameless(self.folder, os.O_RDWR, _MODE)
+        except OSError:
+            self._place = held.Directory(above, f".{name[:_NAME_CHARACTERS]}.{_PREFIX}")
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            self.fd = os.open(f"{self._place.path}/image", flags, _MODE)
+
+    def __enter__(self) -> _Nameless:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # First: what is open when it is removed stays on such file systems, under another name.
+        if self.fd >= 0:
+            os.close(self.fd)
+        if self._place is not None:
+            self._place.__exit__()
+        os.close(self.folder)
+
+
 def _failed(reason: str) -> CannotCreate:
     return CannotCreate(reason=reason)
-
-
-def _unlink(path: str) -> None:
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        pass
 
 
 def _folders(words: Sequence[str]) -> list[str]:
@@ -137,22 +168,18 @@ def _check_sif(fd: int, path: str) -> _Base:
     raise _failed(f"SIF image {path} has no root file system")
 
 
-def _make(path: str, tree: str, folders: Sequence[str], wanted: Wanted) -> None:
+def _make(fd: int, tree: str, folders: Sequence[str], wanted: Wanted) -> None:
     for name in ("upper", "work", *(f"upper/{folder}" for folder in folders)):
         os.makedirs(os.path.join(tree, name), mode=0o755, exist_ok=True)
     for folder, _, _ in os.walk(tree):
         os.chmod(folder, 0o755)
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        os.ftruncate(fd, wanted.size_mib * _MIB)
-        _run(["mke2fs", "-q", "-F", "-t", "ext3", "-d", tree, path])
-        if wanted.for_root:
-            _run(["debugfs", "-w", "-f", _ownership(tree), path])
-        if not wanted.sparse:
-            os.posix_fallocate(fd, 0, wanted.size_mib * _MIB)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    os.ftruncate(fd, wanted.size_mib * _MIB)
+    _run(["mke2fs", "-q", "-F", "-t", "ext3", "-d", tree], fd)
+    if wanted.for_root:
+        _run(["debugfs", "-w", "-f", _ownership(tree)], fd)
+    if not wanted.sparse:
+        os.posix_fallocate(fd, 0, wanted.size_mib * _MIB)
+    os.fsync(fd)
 
 
 def _ownership(tree: str) -> str:
@@ -168,13 +195,15 @@ def _ownership(tree: str) -> str:
     return path
 
 
-def _run(argv: list[str]) -> None:
+def _run(argv: list[str], fd: int) -> None:
+    """Run a tool whose last word is the open image."""
     import subprocess
 
     program = squashfs.find_tool(argv[0], folders=_TOOLS["PATH"].split(":"))
     done = subprocess.run(
-        [program, *argv[1:]],
+        [program, *argv[1:], f"/proc/self/fd/{fd}"],
         env=_TOOLS,
+        pass_fds=(fd,),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -185,22 +214,18 @@ def _run(argv: list[str]) -> None:
         raise _failed(f"while creating ext3 filesystem: {lines[-1] if lines else argv[0]}")
 
 
-def _append(made: str, path: str) -> None:
-    source = os.open(made, os.O_RDONLY | os.O_CLOEXEC)
+def _append(source: int, path: str) -> None:
+    fd = sif_edit.open_to_change(path)
     try:
-        fd = sif_edit.open_to_change(path)
-        try:
-            # Somebody may have added one, or a signature, since it was looked at.
-            base = _check_sif(fd, path)
-            new = sif_edit.NewObject(
-                data_type=sif.PARTITION,
-                source=source,
-                group=base.group,
-                extra=sif_edit.partition_extra(sif.EXT3, sif.OVERLAY, base.architecture),
-                alignment=sif_edit.PARTITION_ALIGNMENT,
-            )
-            sif_edit.add(fd, (new,), now_s=int(time.time()))
-        finally:
-            os.close(fd)
+        # Somebody may have added one, or a signature, since it was looked at.
+        base = _check_sif(fd, path)
+        new = sif_edit.NewObject(
+            data_type=sif.PARTITION,
+            source=source,
+            group=base.group,
+            extra=sif_edit.partition_extra(sif.EXT3, sif.OVERLAY, base.architecture),
+            alignment=sif_edit.PARTITION_ALIGNMENT,
+        )
+        sif_edit.add(fd, (new,), now_s=int(time.time()))
     finally:
-        os.close(source)
+        os.close(fd)

@@ -6,7 +6,7 @@ import os
 
 from apptainer_py.base import log
 from apptainer_py.base.errors import ApptainerError
-from apptainer_py.base.files import copy_rest
+from apptainer_py.base.files import copy_rest, give_name, open_nameless
 from apptainer_py.base.record import Record
 from apptainer_py.builds import uris
 
@@ -88,18 +88,17 @@ def _copy(source: str, target: str) -> None:
 
 def _write(reading: int, folder: int, name: str) -> None:
     """Write a copy that has no name until it is whole, where the file system has such files."""
-    flags = os.O_WRONLY | os.O_CLOEXEC
     try:
-        writing = os.open(".", flags | os.O_TMPFILE, _MODE, dir_fd=folder)
+        writing = open_nameless(folder, os.O_WRONLY, _MODE)
     except OSError:
-        writing = os.open(name, flags | os.O_CREAT | os.O_EXCL, _MODE, dir_fd=folder)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        writing = os.open(name, flags, _MODE, dir_fd=folder)
         nameless = False
     else:
         nameless = True
     try:
         copy_rest(reading, writing)
         if nameless:
-            # By its directory, or Python would make a link to the link in /proc.
-            os.link(f"/proc/self/fd/{writing}", name, src_dir_fd=folder, dst_dir_fd=folder)
+            give_name(writing, folder, name)
     finally:
         os.close(writing)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import tempfile
@@ -12,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import images
+from tests import extfs_images, images
 from tests.e2e.three_flows import Do, doing_at, good
-from tests.own_install import Installation
+from tests.own_install import Installation, descendants, eventually
 
 MIB = 1 << 20
 
@@ -97,6 +98,55 @@ def test_inside_a_sif_file(do: Do, own_sif: Path) -> None:
         assert "FS (Ext3/Overlay/amd64)" in good(
             do("sif", "list", own_sif, program="/usr/bin/apptainer")
         )
+
+
+def test_where_every_file_has_a_name(do: Do, home: Path, tmp_path: Path) -> None:
+    """As on NFS; a file that is open stays there when it is removed, under another name."""
+    if shutil.which("fuse2fs") is None:
+        pytest.skip("did not run: fuse2fs is not installed")
+    disk, place = extfs_images.extfs(tmp_path / "disk", mib=128), home / "place"
+    place.mkdir()
+    subprocess.run(["fuse2fs", "-o", "fakeroot,allow_other", disk, place], check=True)
+    try:
+        place.chmod(0o777)
+        before = {path.name for path in place.iterdir()}
+        good(do("overlay", "create", "--sparse", place / "o.img"))
+        assert {path.name for path in place.iterdir()} - before == {"o.img"}
+        assert extfs_images.is_clean(place / "o.img")
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def test_who_is_killed_leaves_nothing(do: Do, installed: Installation, home: Path) -> None:
+    """All of it at once, while the file system is made; the tree for it goes with the next one."""
+    many = ",".join(f"d{number}" for number in range(800))
+    process = begin(installed, home, "overlay", "create", "--create-dir", many, "o.img")
+
+    def tools() -> list[str]:
+        return [name for _, _, name in descendants(process.pid).values()]
+
+    eventually(lambda: "mke2fs" in tools(), "the file system is being made")
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait(20) == -signal.SIGKILL
+    (left,) = home.iterdir()
+    assert left.name.startswith("apptainer-py-overlay-")
+    os.utime(left, (0, 0))
+    good(do("overlay", "create", "o.img", TMPDIR=str(home)))
+    assert [path.name for path in home.iterdir()] == ["o.img"]
+
+
+def begin(installed: Installation, home: Path, *words: str) -> subprocess.Popen[bytes]:
+    """Start a command as the ordinary user, in a process group of its own."""
+    user = images.ordinary_user()
+    return subprocess.Popen(
+        [installed.program, *words],
+        cwd=home,
+        user=user.pw_uid,
+        group=user.pw_gid,
+        extra_groups=[],
+        env={"PATH": "/usr/bin:/bin", "HOME": user.pw_dir, "TMPDIR": str(home)},
+        start_new_session=True,
+    )
 
 
 @pytest.mark.parametrize(("words", "said"), [

@@ -55,3 +55,14 @@ def test_neither_links_nor_files_nor_nothing(old: Path, tmp_path: Path) -> None:
 def test_what_is_another_users_is_not(old: Path, tmp_path: Path) -> None:
     os.chown(old, 12345, 12345)
     assert not abandoned(tmp_path)
+
+
+def test_a_directory_for_a_block_takes_what_was_abandoned(old: Path, tmp_path: Path) -> None:
+    with held.Directory(str(tmp_path), "kind-") as made:
+        assert held.is_held(made)
+        (Path(made) / "file").touch()
+        os.utime(made, (0, 0))
+        assert [str(path) for path in tmp_path.iterdir()] == [made]
+        with held.Directory(str(tmp_path), "kind-"):
+            assert os.listdir(made) == ["file"]
+    assert not list(tmp_path.iterdir())
