@@ -179,7 +179,7 @@ static int kernel_image(const struct launch *l, const struct op_request *q, stru
     int image = open_judged(q, q->flags & BIND_WRITABLE ? O_RDWR : O_RDONLY, a, code);
     if (image < 0)
         return -1;
-    if (policy_on_fuse(image)) /* whoever serves the file could change it under the parser */
+    if (policy_is_served(image)) /* whoever serves the file could change it under the parser */
         *code = ERR_KIND;
     else
         *code = policy_image(l, image);

@@ -29,7 +29,7 @@
 enum { GROUPS_MAX = 32 };
 enum { SOCKET_FD = 3, CONTAINER_FD = 4, SPACE_FD = 5, FIRST_FREE_FD = 6 };
 enum { DEPTH_MAX = 16, REMOVE_TRIES = 200, REMOVE_WAIT_MS = 5 };
-enum { STACK_BYTES = 8 << 20, TIMER_SLACK_NS = 50000 };
+enum { STACK_BYTES = 8 << 20, TIMER_SLACK_NS = 50000, IO_OF_PROCESS = 1 };
 enum janitor_phase { WATCH };
 
 /* In memory that the twin shares. */
@@ -298,13 +298,26 @@ static void lift_limits(void) {
     privs_lower(raised);
 }
 
-/* What else of the caller's would reach a plugin: timers that are late at will, a place before or
- * behind all others, and whom the kernel ends first where memory is short. */
-static void forget_caller(void) {
+/* Behind all others on a processor that its user keeps busy, a plugin would not end in its time,
+ * and what it has taken from a range of addresses that all share would stay taken. */
+static void take_fair_share(void) {
     const struct sched_param none = {.sched_priority = 0};
-    (void)prctl(PR_SET_TIMERSLACK, TIMER_SLACK_NS);
-    /* SAFE: of this process alone, and what anybody may have. */
+    cpu_set_t all;
+    memset(&all, 0xff, sizeof(all)); /* of those that the control group has */
+    const struct raised *raised = privs_raise(CAP_BIT(CAP_SYS_NICE));
+    /* SAFE: of this process alone, and what every process of root's has. */
     (void)sched_setscheduler(0, SCHED_OTHER, &none);
+    /* SAFE: as above. */
+    (void)setpriority(PRIO_PROCESS, 0, 0);
+    (void)sched_setaffinity(0, sizeof(all), &all);
+    (void)syscall(SYS_ioprio_set, IO_OF_PROCESS, 0, 0); /* by its niceness */
+    privs_lower(raised);
+}
+
+/* What else of the caller's would reach a plugin: timers that are late at will, and whom the kernel
+ * ends first where memory is short. */
+static void forget_caller(void) {
+    (void)prctl(PR_SET_TIMERSLACK, TIMER_SLACK_NS);
     /* SAFE: a file of this process's own, with a word of ours. */
     int fd = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
     ssize_t ignored = fd < 0 ? 0 : write(fd, "0", 1); /* refused to who may not have it lower */
@@ -378,8 +391,10 @@ NO_RETURN static void janitor_main(struct launch *l, const struct watched *w) {
     find_target(l, &target);
     /* SAFE: root's own rights for root's own launch; for a user's, root without most of them: what
      * it reads has no field, and what it runs is the administrator's.  The user cannot end it. */
-    if (l->flow != FLOW_ROOT)
+    if (l->flow != FLOW_ROOT) {
         lift_limits();
+        take_fair_share();
+    }
     if (privs_drop(&target) < 0 || setsid() < 0 || chdir("/") < 0)
         _exit(255);
     step_end(STEP_DROP_JANITOR);

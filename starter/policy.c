@@ -269,12 +269,6 @@ bool policy_holds_mounts(int fd) {
     return false;
 }
 
-static bool mounted_by_root(uint64_t mount_id) {
-    size_t length = 0;
-    const char *line = mount_line(mount_id, &length);
-    return line && line_says_root(line, length);
-}
-
 /* "ID PARENT ...": what lies on nothing is its own parent; so is what nothing is known of. */
 bool policy_root_lies_on_nothing(void) {
     struct statx facts;
@@ -289,17 +283,20 @@ bool policy_root_lies_on_nothing(void) {
     return strtoull(parent, NULL, 10) == facts.stx_mnt_id;
 }
 
-/* A file that some user serves: its owner, group and bytes are whatever that user says.  What root
- * has mounted (CVMFS, for one) is as good as any other file system. */
-bool policy_on_fuse(int fd) {
+/* A file whose owner, group and bytes are whatever some user says: one that a user serves, or one
+ * on a mount of another namespace, where a user can have laid a file system of the kernel's over
+ * that.  What root has mounted (CVMFS, for one) is as good as any other file system. */
+bool policy_is_served(int fd) {
     struct statfs fs;
     struct statx facts;
-    if (fstatfs(fd, &fs) < 0)
+    size_t length = 0;
+    if (fstatfs(fd, &fs) < 0 || statx(fd, "", AT_EMPTY_PATH, STATX_MNT_ID, &facts) < 0 ||
+        !(facts.stx_mask & STATX_MNT_ID))
         return true;
-    if ((unsigned long)fs.f_type != FUSE_SUPER_MAGIC)
-        return false;
-    return statx(fd, "", AT_EMPTY_PATH, STATX_MNT_ID, &facts) < 0 ||
-           !(facts.stx_mask & STATX_MNT_ID) || !mounted_by_root(facts.stx_mnt_id);
+    const char *line = mount_line(facts.stx_mnt_id, &length);
+    if (!line)
+        return true;
+    return (unsigned long)fs.f_type == FUSE_SUPER_MAGIC && !line_says_root(line, length);
 }
 
 /* Component-wise: /data/safe does not permit /data/safe-but-unsafe. */
@@ -388,7 +385,7 @@ int policy_image(const struct launch *l, int image_fd) {
     if (!kind_permitted(c, image_fd, &st))
         return ERR_REFUSED;
     /* The bytes of neither are those of the file that has an owner, a group and a path. */
-    if (policy_limits_images(l) && (policy_on_fuse(image_fd) || is_decrypted(image_fd, &st)))
+    if (policy_limits_images(l) && (policy_is_served(image_fd) || is_decrypted(image_fd, &st)))
         return ERR_OWNER;
     gid_t owner = st.st_uid;
     if (config_list_count(c, CONFIG_LIMIT_CONTAINER_OWNERS) > 0 &&

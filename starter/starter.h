@@ -166,7 +166,7 @@ MUST_USE int policy_netns(const struct launch *l, int fd);
 MUST_USE int policy_network(const struct launch *l, const char *name);
 MUST_USE bool policy_made_for_it(const struct launch *l, int fd);
 bool policy_limits_images(const struct launch *l);
-bool policy_on_fuse(int fd);
+bool policy_is_served(int fd);
 MUST_USE bool policy_holds_mounts(int fd);
 MUST_USE bool policy_root_lies_on_nothing(void);
 MUST_USE int names_match(const struct launch *l, enum config_id key, bool group, const gid_t *ids,

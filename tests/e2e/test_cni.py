@@ -387,6 +387,27 @@ def test_a_port_of_another_container_is_taken(users: Host) -> None:
     eventually(lambda: users.traces() == [], "nothing is left of the network")
 
 
+def test_a_users_place_among_others_is_not_the_janitors(users: Host) -> None:
+    """A user who keeps one processor busy could make plugins wait there until they are killed."""
+    slow = ["chrt", "-i", "0", "nice", "-n", "19", "ionice", "-c", "3", "taskset", "-c", "0"]
+    line = [*users.inside, *users.as_user, *slow, str(users.installed.program), "exec", "-p"]
+    line += ["--net", str(users.sif), "sh", "-c", "echo ran; exec sleep 60"]
+    started = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, cwd="/")
+    assert started.stdout is not None
+    try:
+        assert started.stdout.readline() == "ran\n"
+        for pid in roots_of(started.pid):
+            assert os.sched_getscheduler(pid) == os.SCHED_OTHER
+            assert os.getpriority(os.PRIO_PROCESS, pid) == 0
+            assert os.sched_getaffinity(pid) >= os.sched_getaffinity(0)
+            told = subprocess.run(["ionice", "-p", str(pid)], capture_output=True, text=True)
+            assert told.stdout.startswith("none:")
+    finally:
+        started.terminate()
+        started.communicate(timeout=60)
+    eventually(lambda: users.traces() == [], "nothing is left of the network")
+
+
 @pytest.mark.parametrize("limit", ["--data=4000000000:4000000000", "--rttime=9000000:9000000"])
 def test_limits_of_the_callers_stop_no_plugin(users: Host, limit: str) -> None:
     """A plugin that could write no file would leave an address reserved for ever."""

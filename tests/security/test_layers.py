@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests import fixtures, images
+from tests.security import elsewhere
 
 SECRET = "for the eyes of one"
 BUSYBOX = "/bin/busybox"
@@ -95,6 +96,25 @@ def test_a_limit_is_not_met_by_what_the_user_serves(own, served, limit):
     assert done.returncode == 255
     assert done.stderr.count("FATAL") == 1
     own.configure()
+
+
+@pytest.mark.parametrize("limit", ["owners = root", "groups = root"])
+@pytest.mark.parametrize("served", ["plain"], indirect=True)
+def test_a_limit_is_not_met_by_an_overlay_of_what_the_user_serves(own, tree, served, limit):
+    """In a namespace of the user's own: there the file system is the kernel's, owners are not."""
+    script = """ls -l {mount} >/dev/null
+    mkdir {play}/empty {play}/over
+    mount -t overlay overlay -o lowerdir={mount}:{play}/empty {play}/over
+    test -r {play}/over/inner.sqfs"""
+    places = {"mount": served.parent, "play": tree / "play"}
+    own.configure(f"limit container {limit}\nallow setuid-mount squashfs = no")
+    with elsewhere.namespace(own, script.format(**places)) as root:
+        image = Path(f"{root}{tree}/play/over/inner.sqfs")
+        done = own.run("exec", image, "/bin/true")
+    own.configure()
+    assert done.returncode == 255
+    assert done.stderr.count("FATAL") == 1
+    assert "the image is not owned by a permitted user or group" in done.stderr
 
 
 def test_a_limit_is_met_by_what_root_serves(own, tree):

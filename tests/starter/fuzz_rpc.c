@@ -208,7 +208,7 @@ void stage_target(const struct launch *l, enum role role, struct target_identity
 
 pid_t container_pid;
 
-bool policy_on_fuse(int fd) {
+bool policy_is_served(int fd) {
     (void)fd;
     return dice(4) == 0;
 }
