@@ -543,8 +543,8 @@ def test_limit_paths(own, places, flow, limit):
 
 
 def test_limit_paths_that_leads_nowhere(own, image):
-    own.configure("limit container paths = /nonexistent/place")
-    refused(own.run("exec", image.sif, "true"), "failed to resolve path /nonexistent/place")
+    own.configure("limit container paths = /nonexistent/Place")
+    refused(own.run("exec", image.sif, "true"), "failed to resolve path /nonexistent/Place")
 
 
 def test_limit_paths_is_no_prefix_of_a_name(own, places):

@@ -441,8 +441,8 @@ FLAGS = [
     ),
     *(
         Case(
-            f"exec --security {word} {{sif}} sh -c 'grep -e id -e Gr -e Cap -e New "
-            "/proc/self/status | grep -v -e Pid -e pid; cat /proc/self/uid_map /proc/self/gid_map'",
+            f"exec --security {word} {{sif}} sh -c 'grep -e Uid -e Gid -e Gr -e Cap -e New "
+            "/proc/self/status; cat /proc/self/uid_map /proc/self/gid_map'",
             flows=(USERNS,),
         )
         for word in ("uid:0", "uid:1234", "gid:5", "gid:5,uid:1234 -p", "uid:x")
