@@ -81,9 +81,23 @@ def _image(path: str) -> OpenImage | None:
     except ApptainerError:
         return None
     if image.kind in ("sif", "squashfs"):
+        _tell_of_overlays(image)
         return image
+    if image.kind == "ext3":
+        log.warning(f"--unsquash does nothing for {path}, which is an ext3 image")
     os.close(image.fd)
     return None
+
+
+def _tell_of_overlays(image: OpenImage) -> None:
+    from apptainer_py.image import sif
+
+    try:
+        has_one = image.kind == "sif" and bool(sif.partitions(image.fd, sif.OVERLAY))
+    except ApptainerError:
+        return  # a damaged file, which is refused with its reason
+    if has_one:
+        log.warning(f"--unsquash leaves out the overlay partition of {image.path}")
 
 
 class _Caller:

@@ -184,3 +184,14 @@ def test_the_administrator_can_forbid_overlays(own, run):
     done = run("--overlay", "a:ro")
     assert done.returncode == 255
     assert "--overlay requires 'enable overlay', but set to 'no' by administrator" in done.stderr
+
+
+def test_an_overlay_partition_that_is_left_out_is_told(own, sif, user_tmp):
+    image = user_tmp / "with_overlay.sif"
+    shutil.copy(sif, image)
+    os.chown(image, own.user.pw_uid, own.user.pw_gid)
+    assert own.run("overlay", "create", "--sparse", image).returncode == 0
+    own.configure("enable overlay = no")
+    done = own.run("exec", image, "true")
+    assert done.returncode == 0
+    assert f"The overlay partition of {image} is left out: 'enable overlay'" in done.stderr

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import images
+from tests import extfs_images, images
 from tests.e2e.three_flows import FLOWS, run
 from tests.own_install import Completed, Installation
 
@@ -77,6 +77,24 @@ def test_a_directory_stays_as_it_is(installed: Installation, place: Path) -> Non
     words = ["exec", "--unsquash", tree, "sh", "-c", 'echo "$APPTAINER_CONTAINER"']
     done = run(installed.program, "setuid", words, env={"APPTAINER_TMPDIR": str(place)})
     assert (done.returncode, done.stdout, left(place)) == (0, f"{tree}\n", []), done.stderr
+
+
+def test_what_it_cannot_do_is_told(installed: Installation, sif: Path, place: Path) -> None:
+    """A SIF file's overlay is not in the directory, and an ext3 image is started as it is."""
+    image, disk = place / "with_overlay.sif", place / "root.ext3"
+    shutil.copy(sif, image)
+    extfs_images.extfs(disk, images.small_tree(images.shared_folder()))
+    env = {"APPTAINER_TMPDIR": str(place)}
+    run(installed.program, "root", ["overlay", "create", "--sparse", image])
+    for name, said in (
+        (image, f"WARNING: --unsquash leaves out the overlay partition of {image}\n"),
+        (disk, f"WARNING: --unsquash does nothing for {disk}, which is an ext3 image\n"),
+    ):
+        name.chmod(0o755)
+        done = run(installed.program, "setuid", ["exec", "--unsquash", name, "true"], env=env)
+        assert done.returncode == 0, done.stderr
+        assert said in done.stderr
+        name.unlink()
 
 
 def test_options_end_before_the_image(installed: Installation, sif: Path, place: Path) -> None:

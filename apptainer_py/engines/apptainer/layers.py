@@ -262,6 +262,10 @@ def own_overlays(prepared: Prepared, action: ActionRequest, facts: Facts) -> Non
                 text="writable overlay partition requires 'enable overlay', but set to 'no' by "
                 "administrator"
             )
+        log.warning(
+            f"The overlay partition of {image.path} is left out: 'enable overlay' is set to 'no' "
+            "by administrator"
+        )
         return
     if parts:
         prepared.layer = protocol.LAYERKIND_OVERLAY
