@@ -270,6 +270,8 @@ def _config_show(parsed: Parsed) -> int:
     from apptainer_py.verbs import config_report
 
     user = parsed.options["user"]
+    if user and not parsed.options["effective"]:
+        raise UsageError(text="--user: what holds for a user is what --effective shows: add it")
     outcome = config_report.config_show(
         file="".join(parsed.arguments) or parsed.config_file or None,
         effective=bool(parsed.options["effective"]),

@@ -155,7 +155,9 @@ class Options:
 
     def _store(self, row: Option, value: str) -> None:
         name = SYNONYMS.get(row[0], row[0])
-        self.values[name] = converted(row[2], value, self.values[name])
+        # A list that is given takes the place of its default.
+        before = self.values[name] if name in self.given or self.values[name] != row[3] else ()
+        self.values[name] = converted(row[2], value, before)
         self.given.add(name)
 
     def _wrong(self, text: str) -> CommandLineWrong:

@@ -466,6 +466,11 @@ def test_the_cache_is_listed_and_cleaned(do: Do, host: str, home: Path) -> None:
     asked = do("cache", "clean", stdin="n\n")
     assert "Do you want to continue? [y/N]" in good(asked)
     assert "1 container file(s)" in good(do("cache", "list"))
+    of_a_kind = json.loads(good(do("cache", "list", "--json", "-T", "blob")))["entries"]
+    assert [row["type"] for row in of_a_kind] == ["blob"] * 3
+    good(do("cache", "clean", "--force", "--type", "oci-tmp"))
+    rows = json.loads(good(do("cache", "list", "--json")))["entries"]
+    assert [row["type"] for row in rows] == ["blob"] * 3
     good(do("cache", "clean", "--force"))
     assert "There are 0 container file(s)" in good(do("cache", "list"))
 

@@ -242,9 +242,11 @@ shift
 __become "$__found" "$@"
 """
 _SHELL = r"""
-if [ -n "${SINGULARITY_SHELL:-}" ] && [ -x "${SINGULARITY_SHELL:-}" ]; then
-    __become "$SINGULARITY_SHELL" "$@"
-elif [ -x /bin/bash ]; then
+if [ -n "${SINGULARITY_SHELL:-}" ]; then
+    if [ -x "$SINGULARITY_SHELL" ]; then __become "$SINGULARITY_SHELL" "$@"; fi
+    @WARN@__say "WARNING: $SINGULARITY_SHELL is no program of the container: another shell starts"
+fi
+if [ -x /bin/bash ]; then
     export SHELL=/bin/bash
     __become /bin/bash --norc "$@"
 fi

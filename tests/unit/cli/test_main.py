@@ -183,6 +183,13 @@ def test_sif_of_a_wrong_file(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
+def test_config_show_of_a_user_is_what_is_effective(capsys: pytest.CaptureFixture[str]) -> None:
+    got, out, err = run(capsys, "config", "show", "--user", "root")
+    assert got == 1
+    assert "--effective" in err.splitlines()[0]
+    assert "allow setuid" not in out
+
+
 def test_config_global_needs_one_operation(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = run(capsys, "config", "global", "bind path")
     assert status == 1
