@@ -2,7 +2,8 @@
  * groups.  What is registered is undone once the container has ended and master's end of the socket
  * is closed, whoever was killed: should it be the janitor, then its twin does it.  There is none
  * where nothing is registered; for a user there is one where the administrator allows a network,
- * and it does nothing else. */
+ * and it does nothing else.  What both have left, because somebody killed both, the next janitor
+ * undoes (network_record.c). */
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -55,11 +56,18 @@ static int clean_group(const struct op_request *q, struct op_reply *a) {
 }
 
 static int network_said = -1;          /* what a plugin that has failed gives as its reason */
+static int record_error;               /* why none can be made: an errno */
 
 /* ADD_NETWORKS: those that keeper has judged.  The value tells which plugin has failed. */
 static int add_networks(const struct op_request *q, struct op_reply *a) {
     if (q->length[0] || q->length[1] || networks.count == 0)
         return ERR_MALFORMED;
+    if (record_error == EUSERS)
+        return ERR_NETWORKS_MANY;
+    a->error = record_error;
+    if (record_error != 0)
+        return ERR_NETWORKS_RECORD;
+    record_sweep(janitor_launch);
     int error = networks_connect(janitor_launch, SPACE_FD, &a->value, &network_said);
     a->error = error > 0 ? error : 0;
     return error == 0 ? ERR_OK : ERR_PLUGIN;
@@ -260,6 +268,7 @@ static int arrange_ports(void) {
 
 /* The container, its network, and where requests come from. */
 struct watched {
+    pid_t pid;
     int process, space, socket;
 };
 
@@ -341,7 +350,7 @@ static void find_target(const struct launch *l, struct target_identity *target) 
         target->caps[CAP_SET_BOUNDING] = caps;
 }
 
-/* ---- the twin ---- */
+/* ---- the twin: a janitor's parent, which gets what a killed one leaves ---- */
 
 static void undo(const struct launch *l) {
     wait_for(CONTAINER_FD);
@@ -350,37 +359,52 @@ static void undo(const struct launch *l) {
     remove_groups(false);
 }
 
-/* Does nothing but wait, and is killed once there is nothing to undo. */
-NO_RETURN static void twin_main(const struct launch *l, int janitor) {
+/* Does nothing but wait, and is killed once there is nothing to undo.  Of a janitor that is killed
+ * a plugin may still have children. */
+NO_RETURN static void twin_main(const struct launch *l, pid_t janitor) {
+    int status;
     close(SOCKET_FD);
     (void)dup2(0, 2); /* it may outlive its caller, as a process in the background does */
-    wait_for(janitor);
+    while (waitpid(janitor, &status, 0) < 0 && errno == EINTR)
+        ;
+    if (network_record)
+        networks_end_group(network_record->running);
     undo(l);
     remove_groups(true);
     _exit(0);
 }
 
-static pid_t start_twin(const struct launch *l) {
-    int self = (int)syscall(SYS_pidfd_open, getpid(), 0);
-    pid_t pid = self < 0 ? -1 : fork();
-    if (pid == 0)
-        twin_main(l, self);
-    if (self >= 0)
-        close(self);
-    return pid;
+static void end_twin(int twin) {
+    /* SAFE: the very process that has forked this one. */
+    (void)syscall(SYS_pidfd_send_signal, twin, SIGKILL, NULL, 0);
+    wait_for(twin);
 }
 
-static void end_twin(pid_t twin) {
-    int status;
-    /* SAFE: a child of ours that has not been reaped. */
-    (void)kill(twin, SIGKILL);
-    while (waitpid(twin, &status, 0) < 0 && errno == EINTR)
-        ;
-}
-
-static bool share_memory(void) {
+static bool share_memory(const struct launch *l, pid_t container) {
     groups = mmap(NULL, sizeof(*groups), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    return groups != MAP_FAILED && networks_prepare() == 0;
+    if (networks.count > 0)
+        record_error = -record_open(l, container);
+    return groups != MAP_FAILED;
+}
+
+/* What is orphaned below either of them becomes its child. */
+static bool adopt_orphans(void) {
+    return prctl(PR_SET_CHILD_SUBREAPER, 1) == 0;
+}
+
+NO_RETURN static void watch(const struct launch *l, int twin) {
+    listen_to_master();
+    undo(l);
+    /* It holds the ports, too, which the next launch may have at once. */
+    if (networks.count > 0)
+        end_twin(twin);
+    /* Master waits for this; nobody waits for what is left in the background. */
+    close(SOCKET_FD);
+    (void)dup2(0, 2);
+    remove_groups(true);
+    if (networks.count == 0)
+        end_twin(twin);
+    _exit(0);
 }
 
 NO_RETURN static void janitor_main(struct launch *l, const struct watched *w) {
@@ -402,27 +426,21 @@ NO_RETURN static void janitor_main(struct launch *l, const struct watched *w) {
     if (l->flow != FLOW_ROOT)
         forget_caller();
     leave_control_groups();
-    pid_t twin = arrange(l, w) < 0 || !share_memory() ? -1 : start_twin(l);
-    if (twin < 0)
+    if (arrange(l, w) < 0 || !share_memory(l, w->pid) || !adopt_orphans())
         _exit(255);
-    listen_to_master();
-    undo(l);
-    /* It holds the ports, too, which the next launch may have at once. */
-    if (networks.count > 0)
-        end_twin(twin);
-    /* Master waits for this; nobody waits for what is left in the background. */
-    close(SOCKET_FD);
-    (void)dup2(0, 2);
-    remove_groups(true);
-    if (networks.count == 0)
-        end_twin(twin);
-    _exit(0);
+    int self = (int)syscall(SYS_pidfd_open, getpid(), 0);
+    pid_t pid = self < 0 ? -1 : fork();
+    if (pid > 0)
+        twin_main(l, pid);
+    if (pid < 0 || !adopt_orphans())
+        _exit(255);
+    watch(l, self);
 }
 
 /* Stopped by its user, and the container killed meanwhile, the janitor would find another process
  * by that number: what it watches is found before there is one. */
 pid_t janitor_start(struct launch *l, pid_t container, int socket, int signals) {
-    struct watched w = {.process = -1, .space = -1, .socket = socket};
+    struct watched w = {.pid = container, .process = -1, .space = -1, .socket = socket};
     pid_t pid = -1;
     errno = ESRCH;
     step_begin(STEP_FORK_JANITOR);

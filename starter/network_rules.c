@@ -6,7 +6,6 @@
 #include <signal.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/prctl.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -139,8 +138,8 @@ NO_RETURN static void become_tool(char *const argv[]) {
 static int run(char *const argv[], int in, int out) {
     pid_t self = getpid(), pid = fork();
     if (pid == 0) {
-        if (prctl(PR_SET_PDEATHSIG, SIGKILL) < 0 || getppid() != self || setpgid(0, 0) < 0 ||
-            dup2(0, 2) < 0 || dup2(in, 0) < 0 || dup2(out, 1) < 0) /* 0 is /dev/null */
+        if (networks_be_child(self) < 0 || dup2(0, 2) < 0 || dup2(in, 0) < 0 ||
+            dup2(out, 1) < 0) /* 0 is /dev/null */
             _exit(TOOL_LOST);
         become_tool(argv);
     }

@@ -10,7 +10,6 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
-#include <sys/random.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -19,13 +18,7 @@
 #include "networks.h"
 #include "steps.h"
 
-enum { RESULT_BYTES = 262144, PLUGIN_LOST = 127 };
-enum { PLUGIN_MS = 60000, KILLED_MS = 5000 };
-
-/* With a number that nobody has chosen: what CNI keeps is known by it. */
-static char container_id[40] = "apptainer-py-";
-/* Of each network, how many plugins were told to add their part. */
-static uint32_t *begun;
+enum { PLUGIN_LOST = 127, PLUGIN_MS = 60000, KILLED_MS = 5000, KILLED_STEP_MS = 5 };
 
 struct call {
     const struct network *network;
@@ -58,9 +51,9 @@ static bool put_ports(int fd, const struct network *n) {
 }
 
 /* What the plugin before it has said, as it stands: it is root's program too. */
-static bool put_result(int fd, int result) {
-    static char text[RESULT_BYTES];
-    ssize_t got = pread(result, text, sizeof(text), 0);
+static bool put_result(int fd, size_t network) {
+    static char text[NETWORK_RESULT_BYTES];
+    ssize_t got = record_result(network, text, sizeof(text));
     return got == 0 || (got > 0 && put_text(fd, ",\"prevResult\":") && put(fd, text, (size_t)got));
 }
 
@@ -75,7 +68,7 @@ static int compose(const struct call *c) {
                 put_text(fd, "\"");
     if (good && c->plugin->maps_ports && n->port_count > 0)
         good = put_ports(fd, n);
-    if (good && put_result(fd, n->result) && put_text(fd, "}") && lseek(fd, 0, SEEK_SET) == 0)
+    if (good && put_result(fd, c->interface) && put_text(fd, "}") && lseek(fd, 0, SEEK_SET) == 0)
         return fd;
     if (fd >= 0)
         close(fd);
@@ -99,14 +92,17 @@ NO_RETURN static void become_plugin(const struct launch *l, const struct call *c
                                     int space) {
     static char path[LIMIT_PATH_BYTES + 16] = "CNI_PATH=", args[NETWORK_ARGS_BYTES + 32];
     char id[64] = "CNI_CONTAINERID=", interface[32] = "CNI_IFNAME=eth";
-    char place[64] = "CNI_NETNS=/proc/", name[] = "plugin";
+    char place[64] = "CNI_NETNS=", name[] = "plugin";
     char command[32] = "CNI_COMMAND=", search[] = "PATH=/usr/sbin:/usr/bin:/sbin:/bin";
     append_text(command, sizeof(command), c->add ? "ADD" : "DEL");
-    append_text(id, sizeof(id), container_id);
+    append_text(id, sizeof(id), network_record->container);
     append_number(interface, sizeof(interface), c->interface);
-    append_number(place, sizeof(place), (uint64_t)getppid());
-    append_text(place, sizeof(place), "/fd/");
-    append_number(place, sizeof(place), (uint64_t)space);
+    if (space >= 0) {
+        append_text(place, sizeof(place), "/proc/");
+        append_number(place, sizeof(place), (uint64_t)getppid());
+        append_text(place, sizeof(place), "/fd/");
+        append_number(place, sizeof(place), (uint64_t)space);
+    }
     append_text(path, sizeof(path), config_string(&l->config, CONFIG_CNI_PLUGIN_PATH));
     append_text(args, sizeof(args), "CNI_ARGS=IgnoreUnknown=1");
     append_text(args, sizeof(args), *c->network->args ? ";" : "");
@@ -142,22 +138,40 @@ static bool ends_within(int process, int limit_ms) {
     }
 }
 
+int networks_be_child(pid_t parent) {
+    if (prctl(PR_SET_PDEATHSIG, SIGKILL) < 0 || getppid() != parent || setpgid(0, 0) < 0)
+        return -1;
+    network_record->running = getpid();
+    return 0;
+}
+
+/* A plugin's own children end here, or they would do something after it has been undone.  While
+ * one was not reaped that is ours, the group's number is nobody else's. */
+void networks_end_group(pid_t group) {
+    siginfo_t info;
+    for (int ms = 0; group > 0 && ms < KILLED_MS; ms += KILLED_STEP_MS) {
+        int status;
+        if (waitid(P_PGID, (id_t)group, &info, WEXITED | WNOHANG | WNOWAIT) < 0)
+            return;
+        /* SAFE: as above; nobody else's process joins the group, which is of a session of ours. */
+        (void)kill(-group, SIGKILL);
+        if (waitpid(-group, &status, WNOHANG) == 0)
+            (void)poll(NULL, 0, KILLED_STEP_MS); /* one in the kernel's hands may stay there */
+    }
+}
+
 /* One that hangs would keep from being undone what others have made: it is killed, and with it what
  * it waits for. */
 int networks_wait_for(pid_t pid) {
     int status = 0, process = (int)syscall(SYS_pidfd_open, pid, 0);
     int error = process < 0 ? errno : ends_within(process, plugin_limit_ms()) ? 0 : ETIME;
-    if (error != 0) {
-        /* SAFE: the group of a child that has not been reaped; nobody else's process joins it. */
-        (void)kill(-pid, SIGKILL);
-        if (process >= 0)
-            (void)ends_within(process, KILLED_MS); /* one in the kernel's hands may stay there */
-    }
     if (process >= 0)
         close(process);
-    while (waitpid(pid, &status, error != 0 ? WNOHANG : 0) < 0)
+    while (error == 0 && waitpid(pid, &status, 0) < 0)
         if (errno != EINTR)
             return -1;
+    if (error != 0 || status != 0)
+        networks_end_group(pid);
     return error != 0 ? -error : WIFEXITED(status) ? WEXITSTATUS(status) : -1;
 }
 
@@ -182,8 +196,7 @@ static int run(const struct launch *l, const struct call *c, int space, int *sai
     pid_t self = getpid(), pid = in < 0 || out < 0 ? -1 : fork();
     if (pid == 0) {
         /* What it has begun is undone by the twin, when the janitor is killed. */
-        if (prctl(PR_SET_PDEATHSIG, SIGKILL) < 0 || getppid() != self ||
-            setpgid(0, 0) < 0 || dup2(0, 2) < 0 || /* 0 is /dev/null */
+        if (networks_be_child(self) < 0 || dup2(0, 2) < 0 || /* 0 is /dev/null */
             dup2(in, 0) < 0 || dup2(out, 1) < 0)
             _exit(PLUGIN_LOST);
         become_plugin(l, c, program, space);
@@ -204,28 +217,14 @@ static int run(const struct launch *l, const struct call *c, int space, int *sai
 }
 
 /* One that says nothing leaves the result of the one before it.  0 or an errno. */
-static int keep_result(const struct network *n, int said) {
-    static char text[RESULT_BYTES];
+static int keep_result(size_t network, int said) {
+    static char text[NETWORK_RESULT_BYTES];
     ssize_t got = pread(said, text, sizeof(text), 0);
     if (got == 0)
         return 0;
     if (got < 0 || (size_t)got == sizeof(text))
         return EFBIG;
-    return pwrite(n->result, text, (size_t)got, 0) == got && ftruncate(n->result, got) == 0 ? 0
-                                                                                           : EIO;
-}
-
-int networks_prepare(void) {
-    const size_t size = sizeof(*begun) * NETWORKS_MAX;
-    uint64_t number;
-    if (getrandom(&number, sizeof(number), 0) != sizeof(number))
-        return -1;
-    append_number(container_id, sizeof(container_id), number);
-    for (size_t i = 0; i < networks.count; i++)
-        if ((networks.at[i].result = make_result()) < 0)
-            return -1;
-    begun = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    return begun == MAP_FAILED ? -1 : 0;
+    return record_keep(network, text, (size_t)got);
 }
 
 /* ADD_NETWORKS: all of them, in order.  A plugin counts as begun before it runs. */
@@ -234,12 +233,12 @@ int networks_connect(const struct launch *l, int space, uint32_t *which, int *sa
         const struct network *n = &networks.at[i];
         for (uint32_t k = 0; k < n->file.plugin_count; k++) {
             struct call c = {n, &n->file.plugins[k], i, true};
-            begun[i] = k + 1;
+            network_record->begun[i] = k + 1;
             *which = (uint32_t)i * PLUGINS_MAX + k;
             int error = run(l, &c, space, said);
             if (error != 0)
                 return error;
-            error = keep_result(n, *said);
+            error = keep_result(i, *said);
             close(*said);
             *said = -1;
             if (error != 0)
@@ -260,7 +259,10 @@ static void warn(const char *type, int error) {
 /* In reverse order; what one cannot undo does not keep the others from it.  Who is root in the
  * container's network can have taken away what a plugin looks there for. */
 void networks_disconnect(const struct launch *l, int space) {
+    uint32_t *begun = network_record ? network_record->begun : NULL;
     bool any = false;
+    if (!begun)
+        return;
     for (size_t i = networks.count; i-- > 0;)
         for (; begun[i] > 0; begun[i]--) {
             const struct network *n = &networks.at[i];
@@ -274,5 +276,6 @@ void networks_disconnect(const struct launch *l, int space) {
                 close(said);
         }
     if (any)
-        rules_clear(container_id);
+        rules_clear(network_record->container);
+    record_close();
 }

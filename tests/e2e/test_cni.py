@@ -22,7 +22,7 @@ import pytest
 
 from tests.cni_host import PLUGINS, Host
 from tests.e2e import steps
-from tests.own_install import Installation, eventually, household
+from tests.own_install import Household, Installation, eventually, household
 
 pytestmark = pytest.mark.skipif(not PLUGINS.exists(), reason="no CNI plugins: run ./check")
 HTTP = "10.22.5.6"
@@ -219,29 +219,29 @@ def test_a_users_port_is_passed_on_and_nobody_elses(users: Host) -> None:
 
 
 def test_what_a_user_can_kill_undoes_no_cleaning(users: Host) -> None:
-    """Janitor and twin are root's, in a session of their own, with rights for networks alone."""
+    """They are root's, in a session of their own, with rights for networks alone."""
     script = "echo ran; exec sleep 60"
     started = users.start("-p", "--net", users.sif, "sh", "-c", script, user=True)
     assert started.stdout is not None
     assert started.stdout.readline() == "ran\n"
-    janitor, twin = roots_of(started.pid)
-    for pid in (janitor, twin):
+    twin, janitor = roots_of(started.pid)
+    for pid in (twin, janitor):
         facts = status_of(pid)
         assert re.search(r"Groups:\s*\n", facts)
         assert "NoNewPrivs:\t1" in facts
         assert "CapPrm:\t000000000028340b\n" in facts
         assert "CapBnd:\t000000000028340b\n" in facts
-        assert os.getsid(pid) == janitor
+        assert os.getsid(pid) == twin
     script = f"kill -0 {janitor} 2>/dev/null || kill -0 {twin} 2>/dev/null && echo can be killed; :"
     line = [*users.inside, *users.as_user, "sh", "-c", script]
     assert subprocess.run(line, capture_output=True, text=True, check=False).stdout == ""
     for pid in members(started.pid):
-        if pid != janitor:
+        if pid != twin:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
     started.communicate(timeout=60)
     eventually(lambda: users.traces() == [], "nothing is left of the network")
-    eventually(lambda: not Path(f"/proc/{janitor}").exists(), "the janitor has ended")
+    eventually(lambda: not Path(f"/proc/{twin}").exists(), "its twin has ended")
 
 
 def status_of(pid: int) -> str:
@@ -495,6 +495,42 @@ int main(void) {
 """
 
 
+def have_it_hang(host: Host, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    folder = host.installed.sysconfdir / "networks-of-tests"
+    configure(host, {"name": "own", "plugins": [BRIDGE, {"type": "hangs"}]})
+    for program in ("bridge", "host-local"):
+        shutil.copy(PLUGINS.parent / program, folder)
+    line = ["gcc", "-x", "c", f'-DHANGS_IN="{command}"', "-o", str(folder / "hangs"), "-"]
+    subprocess.run(line, input=HANGS, text=True, check=True)
+    text = f"cni configuration path = {folder}\ncni plugin path = {folder}\n"
+    words = steps.words("--network", "own")
+    monkeypatch.setitem(steps.FLOWS, "network", (words, text, "sif", []))
+    monkeypatch.setattr(steps, "ROOT_FLOWS", ("network",))
+
+
+def plugins_of(home: Household) -> list[int]:
+    """Return the plugin that runs, and its child."""
+    alive = sorted(home.alive())
+    return [pid for pid in alive if Path(f"/proc/{pid}/cmdline").read_bytes() == b"plugin\0"]
+
+
+@pytest.mark.parametrize("victim", ["plugin", "janitor"])
+def test_children_of_a_plugin_that_is_killed_end_with_it(
+    world, host: Host, restored: None, monkeypatch: pytest.MonkeyPatch, victim: str
+) -> None:
+    """What one of them did later would not be undone."""
+    have_it_hang(host, monkeypatch, "ADD")
+    with household() as home:
+        process = home.adopt(steps.launch(world, "network", before=host.inside))
+        eventually(lambda: len(plugins_of(home)) == 2, "plugin and child hang")
+        plugin = plugins_of(home)[0]
+        named = [pid for pid, facts in home.alive().items() if facts[2] == "HOST_HELPER"]
+        os.kill(plugin if victim == "plugin" else max(named), signal.SIGKILL)
+        eventually(lambda: not home.alive(), "all have ended")
+        assert steps.finish(process)[0] == 255
+    assert host.traces() == []
+
+
 @pytest.mark.parametrize(
     ("command", "status", "said"),
     [
@@ -506,16 +542,7 @@ def test_a_plugin_that_hangs_is_killed(
     world, host: Host, restored: None, monkeypatch: pytest.MonkeyPatch,
     command: str, status: int, said: str,
 ) -> None:  # fmt: skip
-    folder = host.installed.sysconfdir / "networks-of-tests"
-    configure(host, {"name": "own", "plugins": [BRIDGE, {"type": "hangs"}]})
-    for program in ("bridge", "host-local"):
-        shutil.copy(PLUGINS.parent / program, folder)
-    line = ["gcc", "-x", "c", f'-DHANGS_IN="{command}"', "-o", str(folder / "hangs"), "-"]
-    subprocess.run(line, input=HANGS, text=True, check=True)
-    text = f"cni configuration path = {folder}\ncni plugin path = {folder}\n"
-    words = steps.words("--network", "own")
-    monkeypatch.setitem(steps.FLOWS, "network", (words, text, "sif", []))
-    monkeypatch.setattr(steps, "ROOT_FLOWS", ("network",))
+    have_it_hang(host, monkeypatch, command)
     with household() as home:
         started = steps.launch(world, "network", before=host.inside, limit_ms=3000)
         ended, out, err = steps.finish(home.adopt(started))

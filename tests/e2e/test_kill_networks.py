@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from apptainer_py.model import protocol
 from tests.cni_host import PLUGINS, Host
 from tests.e2e import steps
 from tests.own_install import HostState, Household, assert_nothing_left, eventually, household
@@ -130,9 +132,9 @@ def test_others_are_killed_at_a_step(world, host: Host, flow: str, name: str, en
 
 
 def janitors(home: Household) -> list[int]:
-    """Return the janitor and its twin, in this order."""
-    found = [pid for pid, (_, state, name) in home.alive().items() if name == "HOST_HELPER"]
-    return sorted(pid for pid in found if Path(f"/proc/{pid}/status").read_text())
+    """Return the janitor's twin, which is its parent, and the janitor."""
+    alive = home.alive().items()
+    return sorted(p for p, (_, state, name) in alive if name == "HOST_HELPER" and state != "Z")
 
 
 @pytest.fixture
@@ -151,10 +153,74 @@ def connected(world, host: Host) -> Iterator[SimpleNamespace]:
         assert_as_before(host, home, state)
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=["the janitor", "its twin"])
+@pytest.mark.parametrize("which", [0, 1], ids=["its twin", "the janitor"])
 def test_of_the_janitor_and_its_twin_one_is_enough(connected: SimpleNamespace, which: int) -> None:
     assert len(connected.janitors) == 2
     os.kill(connected.janitors[which], signal.SIGKILL)
+
+
+def kill_both(connected: SimpleNamespace) -> None:
+    for pid in connected.janitors:
+        os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not janitors(connected.home), "nobody undoes it")
+
+
+def test_what_is_left_when_both_are_killed_the_next_launch_undoes(
+    world, host: Host, connected: SimpleNamespace
+) -> None:
+    kill_both(connected)
+    connected.process.terminate()
+    steps.finish(connected.process)
+    assert len(host.traces()) > 2
+    with household() as home:
+        assert steps.finish(start(world, host, "root's", home))[:2] == (0, b"ran\n")
+    assert host.traces() == []
+
+
+def test_nobody_undoes_the_network_of_a_container_that_runs(
+    world, host: Host, connected: SimpleNamespace
+) -> None:
+    kill_both(connected)
+    before = host.traces()
+    words = ["--net", "--network", "bridge", host.sif, "true"]
+    assert host.run(*words, user=True)[::2] == (0, "")
+    assert host.traces() == before
+    connected.process.terminate()
+    steps.finish(connected.process)
+    assert host.run(*words, user=True)[::2] == (0, "")
+    assert host.traces() == []
+
+
+HOLDS = """
+import fcntl, os, struct, sys, time
+os.makedirs("/run/apptainer-py-networks", 0o700, exist_ok=True)
+for at in range(int(sys.argv[2])):
+    name = f"/run/apptainer-py-networks/{sys.argv[1]}.{at}"
+    held = os.open(name, os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.fcntl(held, fcntl.F_OFD_SETLK, struct.pack("hhqqi", fcntl.F_WRLCK, 0, 0, 0, 0))
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_user_has_so_many_networks_and_no_more(host: Host, world) -> None:
+    """Those are counted, too, that are undone after their launch was killed."""
+    host.installed.configure(steps.FLOWS["user's"][1])
+    numbers = [str(host.installed.user.pw_uid), str(protocol.LIMIT_USER_NETWORKS)]
+    line = [*host.inside, "/usr/bin/python3", "-c", HOLDS, *numbers]
+    with subprocess.Popen(line, stdout=subprocess.PIPE) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == b"held\n"
+            status, out, err = host.run("--net", host.sif, "echo", "ran", user=True)
+            assert (status, out) == (255, "")
+            assert len(err.splitlines()) == 1, err
+            assert "as many containers of this user have networks as one user's may" in err
+            assert host.run("--net", host.sif, "echo", "ran") == (0, "ran\n", "")
+        finally:
+            holder.kill()
+    assert host.run("--net", host.sif, "echo", "ran", user=True) == (0, "ran\n", "")
+    assert host.traces() == []
 
 
 GROUPS = Path("/sys/fs/cgroup/unified")

@@ -137,6 +137,8 @@ def join(networks: Networks, mounting: Mounting, janitor: Callable[[], Janitor])
     for at, name in enumerate(networks.names):
         _add(networks, mounting, at, name)
     code, error, which, said = janitor().connect()
+    if code not in (protocol.ERR_OK, protocol.ERR_PLUGIN):
+        raise refused(f"networks {','.join(networks.names)}", code, error)
     if code != protocol.ERR_OK:
         plugin = networks.plugins[which // _PLUGINS][which % _PLUGINS]
         path = f"{networks.directory}/{plugin}"
