@@ -55,7 +55,7 @@ static int clean_group(const struct op_request *q, struct op_reply *a) {
     return ERR_OK;
 }
 
-static int network_said = -1;          /* what a plugin that has failed gives as its reason */
+static int network_said = -1;          /* where the container is, or why a plugin has failed */
 static int record_error;               /* why none can be made: an errno */
 
 /* ADD_NETWORKS: those that keeper has judged.  The value tells which plugin has failed. */

@@ -227,6 +227,18 @@ static int keep_result(size_t network, int said) {
     return record_keep(network, text, (size_t)got);
 }
 
+/* What has been said of the first network: where the container is to be found. */
+static int tell_first(void) {
+    static char text[NETWORK_RESULT_BYTES];
+    ssize_t got = record_result(0, text, sizeof(text));
+    int fd = got > 0 ? make_result() : -1;
+    if (fd >= 0 && !put(fd, text, (size_t)got)) {
+        close(fd);
+        fd = -1;
+    }
+    return fd;
+}
+
 /* ADD_NETWORKS: all of them, in order.  A plugin counts as begun before it runs. */
 int networks_connect(const struct launch *l, int space, uint32_t *which, int *said) {
     for (size_t i = 0; i < networks.count; i++) {
@@ -245,6 +257,7 @@ int networks_connect(const struct launch *l, int space, uint32_t *which, int *sa
                 return error;
         }
     }
+    *said = tell_first();
     return 0;
 }
 

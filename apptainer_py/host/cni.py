@@ -210,6 +210,20 @@ def plugin_reason(path: str, error: int, said: bytes) -> str:
     return str(text or "it gave no reason").replace("\n", " ")
 
 
+def address_of(said: bytes) -> str:
+    """Return the address that a network's result gives the container, "" for none; IPv4 first."""
+    import json
+
+    try:
+        result = json.loads(said)
+        older = [result[key]["ip"] for key in ("ip4", "ip6") if key in result]
+        found = [one["address"] for one in result.get("ips", ())] or older
+        alone = [str(one).partition("/")[0] for one in found]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return ""
+    return next((one for one in alone if ":" not in one), alone[0] if alone else "")
+
+
 def port_taken(port: dict[str, Any], error: int) -> NetworkWrong:
     """Return what says that a port of the host cannot be had."""
     reason = os.strerror(error).lower() if error else "this protocol is root's"

@@ -53,7 +53,8 @@ class Janitor:
     def connect(self) -> tuple[int, int, int, bytes]:
         """Have the networks made that keeper has judged.
 
-        Returns an ERR_*, an errno, which plugin has failed, and what that one says.
+        Returns an ERR_*, an errno, which plugin has failed, and what that one says; of success
+        what was said of the first network.
         """
         try:
             _starter.send_operation(self.fd, protocol.OP_ADD_NETWORKS, 0, (), None, None, -1)

@@ -189,6 +189,22 @@ def test_a_user_who_may_is_connected(users: Host) -> None:
     assert users.traces() == []
 
 
+def test_the_list_of_instances_has_a_networks_address(users: Host) -> None:
+    def command(*words: str) -> subprocess.CompletedProcess[str]:
+        line = [*users.inside, *users.as_user, str(users.installed.program), "instance", *words]
+        return subprocess.run(line, capture_output=True, text=True, check=False, cwd="/")
+
+    words = ("--net", "--network", "ptp,bridge", "--network-args", f"bridge:IP={HTTP}")
+    allow(users, "bridge, ptp")
+    try:
+        assert command("start", *words, str(users.sif), "addressed").returncode == 0
+        (line,) = [one for one in command("list").stdout.splitlines() if "addressed" in one]
+        assert re.fullmatch(r"10\.23\.\d+\.\d+", line.split()[2])
+    finally:
+        command("stop", "addressed")
+    eventually(lambda: users.traces() == [], "nothing is left of the network")
+
+
 def bound(host: Host, port: int, kind: str) -> str:
     """Return what a user is told who binds that port of the host."""
     script = (
@@ -327,7 +343,8 @@ STATIC = {"type": "static", "addresses": [{"address": "10.98.0.2/24"}]}
     [
         (("--network", "ptp"), "network ptp is for root, and in the setuid flow for those"),
         (("-u", "--network", "bridge"), "network bridge is for root, and in the setuid flow"),
-        (("--network", "bridge,ptp"), "is for root, and in the setuid flow for those"),
+        (("--network", "bridge,ptp"), "network ptp is for root, and in the setuid flow for those"),
+        (("-u", "-f"), "network fakeroot is for root and for --fakeroot in the setuid flow"),
         (("--network-args", "portmap=80:80/tcp"), "host port 80/tcp cannot be used: permission"),
         (("--network-args", "portmap=8080:80/sctp"), "8080/sctp cannot be used: this protocol"),
         (("--network-args", "MAC=02:00:00:00:00:01"), "network bridge: a user may ask for"),

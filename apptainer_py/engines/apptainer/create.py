@@ -137,6 +137,8 @@ class Creation:
         self.mounting.settle()
         if isinstance(self.prepared.networks, network.Networks):
             network.join(self.prepared.networks, self.mounting, self.janitor)
+            if self.prepared.service is not None:
+                self.prepared.service.address = self.prepared.networks.address
         else:
             self.prepared.networks.connect(self.mounting)
 

@@ -72,6 +72,7 @@ class Service:
         self.userns = facts.flow == protocol.FLOW_USERNS
         self.pid_file = action.pid_file
         self.ready_fd = context.ready_fd
+        self.address = ""
         self.stop_signal = ""
         self.fakeroot = fakeroot
         self.limited = limited
@@ -134,6 +135,7 @@ class Service:
                 user=self.owner.name,
                 image=self.image,
                 userns=self.userns,
+                ip=self.address,
                 log_err=self.logs[0],
                 log_out=self.logs[1],
                 started=process.started,

@@ -41,6 +41,14 @@ class NotAllowed(NotPermitted):
     hint = "use `--network user` or `--network none`, or leave --net out for the host's network"
 
 
+class NoFakerootNetwork(NotPermitted):
+    message = (
+        "container creation failed: network fakeroot is for root and for --fakeroot in the setuid "
+        "flow"
+    )
+    hint = "use `--network none`, or leave --net out for the host's network"
+
+
 class NotAnAddress(LaunchError):
     message = "container creation failed: dns ip {word} is not a valid IP address"
 
@@ -48,7 +56,7 @@ class NotAnAddress(LaunchError):
 class Networks:
     """The administrator's networks of one container, and what the caller says about each."""
 
-    __slots__ = ("arguments", "directory", "flags", "names", "plugins", "user")
+    __slots__ = ("address", "arguments", "directory", "flags", "names", "plugins", "user")
 
     def __init__(
         self, names: tuple[str, ...], networks: tuple[Network, ...], arguments: list[Arguments],
@@ -60,6 +68,7 @@ class Networks:
         self.arguments = arguments
         self.user = user
         self.flags = 0
+        self.address = ""
 
     def close(self) -> None:
         """Leave it to the janitor."""
@@ -71,7 +80,7 @@ def judge(
     """Return the networks that a container of its own network joins, None for none.
 
     Raises:
-        NotAllowed: this caller may not join one of them.
+        NotPermitted: this caller may not join one of them.
         NetworkWrong: there is no such network, or an argument is wrong.
     """
     facts = context.facts
@@ -90,12 +99,10 @@ def judge(
     if names == (USER,):
         return _users_own(action, context)
     user = facts.flow != protocol.FLOW_ROOT
-    if action.fakeroot and user:
-        names = _of_fakeroot(names)
-    elif user and (
-        facts.flow != protocol.FLOW_SETUID or not _are_listed(names, facts.configuration)
-    ):
-        raise NotAllowed(name=names[0])
+    if user:
+        setuid = facts.flow == protocol.FLOW_SETUID
+        listed = _listed(facts.configuration) if setuid else ()
+        names = _of_fakeroot(names, setuid=setuid) if action.fakeroot else _among(listed, names)
     directory = str(facts.configuration["cni configuration path"]) or DIRECTORY
     networks = cni.find_networks(directory, names)
     arguments = cni.parse_arguments(action.network_args, names)
@@ -115,12 +122,21 @@ def _users_own(action: ActionRequest, context: PrepareContext) -> UserNetwork:
     return UserNetwork(arguments, context)
 
 
-def _are_listed(names: tuple[str, ...], configuration: Mapping[str, object]) -> bool:
+def _listed(configuration: Mapping[str, object]) -> tuple[str, ...]:
     listed = configuration["allow net networks"]
-    return isinstance(listed, tuple | list) and all(name in listed for name in names)
+    return tuple(listed) if isinstance(listed, tuple | list) else ()
 
 
-def _of_fakeroot(names: tuple[str, ...]) -> tuple[str, ...]:
+def _among(listed: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        if name not in listed:
+            raise NotAllowed(name=name)
+    return names
+
+
+def _of_fakeroot(names: tuple[str, ...], *, setuid: bool) -> tuple[str, ...]:
+    if not setuid:
+        raise NoFakerootNetwork
     if names != (FAKEROOT,):
         log.warning(f"network {','.join(names)} is replaced by `{FAKEROOT}`, the one of --fakeroot")
     return (FAKEROOT,)
@@ -143,6 +159,7 @@ def join(networks: Networks, mounting: Mounting, janitor: Callable[[], Janitor])
         plugin = networks.plugins[which // _PLUGINS][which % _PLUGINS]
         path = f"{networks.directory}/{plugin}"
         raise cni.PluginFailed(plugin=plugin, reason=cni.plugin_reason(path, error, said))
+    networks.address = cni.address_of(said)
 
 
 def _add(networks: Networks, mounting: Mounting, at: int, name: str) -> None:

@@ -36,6 +36,24 @@ def write(place: Path, name: str, value: object) -> Path:
     return path
 
 
+@pytest.mark.parametrize(
+    ("said", "address"),
+    [
+        (b'{"ips": [{"address": "10.22.0.5/16", "interface": 2}]}', "10.22.0.5"),
+        (b'{"ips": [{"address": "fd00::5/64"}, {"address": "10.22.0.5/16"}]}', "10.22.0.5"),
+        (b'{"ips": [{"address": "fd00::5/64"}]}', "fd00::5"),
+        (b'{"cniVersion": "0.2.0", "ip4": {"ip": "10.22.0.5/16"}}', "10.22.0.5"),
+        (b'{"cniVersion": "1.0.0"}', ""),
+        (b'{"ips": [{"addr": 1}]}', ""),
+        (b'{"ips": 1}', ""),
+        (b"[]", ""),
+        (b"", ""),
+    ],
+)
+def test_where_a_container_is_to_be_found(said: bytes, address: str) -> None:
+    assert cni.address_of(said) == address
+
+
 def test_the_first_file_of_a_name_counts(own: None, tmp_path: Path) -> None:
     write(tmp_path, "10.conflist", CHAIN)
     write(tmp_path, "20.conflist", {**CHAIN, "plugins": [{"type": "other"}]})
