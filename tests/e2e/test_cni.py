@@ -527,8 +527,11 @@ def have_it_hang(host: Host, monkeypatch: pytest.MonkeyPatch, command: str) -> N
 
 def plugins_of(home: Household) -> list[int]:
     """Return the plugin that runs, and its child."""
-    alive = sorted(home.alive())
-    return [pid for pid in alive if Path(f"/proc/{pid}/cmdline").read_bytes() == b"plugin\0"]
+    found = []
+    for pid in sorted(home.alive()):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found += [pid] if Path(f"/proc/{pid}/cmdline").read_bytes() == b"plugin\0" else []
+    return found
 
 
 @pytest.mark.parametrize("victim", ["plugin", "janitor"])

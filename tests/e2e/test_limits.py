@@ -222,13 +222,41 @@ def test_keys_and_types_of_a_file(installed: Installation, sif: Path, tmp_path: 
     done = installed.run("exec", "--apply-cgroups", file, sif, "echo", "ran", root=True)
     assert done.stdout == "ran\n"
     assert [line.partition(": ")[2].strip() for line in done.stderr.splitlines()] == [
-        f"{file}: magic is unknown and ignored", f"{file}: cpu.quotas is unknown and ignored",
+        f"{file}: cpu.quotas is unknown and ignored", f"{file}: magic is unknown and ignored",
     ]  # fmt: skip
-    file.write_text('[memory]\nlimit = "much"\n')
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            '[memory]\nlimit = "much"',
+            "memory.limit is a string, and has to be of type whole number",
+        ),
+        ("[cpu]\nshares = -1", "cpu.shares is a number -1, and has to be of type number from 0 on"),
+        ("[[devices]]\nallow = 1", "devices.allow is a number, and has to be of type boolean"),
+        ("memory = 5", "memory is a number, and has to be of type table"),
+        ("devices = 5", "devices is a number, and has to be of type array"),
+    ],
+)
+def test_a_wrong_type_is_told_in_words_of_the_files(
+    installed: Installation, sif: Path, tmp_path: Path, text: str, said: str
+) -> None:
+    file = tmp_path / "limits.toml"
+    file.write_text(text)
     done = installed.run("exec", "--apply-cgroups", file, sif, "true", root=True)
-    assert done.returncode == 255
-    assert str(file) in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    assert (done.returncode, done.stderr) == (255, f"FATAL:   {file}: {said}\n")
+
+
+def test_keys_count_in_any_case(installed: Installation, sif: Path, tmp_path: Path) -> None:
+    """As with Apptainer; that none of them is called unknown is as important."""
+    file = tmp_path / "limits.toml"
+    file.write_text("[Pids]\nLIMIT = 1\n")
+    words = ("--apply-cgroups", file, sif, "sh", "-c", "true | true")
+    done = installed.run("exec", *words, root=True)
+    assert done.returncode != 0
+    assert "unknown" not in done.stderr
+    assert "fork" in done.stderr
 
 
 @pytest.mark.parametrize("more", [(), ("-u",)])

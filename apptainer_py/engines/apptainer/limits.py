@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
+    from apptainer_py.engines.oci.keys import ConfigWrong
     from apptainer_py.host.cgroups import Manager
     from apptainer_py.model.request import ActionRequest
     from apptainer_py.runtime.contexts import Facts
@@ -85,18 +86,49 @@ def _checked(path: str, found: dict[str, Any]) -> dict[str, Any]:
     from apptainer_py.engines.oci.keys import RESOURCES, ConfigWrong, check_keys
     from apptainer_py.host.cgroups.limits import LimitWrong
 
-    for key in sorted(set(found) - set(RESOURCES)):
-        log.warning(f"{path}: {key} is unknown and ignored")
-    for key, inner in found.items():
-        shape = RESOURCES.get(key)
-        if isinstance(shape, dict) and isinstance(inner, dict) and "" in shape:
-            for name in sorted(set(inner) - set(shape)):
-                log.warning(f"{path}: {key}.{name} is unknown and ignored")
     try:
         check_keys(found, RESOURCES)
     except ConfigWrong as error:
-        raise LimitWrong(text=f"{path}: {error}") from None
+        raise LimitWrong(text=f"{path}: {_in_words(error)}") from None
+    for key in _unknown(found, RESOURCES, ""):
+        log.warning(f"{path}: {key} is unknown and ignored")
     return found
+
+
+def _unknown(found: object, shape: object, path: str) -> list[str]:
+    """Return the keys that mean nothing, in their own order, each once."""
+    if isinstance(found, list) and isinstance(shape, list):
+        each = [key for one in found for key in _unknown(one, shape[0], path)]
+        return list(dict.fromkeys(each))
+    if not isinstance(found, dict) or not isinstance(shape, dict | tuple):
+        return []
+    unknown: list[str] = []
+    for key, value in found.items():
+        inner = shape[0] if isinstance(shape, tuple) else shape.get(key)
+        name = f"{path}.{key}" if path else key
+        unknown += _unknown(value, inner, name) if inner is not None else [name]
+    return unknown
+
+
+_WORDS = {
+    "object": "table",
+    "int": "whole number",
+    "uint": "number from 0 on",
+    "bool": "boolean",
+    "[]": "array",
+    "specs": "table",
+    "map": "table",
+}
+
+
+def _in_words(error: ConfigWrong) -> str:
+    """Return what is wrong as who writes TOML calls it, where the type is."""
+    what, _, wanted = str(error).removeprefix("json: cannot unmarshal ").rpartition(" of type ")
+    if not what or not wanted:
+        return str(error)
+    kind = what.partition(" into ")[0]
+    words = next((word for name, word in _WORDS.items() if wanted.startswith(name)), wanted)
+    return f"{error.key} is a {_WORDS.get(kind, kind)}, and has to be of type {words}"
 
 
 def _with_manager(
