@@ -87,6 +87,8 @@ def find_networks(directory: str, names: tuple[str, ...]) -> tuple[Network, ...]
         raise NetworkWrong(text=f"network setup failed: {directory}: {reason}") from None
     known: dict[str, Network] = {}
     for file in files:
+        if known.keys() >= {*names}:
+            break  # what is wrong in a file behind them is nobody's concern who has these
         path = f"{directory}/{file}"
         try:
             network = _network(path, json.loads(read_own(path)))
@@ -232,23 +234,27 @@ def port_taken(port: dict[str, Any], error: int) -> NetworkWrong:
 
 
 def check_ports(arguments: Arguments) -> None:
-    """Refuse a port that the caller could not bind.
+    """Refuse a port that the caller could not bind, or that is asked for twice.
 
     Raises:
         NetworkWrong: names it.
     """
     import socket
 
-    for port in arguments.ports:
-        kind = socket.SOCK_DGRAM if port["protocol"] == "udp" else socket.SOCK_STREAM
-        if port["protocol"] == "sctp":
-            continue
-        with socket.socket(socket.AF_INET, kind) as one:
-            if kind == socket.SOCK_STREAM:
+    bound = []
+    try:
+        for port in arguments.ports:
+            stream = port["protocol"] == "tcp"
+            one = socket.socket(socket.AF_INET, socket.SOCK_STREAM if stream else socket.SOCK_DGRAM)
+            bound.append(one)
+            if stream:
                 one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 one.bind(("", port["hostPort"]))
-                if kind == socket.SOCK_STREAM:
+                if stream:
                     one.listen(1)
             except OSError as error:
                 raise port_taken(port, error.errno or 0) from None
+    finally:
+        for one in bound:
+            one.close()

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from typing import Any
 
 PROGRAM = "/usr/bin/pasta"
+_DEVICE = "/dev/net/tun"
+# pasta's words for a host that has no network itself.
+_NO_ROUTE = "External interface not usable"
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
 # Stays until its stdin ends, which is when we end, whoever kills us.
 _HOLD = "echo r; read -r end"
@@ -36,6 +39,7 @@ class Pasta:
         """
         if not os.path.exists(PROGRAM):
             raise NoPasta(reason=f"{PROGRAM} is not installed: install the package passt")
+        _check_device()
         self.network_fd = -1
         self._errors = os.memfd_create("pasta", os.MFD_CLOEXEC)
         stdin, self._life = os.pipe2(os.O_CLOEXEC)
@@ -84,6 +88,8 @@ class Pasta:
     def _why(self) -> str:
         text = os.pread(self._errors, 4096, 0).decode("utf-8", "backslashreplace").strip()
         lines = [line for line in text.splitlines() if "syslog" not in line]
+        if _NO_ROUTE in text:
+            return f"{_NO_ROUTE}: the host has no default route"
         return lines[-1] if lines else "pasta gave no reason"
 
     def _open_network(self) -> int:
@@ -99,6 +105,19 @@ class Pasta:
         """End it, and wait until it has ended."""
         os.close(self._life)
         os.waitpid(self._pid, 0)
+
+
+def _check_device() -> None:
+    """Say what pasta would not: which device it is, and who can help."""
+    import errno
+
+    try:
+        os.close(os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        missing = error.errno == errno.ENOENT
+        advice = "load the module tun" if missing else "ask your administrator for mode 0666"
+        reason = f"{_DEVICE}: {str(error.strerror).lower()}: {advice}"
+        raise NoPasta(reason=reason) from None
 
 
 def _apart(fd: int) -> int:

@@ -172,7 +172,8 @@ def test_without_its_device_there_is_no_such_network(
     Path("/dev/net/tun").chmod(0o600)
     done = run(installed.program, flow, [*USER, sif, "echo", "ran"])
     assert (done.returncode, done.stdout) == (255, "")
-    assert "the network user cannot be set up: " in done.stderr
+    why = "permission denied: ask your administrator for mode 0666"
+    assert f"the network user cannot be set up: /dev/net/tun: {why}\n" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     eventually(lambda: pastas() <= before, "pasta has ended")
 
@@ -181,6 +182,8 @@ def test_without_its_device_there_is_no_such_network(
 @pytest.mark.parametrize(
     ("argument", "said"),
     [("portmap=80:80/tcp", "host port 80/tcp cannot be used: permission denied"),
+     ("portmap=8080:80/sctp", "the network user passes on tcp and udp, and no sctp"),
+     ("portmap=8096:80/tcp;portmap=8096:81/tcp", "8096/tcp cannot be used: address already in use"),
      ("IP=10.0.0.1", "takes no argument but portmap"), ("x", "invalid argument: x")],
 )  # fmt: skip
 def test_arguments_of_that_network(

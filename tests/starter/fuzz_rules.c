@@ -10,6 +10,10 @@ int networks_wait_for(pid_t pid) {
     return (int)pid;
 }
 
+int networks_be_child(pid_t parent) {
+    return (int)parent;
+}
+
 #define NUMBER "apptainer-py-71"
 
 static const char *const pieces[] = {

@@ -118,6 +118,8 @@ def _users_own(action: ActionRequest, context: PrepareContext) -> UserNetwork:
     (arguments,) = cni.parse_arguments(action.network_args, (USER,))
     if arguments.pairs:
         raise cni.NetworkWrong(text="the network user takes no argument but portmap")
+    if any(port["protocol"] == "sctp" for port in arguments.ports):
+        raise cni.NetworkWrong(text="the network user passes on tcp and udp, and no sctp")
     cni.check_ports(arguments)
     return UserNetwork(arguments, context)
 

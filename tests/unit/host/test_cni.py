@@ -54,6 +54,16 @@ def test_where_a_container_is_to_be_found(said: bytes, address: str) -> None:
     assert cni.address_of(said) == address
 
 
+def test_a_wrong_file_behind_those_that_are_wanted_is_nobodys_concern(
+    own: None, tmp_path: Path
+) -> None:
+    write(tmp_path, "10.conflist", CHAIN)
+    write(tmp_path, "20.conflist", "{")
+    assert cni.find_networks(str(tmp_path), ("lan",))
+    with pytest.raises(cni.NetworkWrong, match=r"20\.conflist"):
+        cni.find_networks(str(tmp_path), ("lan", "other"))
+
+
 def test_the_first_file_of_a_name_counts(own: None, tmp_path: Path) -> None:
     write(tmp_path, "10.conflist", CHAIN)
     write(tmp_path, "20.conflist", {**CHAIN, "plugins": [{"type": "other"}]})
