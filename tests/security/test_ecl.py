@@ -22,6 +22,7 @@ from apptainer_py.host.ecl import ExecGroup
 from apptainer_py.image import detect, integrity, sif
 from tests import fixtures, images
 from tests.own_install import Installation
+from tests.security import elsewhere
 
 pytestmark = pytest.mark.skipif(
     not images.have_real_apptainer(), reason="did not run: no real Apptainer on this machine"
@@ -233,6 +234,22 @@ def test_the_directory_decides_which_rule(own, signed):
     link = signed.folder.parent / "link.sif"
     link.symlink_to(signed.first)
     assert FORBIDDEN in own.run("exec", link, "true").stderr
+
+
+@pytest.mark.parametrize("how", ["bind", "tmpfs"])
+def test_a_directory_of_another_namespace_is_none_of_a_rules(own, signed, readable_tmp, how):
+    """There the user puts any file into any directory, and the kernel tells that path of it."""
+    strict = readable_tmp / f"strict-{how}"
+    strict.mkdir()
+    shutil.copy(signed.first, strict / "image.sif")
+    write_list(own, signed, rule("whitelist", SECOND, str(strict)))
+    script = f"mount --bind {signed.folder} {strict}"
+    if how == "tmpfs":
+        script = f"mount -t tmpfs none {strict} && cp {signed.second} {strict}/second.sif"
+    with elsewhere.namespace(own, script) as root:
+        done = own.run("exec", f"{root}{strict}/second.sif", "echo", "ran")
+    assert (done.returncode, done.stdout) == (255, "")
+    assert f"{strict}/second.sif not part of any execgroup" in done.stderr
 
 
 WRONG = [
