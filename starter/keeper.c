@@ -767,7 +767,9 @@ static void stop_by(int number) {
 }
 
 static void child_stopped(struct keeper *k, pid_t pid, int number) {
-    if (pid == k->container && k->phase == RUN && getpgid(pid) == getpgrp())
+    /* An instance is nobody's job: who would let us go on? */
+    bool job = !(k->launch->plan.flags & PLAN_INSTANCE);
+    if (job && pid == k->container && k->phase == RUN && getpgid(pid) == getpgrp())
         stop_by(number);
     /* It has a session of its own, so this is no job's stop, and would hang all that read it. */
     for (size_t i = 0; i < LIMIT_FUSE_DEVICES; i++)

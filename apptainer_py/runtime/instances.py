@@ -470,6 +470,20 @@ def look(folder: int) -> Process:
         raise ValueError("this is no process") from None
 
 
+def is_stopped(pid: int) -> bool:
+    """Return whether a process does nothing until SIGCONT."""
+    try:
+        folder = process_folder(pid)
+    except OSError:
+        return False
+    try:
+        return read_at(folder, "stat").rpartition(")")[2].split()[0] == "T"
+    except (OSError, IndexError):
+        return False
+    finally:
+        os.close(folder)
+
+
 def boot_id() -> str:
     """Return what stands for the time from this start of the machine to the next."""
     try:

@@ -36,6 +36,11 @@ class StillThere(ApptainerError):
     message = "instance {name} (PID={pid}) has not ended"
 
 
+class KeeperStays(ApptainerError):
+    message = "what keeps instance {name} (PID={pid}) has not ended, and holds the name"
+    hint = "`kill -9 {pid}` ends it"
+
+
 class _Target:
     """An instance that is being stopped, held by descriptors of its process and of the keeper."""
 
@@ -51,6 +56,21 @@ class _Target:
             signal.pidfd_send_signal(self.process, number)
         except ProcessLookupError:
             return
+
+    def wake(self) -> None:
+        """Let go on what has been stopped (SIGSTOP), and would heed nothing but SIGKILL."""
+        import signal
+
+        for pid, descriptor in (
+            (self.instance.pid, self.process),
+            (self.instance.ppid, self.keeper),
+        ):
+            if not instances.is_stopped(pid):
+                continue
+            try:
+                signal.pidfd_send_signal(descriptor, signal.SIGCONT)
+            except OSError:
+                continue  # it has ended since
 
     def describe(self) -> str:
         one = self.instance
@@ -151,6 +171,7 @@ def _stop(targets: list[_Target], wanted: int, timeout_s: int) -> None:
     for target in targets:
         log.info(f"Stopping {target.describe()}")
         target.send(wanted or _own_signal(target.instance))
+        target.wake()
     left = _wait(targets, timeout_s)
     for target in left:
         log.info(f"Killing {target.describe()} (Timeout)")
@@ -158,7 +179,8 @@ def _stop(targets: list[_Target], wanted: int, timeout_s: int) -> None:
     for target in _wait(left, _LAST_WORDS_S):
         raise StillThere(name=target.instance.name, pid=target.instance.pid)
     # The name is free when the last of the instance's processes has gone.
-    _wait(targets, _LAST_WORDS_S, keepers=True)
+    for target in _wait(targets, _LAST_WORDS_S, keepers=True):
+        raise KeeperStays(name=target.instance.name, pid=target.instance.ppid)
 
 
 def _own_signal(instance: instances.Instance) -> int:

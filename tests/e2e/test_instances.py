@@ -333,6 +333,23 @@ def test_starts_of_one_name_at_once(own: Instances, image: Path) -> None:
     assert list(own.listed()) == ["apy-test-1"]
 
 
+@pytest.mark.parametrize("who", ["pid", "ppid"])
+def test_who_is_stopped_can_be_ended(own: Instances, user_tmp: Path, who: str) -> None:
+    """First process or keeper: neither stops for the other's sake, as nobody's job does."""
+    image = service(user_tmp, "exec sleep 1000")
+    assert own.start(image, "apy-test-1").returncode == 0
+    record = json.loads(own.record("apy-test-1").read_text())
+    stopped = Path(f"/proc/{record[who]}/stat")
+    os.kill(record[who], signal.SIGSTOP)
+    eventually(lambda: stopped.read_text().rpartition(")")[2].split()[0] == "T", "it has stopped")
+    done = own.run("exec", *own.option(), "instance://apy-test-1", "echo", "joined")
+    assert (done.returncode, done.stdout) == (0, "joined\n"), done.stderr
+    done = own.run("instance", "stop", "apy-test-1")
+    assert (done.returncode, done.stderr.count("Killing")) == (0, 0), done.stderr
+    assert own.listed() == {}
+    assert own.start(image, "apy-test-1").returncode == 0
+
+
 def test_a_name_whose_record_is_lost(own: Instances, image: Path) -> None:
     """It is held as long as the instance lives, and who wants it is told by whom."""
     assert own.start(image, "apy-test-1").returncode == 0
