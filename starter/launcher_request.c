@@ -84,6 +84,12 @@ static int make_file(size_t size, char **base) {
     return -1;
 }
 
+/* Its soft limit, which the payload shall have again; 0 where it cannot be read. */
+static uint64_t stack_limit(void) {
+    struct rlimit limit;
+    return getrlimit(RLIMIT_STACK, &limit) == 0 ? (uint64_t)limit.rlim_cur : 0;
+}
+
 static struct request_header describe(const struct choice *c, struct extent args,
                                       struct extent env, size_t cwd_bytes) {
     struct request_header h = {
@@ -109,6 +115,7 @@ static struct request_header describe(const struct choice *c, struct extent args
     h.forecast_spaces = c->forecast.spaces;
     h.forecast_flags = c->forecast.flags;
     h.image_arg = c->image_arg;
+    h.stack_limit = stack_limit();
     return h;
 }
 

@@ -54,6 +54,14 @@ static void check_build(const struct request_header *h) {
              0);
 }
 
+/* The kernel has lowered a larger soft limit to 8 MiB; anybody may raise theirs to the hard one. */
+static void keep_stack_limit(struct launch *l) {
+    struct rlimit *stack = &l->inherited.limits[RLIMIT_STACK];
+    rlim_t asked = (rlim_t)l->request.stack_limit;
+    if (l->flow == FLOW_SETUID && asked > stack->rlim_cur)
+        stack->rlim_cur = asked < stack->rlim_max ? asked : stack->rlim_max;
+}
+
 void request_open(struct launch *l, int argc, char *const argv[]) {
     struct stat st;
     l->request_fd = argc > 1 ? number_in(argv[1]) : -1;
@@ -79,6 +87,7 @@ void request_open(struct launch *l, int argc, char *const argv[]) {
         if (l->flow == FLOW_ROOT)
             l->flow = FLOW_USERNS; /* exec has brought back what keeper had given up */
     }
+    keep_stack_limit(l);
     l->trace_file = -1;
     if (l->request.flags & REQUEST_TRACE && l->request.trace_fd >= 3 &&
         l->request.trace_fd != l->request_fd &&

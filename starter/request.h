@@ -21,10 +21,10 @@
 #include <stdint.h>
 
 #define REQUEST_MAGIC "APYREQ1"          /* 8 bytes with its NUL */
-#define REQUEST_VERSION 2u
+#define REQUEST_VERSION 3u
 #define REQUEST_BUILD_ID_BYTES 64
-#define REQUEST_ARGC_MAX 65536u          /* 1 ≤ argc; envc has the same bound */
-#define REQUEST_ENVC_MAX 65536u
+#define REQUEST_ARGC_MAX (1u << 20)      /* 1 ≤ argc; more than execve(2) takes, as for envc */
+#define REQUEST_ENVC_MAX (1u << 20)
 #define REQUEST_CWD_MAX 4096u            /* with its NUL */
 #define REQUEST_ENGINE_MAX 64u
 /* Size: at most LIMIT_REQUEST_BYTES.  F_SEAL_EXEC (0x20) may be set beside these. */
@@ -65,8 +65,9 @@ struct request_header {
     uint32_t forecast_spaces;            /* enum space */
     uint32_t forecast_flags;             /* enum plan_flag */
     uint32_t image_arg;                  /* which argument is the image; the command follows it */
+    uint64_t stack_limit;                /* soft, in bytes: execve of a setuid program lowers it */
 };
 
-_Static_assert(sizeof(struct request_header) == 144, "no padding");
+_Static_assert(sizeof(struct request_header) == 152, "no padding");
 
 #endif

@@ -31,7 +31,7 @@ PYTHON = "/usr/bin/python3"
 PATH = "/usr/local/bin:/usr/bin:/bin"
 DEADLINE_S = 20.0
 PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER = 36, 37
-REQUEST_VERSION, REQUEST_BYTES = 2, 144
+REQUEST_VERSION, REQUEST_BYTES = 3, 152
 Completed = subprocess.CompletedProcess[str]
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -219,10 +219,10 @@ def request_bytes(
         offsets.append(at)
         at += len(piece)
     head = struct.pack(
-        "=8sII64sIIIi8I4I",
+        "=8sII64sIIIi8I4IQ",
         b"APYREQ1\0", REQUEST_VERSION, REQUEST_BYTES, build_id.encode(), flow, 0,
         int(trace_fd >= 0) | flags, trace_fd, len(arguments), len(environment), *offsets, at,
-        *forecast,
+        *forecast, 0,
     )  # fmt: skip
     return head + b"".join(packed)
 

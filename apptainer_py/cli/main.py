@@ -16,6 +16,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from _typeshed import ReadableBuffer
+
 EXIT_PIPE = 141
 EXIT_INTERRUPTED = 130
 
@@ -50,6 +52,8 @@ def main(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> int:
         status = EXIT_PIPE
     except KeyboardInterrupt:
         status = EXIT_INTERRUPTED
+    except OSError as error:
+        status = _failed(error)
     except Exception as error:  # noqa: BLE001 the last line before the user
         status = report.show_bug(error)
     return status
@@ -61,13 +65,48 @@ def _flush() -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise CannotPrint(reason=(error.strerror or "").lower()) from None
+        raise _unprinted(error) from None
+
+
+def _unprinted(error: OSError) -> CannotPrint:
+    return CannotPrint(reason=(error.strerror or "").lower())
+
+
+class Output(io.FileIO):
+    """The standard output, whose failures can be told from those of other files."""
+
+    failure: OSError | None = None
+
+    def write(self, data: ReadableBuffer) -> int:
+        """Write some of it, and keep what goes wrong."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.failure = error
+            raise
+
+
+def _failed(error: OSError) -> int:
+    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    if isinstance(raw, Output) and raw.failure is error:
+        return report.show(_unprinted(error))
+    return report.show_bug(error)
+
+
+def _take_output() -> None:
+    """Have names and labels printed as the bytes that they are, and failures told."""
+    was = sys.stdout
+    if type(was) is io.TextIOWrapper and was.fileno() == 1:
+        sys.stdout = io.TextIOWrapper(
+            io.BufferedWriter(Output(1, "w", closefd=False)),
+            encoding=was.encoding,
+            errors="surrogateescape",
+            line_buffering=was.line_buffering,
+        )
 
 
 def _run(arguments: Sequence[str], environ: Mapping[str, str], command: list[str]) -> int:
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # Names and labels are printed as the bytes that they are.
-        sys.stdout.reconfigure(errors="surrogateescape")
+    _take_output()
     try:
         parsed = parse(arguments, environ)
     except UnknownCommand as unknown:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from apptainer_py.base import log
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from apptainer_py.model.request import Invocation
 
 EXIT_BUG = 255
+NO_DIRECTORY = "the current directory has no path (was it removed?): go to another one"
 
 
 def begin(request: Invocation, *, told: bool = False) -> None:
@@ -44,8 +46,22 @@ def show(error: ApptainerError, *, command: str = "") -> int:
     return error.exit_code
 
 
+def no_directory(error: BaseException) -> bool:
+    """Return whether a path could not be completed for want of a current directory."""
+    if not isinstance(error, OSError) or error.filename is not None:
+        return False
+    try:
+        os.getcwd()
+    except OSError as reason:
+        return reason.errno == error.errno
+    return False
+
+
 def show_bug(error: BaseException) -> int:
     """Tell the user that this program is wrong; the traceback is for those who asked for it."""
+    if no_directory(error):
+        log.fatal(NO_DIRECTORY)
+        return EXIT_BUG
     text = str(error)
     log.fatal(f"{type(error).__name__}: {text}" if text else type(error).__name__)
     if log.level >= log.DEBUG:

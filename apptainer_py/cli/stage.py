@@ -62,6 +62,12 @@ def main() -> int:
         told = info["reason"] == protocol.REASON_ENGINE
         return stages.run(info, lambda *read: _parse(*read, told=told), _load_builtin)
     except Exception as error:  # noqa: BLE001  the last resort: a traceback is no message
+        if info["stage"] == protocol.STAGE_MASTER:  # stage 2 has sealed itself
+            from apptainer_py.cli import report
+
+            if report.no_directory(error):
+                log.fatal(report.NO_DIRECTORY)
+                return 255
         log.fatal(f"internal error: {type(error).__name__}: {error}; run with -d for details")
         if log.level >= log.DEBUG and info["stage"] != protocol.STAGE_START:
             import traceback

@@ -73,26 +73,27 @@ def parse(text: str, *, docker: bool = True) -> Reference:
         BadReference: it is none.
     """
     name = text.removeprefix("//")
+    shown = f"{'docker' if docker else 'oras'}:{text}" if name != text else text
     rest, at, digest = name.partition("@")
     if at and not _DIGEST.fullmatch(digest):
-        raise BadReference(name=text, reason=f"{digest[:100]!r} is no digest")
+        raise BadReference(name=shown, reason=f"{digest[:100]!r} is no digest")
     first, slash, path = rest.partition("/")
     if slash and ("." in first or ":" in first or first in ("localhost",) or not docker):
         host = first
     else:
         if not docker:
-            raise BadReference(name=text, reason="it has no host")
+            raise BadReference(name=shown, reason="it has no host")
         host, path = DOCKER_HUB, rest
     repository, _, tag = path.partition(":")
     if not _HOST.fullmatch(host):
-        raise BadReference(name=text, reason=f"{host[:100]!r} is no host")
+        raise BadReference(name=shown, reason=f"{host[:100]!r} is no host")
     if host in _DOCKER_NAMES:
         host = DOCKER_HUB
         repository = repository if "/" in repository else f"library/{repository}"
     if not _REPOSITORY.fullmatch(repository) or len(repository) > _REPOSITORY_MOST:
-        raise BadReference(name=text, reason=f"{repository[:100]!r} is no repository")
+        raise BadReference(name=shown, reason=f"{repository[:100]!r} is no repository")
     if ":" in path and not _TAG.fullmatch(tag):
-        raise BadReference(name=text, reason=f"{tag[:100]!r} is no tag")
+        raise BadReference(name=shown, reason=f"{tag[:100]!r} is no tag")
     return Reference(
         host=host, repository=repository, tag=tag or ("" if digest else "latest"), digest=digest
     )

@@ -81,5 +81,5 @@ def _host(uri: str, wrong: type[ApptainerError]) -> str:
     if not colon or transport not in _TRANSPORTS:
         raise wrong(uri=uri, reason="transport is not supported")
     host = rest.partition("/")[0]
-    parsed = reference.parse(f"//{host}/x", docker=False)
+    parsed = reference.parse(f"{host}/x", docker=False)
     return parsed.host

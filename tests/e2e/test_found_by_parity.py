@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,3 +120,97 @@ def test_a_home_wins_over_an_empty_tmp(own, sif, place):
     (place / "file").write_text("of the home\n")
     done = own.run("exec", "-c", "-H", f"{place}:/tmp", sif, "cat", "/tmp/file")
     assert (done.returncode, done.stdout) == (0, "of the home\n"), done.stderr
+
+
+SPACES = ["", "-u"]
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("kib", [-1, 100_000])
+def test_the_stack_limit_is_the_callers(own, sif, space, kib):
+    """The kernel lowers it to 8 MiB when the setuid starter begins."""
+    size = resource.RLIM_INFINITY if kib < 0 else kib << 10
+    hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
+    if hard not in (resource.RLIM_INFINITY, -1):
+        pytest.skip("did not run: this machine's hard limit of the stack is a number")
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_STACK, (size, hard))
+
+    words = ["exec", *space.split(), sif, "sh", "-c", "ulimit -s"]
+    done = own.run(*words, preexec_fn=limit)
+    assert done.stdout == ("unlimited\n" if kib < 0 else f"{kib}\n"), done.stderr
+
+
+def test_more_words_than_sixteen_bits_count(own, sif):
+    done = own.run("exec", sif, "sh", "-c", "echo $#", *map(str, range(100_000)))
+    assert (done.returncode, done.stdout) == (0, "99999\n"), done.stderr
+
+
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_root_makes_nothing_among_the_hosts_devices(own, sif, place, kind):
+    source = place / "source"
+    source.touch() if kind == "file" else source.mkdir()
+    target = Path("/dev", f"{place.name}-{kind}")
+    done = own.run("exec", "-B", f"{source}:{target}", sif, "true", root=True)
+    assert done.returncode == 255
+    assert f"destination {target} doesn't exist in container" in done.stderr
+    assert "nothing can be made in /dev" in done.stderr
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("cwd", ["/bin", "/usr/bin", "/lib"])
+def test_the_hosts_programs_do_not_cover_the_images(own, sif, cwd):
+    """Where /bin is a link, the current directory is /usr/bin."""
+    done = own.run("exec", sif, "cat", "/proc/self/mountinfo", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    points = [line.split()[4] for line in done.stdout.splitlines()]
+    assert not {"/bin", "/usr/bin", "/lib", "/usr/lib"} & {*points}
+
+
+REMOVED = 'mkdir d && cd d && rmdir ../d && exec "$@"'
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "told"),
+    [
+        (("exec", "{sif}", "pwd"), 0, "WARNING: the current directory has no path"),
+        (("exec", "-B", ".:/mnt", "{sif}", "true"), 255, "bind path: .: the current directory"),
+        (("exec", "-c", "-W", "w", "{sif}", "true"), 255, "FATAL:   the current directory has no"),
+    ],
+)
+def test_a_current_directory_that_is_gone(own, sif, user_tmp, words, status, told):
+    argv = ["sh", "-c", REMOVED, "sh", own.program, *(word.format(sif=sif) for word in words)]
+    done = subprocess.run(
+        argv, cwd=user_tmp, env=own.environment(), capture_output=True, text=True, check=False,
+        **own.identity(),
+    )  # fmt: skip
+    assert done.returncode == status, done.stderr
+    assert [line for line in done.stderr.splitlines() if told in line], done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+WRONG_LIMITS = [
+    ("--memory 10x", "invalid memory value: invalid size: '10x'"),
+    ("--cpus x", "invalid cpus value: can't convert x to decimal"),
+    ("--cpus 1e9", "cpus value must be in range 0.01 - "),
+    ("--blkio-weight 5", "blkio-weight must be in range 10-1000"),
+    ("--apply-cgroups /nonexistent", "open /nonexistent: no such file or directory"),
+    ("--memory 1G --apply-cgroups /etc/passwd", "cannot apply a cgroups TOML file while"),
+]
+
+
+def test_who_joins_is_told_what_is_wrong_and_what_has_no_effect(own, sif):
+    started = own.run("instance", "start", sif, "parity")
+    assert started.returncode == 0, started.stderr
+    try:
+        for words, told in WRONG_LIMITS:
+            done = own.run("exec", *words.split(), "instance://parity", "true")
+            assert done.returncode == 255
+            assert done.stderr.startswith(f"FATAL:   {told}"), words
+            assert len(done.stderr.splitlines()) == 1
+        done = own.run("exec", "-H", "relative", "instance://parity", "true")
+        assert done.returncode == 0, done.stderr
+        assert "--home: without effect" in done.stderr
+    finally:
+        own.run("instance", "stop", "-F", "parity")

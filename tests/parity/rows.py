@@ -14,6 +14,8 @@ and as root, unless `flows` says otherwise.  `form` says how stdout is read:
     instances  what `instance list` prints (stdout)
     payload  /proc/self/{status,limits,mountinfo,environ} (process, limits, mounts, environ)
 
+`under` is what a shell does before it becomes the program: `exec "$@"` follows, or is in it.
+
 `differs` names what may differ, one of these aspects or status or said (warnings and errors), and
 why; `aspect@flow` is for one flow.  A test fails where such a difference is gone.
 """
@@ -38,6 +40,7 @@ class Case:
     cwd: str = "{work}"
     umask: int = 0o022
     flows: tuple[str, ...] = ALL
+    under: str = ""
     differs: dict[str, str] = field(default_factory=dict)
 
 

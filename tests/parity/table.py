@@ -760,7 +760,180 @@ OTHERS = [
     ),
 ]
 
+IGNORED = "what the caller ignores stays ignored, as for each program that nohup starts"
+ITSELF = "the kernel lays no directory over itself, as it does not for the real one as root"
+BELOW_FILE = "a file of the image is not made a directory for what is bound below it"
+GONE = "one line says that the current directory has no path"
+REMOVED = "mkdir {own}/d; cd {own}/d; rmdir {own}/d"
+CLOSED = "a directory that is open is entered without its path"
+LINK = "the real one starts in an empty directory of the link's name"
+NO_NAME = "the directory is named as it is on the host, without links"
+MANY = "as many words as the kernel takes, where the real one's bound is its own"
+SMALL = "the real one's language needs more"
+DECIMAL_ROOT = {"status@root": CGROUPFS, "said@root": CGROUPFS}
+NO_PATH = "who has no PATH has no USER_PATH"
+TOO_SMALL = "64 files are the least, and said to be"
+SURROUNDINGS = [
+    *(
+        Case(f"exec {options} {{sif}} sh -c 'ulimit -s; ulimit -Hs'", under=f"ulimit -{limit}")
+        for options in ("", "-p")
+        for limit in ("s unlimited", "s 100000", "Ss 100000", "Ss 4000")
+    ),
+    *(
+        Case(
+            f"exec {{sif}} sh -c 'ulimit -{limit[0]}; ulimit -H{limit[0]}'",
+            under=f"ulimit -S{limit}",
+        )
+        for limit in ("n 64", "n 16", "c 0", "l 0", "t 50", "d 1000", "i 0", "q 0", "e 5")
+    ),
+    Case(
+        "exec {sif} true",
+        under="ulimit -n 16",
+        differs={"status@root": TOO_SMALL, "said": TOO_SMALL},
+    ),
+    Case("exec {sif} true", under="ulimit -Sv 200000", differs={"status": SMALL}),
+    *(
+        Case(
+            "exec {sif} sh -c 'for n in 0 1 2 7; do readlink /proc/self/fd/$n; done | cut -d: -f1'",
+            under=under,
+        )
+        for under in ("exec <&-", "exec 2>&-", "exec <&- 2>&-", "exec 7</etc/hostname")
+    ),
+    *(
+        Case("exec {sif} sh -c 'echo x; exit 3'", under=f"exec {redirected}")
+        for redirected in (">&-", "<&- >&-", "<&- >&- 2>&-", ">/dev/full", "</dev/full")
+    ),
+    Case("exec {sif} sh -c yes", under='"$@" | head -1; echo ${PIPESTATUS[*]}'),
+    Case("exec -p {sif} yes", under='"$@" | head -1; echo ${PIPESTATUS[*]}'),
+    Case(
+        "exec {sif} sh -c 'grep SigIgn /proc/self/status'",
+        under="trap '' HUP INT PIPE",
+        differs={"stdout": IGNORED},
+    ),
+    *(
+        Case(f"exec {{sif}} sh -c '{command}'", under=under)
+        for command in ("pwd; id -u", "exit 3", "kill -9 $$")
+        for under in (
+            'exec setsid -w "$@"',
+            'exec timeout 60 "$@"',
+            'exec nohup "$@" 2>/dev/null',
+            'exec nice -n 3 "$@"',
+            'echo a | xargs "$@"',
+            'exec env -u HOME -u USER "$@"',
+        )
+    ),
+    *(
+        environment("exec {sif} env", under=under)
+        for under in (
+            "unset HOME USER",
+            "export PATH=",
+            "export HOME=/nonexistent",
+            "export HOME=relative",
+            "export B1=$'a\\nb'",
+            "export HOME=",
+        )
+    ),
+    environment("exec {sif} env", under="unset PATH", differs={"stdout": NO_PATH}),
+    Case("exec {sif} pwd", under=REMOVED, differs={"said": GONE}),
+    Case("run {sif} a", under=REMOVED, differs={"said": GONE}),
+    Case("exec -c {sif} pwd", under=REMOVED, differs={"said": GONE}),
+    Case("exec --pwd /etc {sif} pwd", under=REMOVED, differs={"said": GONE, "stdout": GONE}),
+    Case("exec -B .:/mnt {sif} true", under=REMOVED, differs={"said": GONE, "status": GONE}),
+    Case("exec -c -W w {sif} true", under=REMOVED, differs={"said": GONE}),
+    Case("build o.sif {sandbox}", under=REMOVED, differs={"said": GONE}, flows=(SETUID,)),
+    Case(
+        "exec {sif} pwd",
+        under="mkdir -p {own}/d/e; cd {own}/d/e; chmod 0 {own}/d",
+        differs={"status@setuid": CLOSED, "stdout@setuid": CLOSED, "said@setuid": CLOSED},
+    ),
+    Case("exec {sif} sh -c 'pwd; ls'", under="cd {work}/link", differs={"stdout": LINK}),
+    Case("exec {sif} pwd", under="cd /bin", differs={"stdout": NO_NAME}),
+    Case("exec {sif} pwd", under="cd /lib", differs={"said": NO_NAME}),
+    Case("exec {sif} sh -c 'pwd | wc -l'", under="mkdir {own}/$'a\\nb'; cd {own}/$'a\\nb'"),
+    *(
+        Case(f"exec {{sif}} sh -c 'echo $#; echo ${{#1}}' {words}", under=under)
+        for words in ("x", "'' ' '")
+        for under in (
+            'exec "$@" $(seq 1 100000)',
+            'exec "$@" $(printf %0130000d 1)',
+            "exec \"$@\" $'a\\nb'",
+        )
+    ),
+    Case(
+        "exec {sif} sh -c 'echo $#'",
+        under='ulimit -s unlimited; exec "$@" $(seq 1 280000)',
+        differs={"status": MANY, "stdout": MANY, "said": MANY},
+    ),
+    *(
+        Case(f"exec {options} {{sif}} sh -c 'umask; pwd; ls -ld $HOME | cut -c1-10'", umask=0o777)
+        for options in ("", "-c", "-C --hostname box", "-W {away} -c", "-B {data}:/new/deep")
+    ),
+]
+SETTLED = [
+    *(
+        Case(
+            f"exec -B {{data}}{name}:{target} {{sif}} true",
+            differs={"status": BELOW_FILE, "said": BELOW_FILE},
+        )
+        for name, target in (("/file", "/etc/hosts/y"), ("", "/etc/hosts/y"))
+    ),
+    Case(
+        "exec -B {data}:/etc/test-release/y {sif} true",
+        differs={"status": BELOW_FILE, "said": BELOW_FILE},
+    ),
+    *(
+        Case(f"exec -B {{data}}{name}:{target} {{sif}} true")
+        for name, target in (
+            ("/file", "/dev/par-file"),
+            ("", "/dev/par-folder"),
+            ("/file", "/proc/x"),
+            ("", "/sys/x"),
+            ("/file", "/dev/null/y"),
+        )
+    ),
+    *(
+        Case(
+            f"exec --overlay {{sandbox}}{below}:ro {{sandbox}} true",
+            differs={"status@setuid": ITSELF, "status@userns": ITSELF, "said": ITSELF},
+        )
+        for below in ("", "/etc")
+    ),
+    *(
+        Case(f"exec --cpus {value} {{sif}} true")
+        for value in ("1e400", "1e-5", "0x1", "1_0", "inf", "nan", "' 1'", "0.009", "-1e1")
+    ),
+    *(
+        Case(f"exec --cpus {value} {{sif}} true", differs=DECIMAL_ROOT)
+        for value in ("1e-2", "+1", ".5", "1.", "00.5")
+    ),
+    *(
+        sequence(
+            "instance start --env A=1 {sif} one", line, "instance stop one", flows=(SETUID, ROOT)
+        )
+        for line in (
+            "exec --env B=2 instance://one sh -c 'echo $A $B'",
+            "exec --env A=2 instance://one sh -c 'echo $A'",
+            "exec --env-file {env} instance://one sh -c 'echo $EF1 $EF2 $EF3'",
+            "run --env B=2 instance://one a",
+            *(
+                f"exec {words} instance://one echo joined"
+                for words in (
+                    "--memory 10x",
+                    "--memory -1",
+                    "--cpus x",
+                    "--cpus 0",
+                    "--blkio-weight 5",
+                    "--memory-swap x",
+                    "--memory 1G",
+                    "--apply-cgroups /nonexistent",
+                    "--memory 1G --apply-cgroups /nonexistent",
+                )
+            ),
+        )
+    ),
+]
 GROUPS = {
+    "surroundings": SURROUNDINGS, "settled": SETTLED,
     "drivers": DRIVERS, "nested": NESTED, "run-help": RUN_HELP,
     "images": IMAGES, "status": STATUS, "environment": ENVIRONMENT, "files": FILES,
     "directory": DIRECTORY, "binds": BINDS, "flags": FLAGS, "mounts": MOUNTS, "process": PROCESS,

@@ -110,6 +110,13 @@ def _identity(flow: str, user: pwd.struct_passwd) -> tuple[dict[str, str], dict[
     return {"HOME": user.pw_dir, "USER": user.pw_name}, ids
 
 
+def _under(script: str) -> list[str]:
+    """Return the shell that becomes the program after the script, unless that names it."""
+    if not script:
+        return []
+    return ["/bin/bash", "-c", script if '"$@"' in script else f'{script}; exec "$@"', "under"]
+
+
 def _ask_userns(words: list[str]) -> None:
     if words[:2] in (["instance", "start"], ["instance", "run"]):
         words.insert(2, "-u")
@@ -136,7 +143,7 @@ def run(
         if flow == USERNS:
             _ask_userns(words)
         done = subprocess.run(  # type: ignore[call-overload]
-            [program, *words],
+            [*_under(_filled(case.under, names)), program, *words],
             env=environ,
             cwd=_filled(case.cwd, names),
             input=case.stdin,

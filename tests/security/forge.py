@@ -24,13 +24,15 @@ VERSION = int(re.findall(r"#define REQUEST_VERSION (\d+)u", _HEADER_TEXT)[0])
 FIELDS = {
     name: "I"
     if kind == "uint32_t"
+    else "Q"
+    if kind == "uint64_t"
     else "i"
     if kind == "int32_t"
     else "8s"
     if count == "8"
     else "64s"
     for kind, name, count in re.findall(
-        r"^    (char|u?int32_t) (\w+)(?:\[(\w+)\])?;",
+        r"^    (char|u?int(?:32|64)_t) (\w+)(?:\[(\w+)\])?;",
         _HEADER_TEXT.partition("struct request_header {")[2],
         re.MULTILINE,
     )

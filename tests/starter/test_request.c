@@ -163,7 +163,32 @@ static void test_a_false_trace_descriptor_is_ignored(void) {
     }
 }
 
+/* The setuid program's own limit is 8 MiB at most; the caller's may go up to the hard limit. */
+static void test_the_stack_is_the_callers(void) {
+    static const struct {
+        enum flow flow;
+        rlim_t now, hard, asked, then;
+    } rows[] = {
+        {FLOW_SETUID, 8 << 20, RLIM_INFINITY, RLIM_INFINITY, RLIM_INFINITY},
+        {FLOW_SETUID, 8 << 20, RLIM_INFINITY, 100 << 20, 100 << 20},
+        {FLOW_SETUID, 8 << 20, 64 << 20, RLIM_INFINITY, 64 << 20},
+        {FLOW_SETUID, 8 << 20, RLIM_INFINITY, 1 << 20, 8 << 20},
+        {FLOW_SETUID, 8 << 20, RLIM_INFINITY, 0, 8 << 20},
+        {FLOW_USERNS, 8 << 20, RLIM_INFINITY, RLIM_INFINITY, 8 << 20},
+    };
+    for (size_t i = 0; i < ARRAY_SIZE(rows); i++) {
+        static struct launch l;
+        l.flow = rows[i].flow;
+        l.request.stack_limit = (uint64_t)rows[i].asked;
+        l.inherited.limits[RLIMIT_STACK] = (struct rlimit){rows[i].now, rows[i].hard};
+        keep_stack_limit(&l);
+        CHECK(l.inherited.limits[RLIMIT_STACK].rlim_cur == rows[i].then);
+        CHECK(l.inherited.limits[RLIMIT_STACK].rlim_max == rows[i].hard);
+    }
+}
+
 int main(void) {
+    test_the_stack_is_the_callers();
     test_numbers();
     test_every_field_is_judged();
     test_parts_are_bounded();

@@ -65,6 +65,13 @@ def _bad(reason: str) -> BindError:
     return BindError(text=f"While setting bind mount configuration: {reason}")
 
 
+def _whole(path: str, cwd: str, doing: str) -> str:
+    """Return a source as an absolute path."""
+    if not cwd and not os.path.isabs(path):
+        raise _bad(f"{doing}{path}: the current directory has no path (was it removed?)")
+    return os.path.normpath(os.path.join(cwd, path))
+
+
 def parse_bind(spec: str, cwd: str) -> Bind | None:
     """Parse one `src[:dst[:opts]]`; None for an empty one.
 
@@ -81,8 +88,7 @@ def parse_bind(spec: str, cwd: str) -> Bind | None:
     if len(fields) > 3:
         first = ":".join(fields[:3])
         raise _bad(f'{doing}bad bind syntax "{first}:": should be {first}')
-    source = fields[0] if os.path.isabs(fields[0]) else os.path.join(cwd, fields[0])
-    source = os.path.normpath(source)
+    source = _whole(fields[0], cwd, doing)
     target = fields[1] if len(fields) > 1 else source
     options = [word.lstrip() for word in fields[2].split(",")] if len(fields) > 2 else []
     inside, number = "", ""
@@ -166,7 +172,7 @@ def parse_mount(spec: str, cwd: str) -> Bind:
         raise _bad(f"{doing}unsupported mount type \"{kind}\", only 'bind' is supported")
     if not paths.get("source") or not paths.get("target"):
         raise _bad(f"{doing}mounts must specify a source and a destination")
-    source = os.path.normpath(os.path.join(cwd, paths["source"]))
+    source = _whole(paths["source"], cwd, doing)
     bind = _checked(source, paths["target"], read_only=read_only)
     return _from_image(bind, paths.get("image-src", ""), paths.get("id", ""))
 

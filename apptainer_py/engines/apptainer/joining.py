@@ -171,7 +171,9 @@ def prepare(context: PrepareContext, flags: int, caps: Capabilities) -> Joined:
         context.use_plain_starter()
     degree = find_degree(action, found)
     inside = degree is not None and degree.namespace
-    user = mounts.find_user(facts, action, context.environment, as_root=inside)
+    # Which home the instance has was settled at its start.
+    homed = action.replace(home="") if action.home else action
+    user = mounts.find_user(facts, homed, context.environment, as_root=inside)
     environment = environ.collect(action, context.environment)
     if degree and degree.command:
         from apptainer_py.engines.apptainer.fakeroot import VARIABLES
@@ -209,6 +211,7 @@ def _check_options(action: ActionRequest, *, told: bool) -> None:
         if getattr(action, option) != action._defaults[option]:
             raise OfTheInstance(option=option.replace("_", "-"))
     if not told and (action.apply_cgroups or limits_of(action)):
+        limits.resources_of(action, limits_of(action))
         log.warning(
             "Resource limits & cgroups configuration are only applied to instances at instance "
             "start."

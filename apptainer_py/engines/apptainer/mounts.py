@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     from apptainer_py.runtime.contexts import Facts, PrepareContext
 
 _NO_MOUNT_KEYS = ("proc", "sys", "dev", "devpts", "home", "tmp", "hostfs", "cwd", "bind-paths")
-_SYSTEM_CWD = frozenset("/ /etc /bin /mnt /usr /var /opt /sbin /lib /lib64".split())
+# Where /bin and its like are links, as on most hosts, the directory is the one below /usr.
+_SYSTEM_CWD = frozenset(
+    "/ /etc /bin /mnt /usr /var /opt /sbin /lib /lib64 "
+    "/usr/bin /usr/sbin /usr/lib /usr/lib64".split()
+)
 _DEVICES = ("tty", "null", "zero", "random", "urandom")
 _DEVICE_LINKS = {
     "fd": "/proc/self/fd",
@@ -481,14 +485,14 @@ def _home(p: Plan) -> None:
         if missing:
             log.warning(f"Not mounting home directory {user.home_source}: it does not exist")
             # $HOME is a directory all the same: in memory, as with --contain.
-            p.staged.append(("directory", "home", "", 0o750))
+            p.staged.append(("directory", "home", "", 0o755))
             p.session("home", user.home, HOME, required=False)
             return
         p.bind(os.path.abspath(user.home_source), user.home, HOME, create="directory")
     elif action.workdir and p.configuration["user bind control"]:
         p.bind(_workdir(p, "home", 0o700), user.home, HOME, create="directory")
     else:
-        p.staged.append(("directory", "home", "", 0o750))
+        p.staged.append(("directory", "home", "", 0o755))
         p.session("home", user.home, HOME)
 
 

@@ -41,7 +41,10 @@ def make(mounts: Sequence[Mount], at: int, session: int) -> OSError | None:
     mount, cover = mounts[at], above(mounts, at)
     if cover is None or cover.kind != "bind" or cover.tag == _KERNEL or not mount.create:
         return None
-    parts = os.fsencode(mount.target[len(cover.target.rstrip("/")) + 1 :]).split(b"/")
+    below = mount.target[len(cover.target.rstrip("/")) + 1 :]
+    if cover.area == protocol.AREA_HOST and _is_device(os.path.join(cover.source, below)):
+        return None
+    parts = os.fsencode(below).split(b"/")
     try:
         fd = _open_source(cover, session)
     except OSError as error:
@@ -55,6 +58,11 @@ def make(mounts: Sequence[Mount], at: int, session: int) -> OSError | None:
     finally:
         os.close(fd)
     return None
+
+
+def _is_device(path: str) -> bool:
+    """Return whether it would lie among the host's devices, where root could make a file."""
+    return path.startswith("/dev/") and not path.startswith("/dev/shm/")
 
 
 def _open_source(cover: Mount, session: int) -> int:

@@ -377,6 +377,10 @@ def _directories(action: ActionRequest, context: PrepareContext, home: str) -> l
         return [action.cwd]
     if action.contain:
         return [home, "/"]
+    if not context.cwd:
+        log.warning(
+            f"the current directory has no path (was it removed?); using '{home or '/'}' instead"
+        )
     return [path for path in (context.cwd, home, "/") if path]
 
 

@@ -55,14 +55,15 @@ def cpu_quota_us(text: str, processors: int) -> int:
     Raises:
         LimitWrong: it is no number, or more than there are.
     """
-    number = text.strip()
-    whole, _, part = number.removeprefix("-").partition(".")
-    if not (whole + part).isascii() or not (whole + part).isdigit():
+    import decimal
+    import re
+
+    if not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,9})?", text):
         raise LimitWrong(text=f"invalid cpus value: can't convert {text} to decimal")
-    quota = int(whole or 0) * CPU_PERIOD_US + int((part + "00000")[:5])
-    if number.startswith("-") or not CPU_PERIOD_US // 100 <= quota <= processors * CPU_PERIOD_US:
+    number = decimal.Decimal(text)
+    if not decimal.Decimal("0.01") <= number <= processors:
         raise LimitWrong(text=f"cpus value must be in range 0.01 - {processors}")
-    return quota
+    return int(number * CPU_PERIOD_US)
 
 
 def weight_of_device(text: str) -> dict[str, int]:

@@ -144,7 +144,7 @@ def test_errors_of_launches(capsys: pytest.CaptureFixture[str]) -> None:
     assert "ended in 2021" in err
     status, out, err = run(capsys, "run", "docker://UPPER")
     assert (status, out) == (255, "")
-    assert err.startswith("FATAL:   //UPPER is no name of an image")
+    assert err.startswith("FATAL:   docker://UPPER is no name of an image")
     assert run(capsys, "run", "foo://x") == (255, "", "FATAL:   Unsupported transport type: foo\n")
 
 
@@ -205,6 +205,35 @@ def test_a_closed_pipe_is_quiet(tmp_path: object) -> None:
     done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_full_output_is_named_wherever_it_is_found(tmp_path: Path) -> None:
+    """A help text is more than fits the buffer: its first part fails when it is written."""
+    code = (
+        "import sys; from apptainer_py.cli.main import main; sys.exit(main(['x', 'help', 'exec']))"
+    )
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.stderr.splitlines()[0] == (
+        "FATAL:   cannot write to the standard output: no space left on device"
+    )
+    assert "should not happen" not in done.stderr
+
+
+def test_a_directory_that_is_gone_is_named(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from apptainer_py.cli.main import main; os.mkdir('d'); os.chdir('d');"
+        "os.rmdir('../d'); sys.exit(main(['x', 'overlay', 'create', 'o.img']))"
+    )
+    path = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    text = "FATAL:   the current directory has no path (was it removed?): go to another one\n"
+    assert (done.returncode, done.stderr) == (255, text)
 
 
 PARITY = [
