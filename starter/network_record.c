@@ -56,7 +56,8 @@ static uint64_t own_pid_space(void) {
 
 /* Where that cannot be told it has not. */
 static bool has_ended(const struct network_record *r) {
-    return r->pid_space == own_pid_space() && (r->pid <= 0 || start_of(r->pid) != r->start);
+    return r->pid_space == own_pid_space() &&
+           (r->pid <= 0 || r->start == 0 || start_of(r->pid) != r->start);
 }
 
 /* ---- the files ---- */
@@ -64,7 +65,8 @@ static bool has_ended(const struct network_record *r) {
 static int open_folder(void) {
     struct stat st;
     /* SAFE: fixed names in a directory that is root's alone to write; what is there must be so. */
-    (void)mkdir(FOLDER, 0700);
+    if (mkdir(FOLDER, 0700) < 0 && errno != EEXIST)
+        return -errno;
     int fd = open(FOLDER, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
     if (fd < 0)
         return -errno;
@@ -142,11 +144,12 @@ static int describe(struct network_record *r, pid_t container) {
 /* A page that is there can be written in memory, whatever else is full. */
 static int begin(int fd, pid_t container) {
     if (ftruncate(fd, 0) < 0 || ftruncate(fd, RECORD_BYTES) < 0 ||
-        (fallocate(fd, 0, 0, PAGE) < 0 && errno != EOPNOTSUPP) ||
-        pwrite(fd, &networks, sizeof(networks), PAGE) != (ssize_t)sizeof(networks) || !map(fd) ||
-        describe(network_record, container) < 0)
-        return errno ? -errno : -EIO;
-    return 0;
+        (fallocate(fd, 0, 0, PAGE) < 0 && errno != EOPNOTSUPP))
+        return -errno;
+    ssize_t put = pwrite(fd, &networks, sizeof(networks), PAGE);
+    if (put != (ssize_t)sizeof(networks))
+        return put < 0 ? -errno : -ENOSPC;
+    return map(fd) && describe(network_record, container) == 0 ? 0 : -errno;
 }
 
 int record_open(const struct launch *l, pid_t container) {
@@ -154,10 +157,12 @@ int record_open(const struct launch *l, pid_t container) {
     int fd = folder < 0 ? folder : take(l, folder);
     if (folder >= 0)
         close(folder);
-    /* Root is not counted, and needs no such directory. */
-    if (fd < 0 && l->flow == FLOW_ROOT && (fd = memfd_create("networks", MFD_CLOEXEC)) < 0)
-        return -errno;
-    return fd < 0 ? fd : begin(fd, container);
+    int error = fd < 0 ? fd : begin(fd, container);
+    if (error == 0 || l->flow != FLOW_ROOT)
+        return error;
+    /* Root is not counted, and needs no such directory: then janitor and twin alone know. */
+    fd = memfd_create("networks", MFD_CLOEXEC);
+    return fd < 0 ? -errno : begin(fd, container);
 }
 
 /* What was written down takes no room any more. */

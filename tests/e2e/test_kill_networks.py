@@ -223,6 +223,27 @@ def test_a_user_has_so_many_networks_and_no_more(host: Host, world) -> None:
     assert host.traces() == []
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [("ro", "read-only file system"), ("size=64k", "no space left on device"),
+     ("mode=0755,nr_inodes=1", "no space left on device")],
+)  # fmt: skip
+def test_where_nothing_can_be_written_down_root_alone_has_networks(
+    host: Host, world, options: str, reason: str
+) -> None:
+    host.installed.configure(steps.FLOWS["user's"][1])
+    host.sh(f"mount -t tmpfs -o {options} none /run")
+    try:
+        status, out, err = host.run("--net", host.sif, "echo", "ran", user=True)
+        assert (status, out) == (255, "")
+        assert len(err.splitlines()) == 1, err
+        assert f"what must be undone cannot be written down in /run: {reason}" in err
+        assert host.run("--net", host.sif, "echo", "ran") == (0, "ran\n", "")
+    finally:
+        host.sh("umount /run")
+    assert host.traces() == []
+
+
 GROUPS = Path("/sys/fs/cgroup/unified")
 
 
