@@ -803,8 +803,12 @@ SURROUNDINGS = [
         Case("exec {sif} sh -c 'echo x; exit 3'", under=f"exec {redirected}")
         for redirected in (">&-", "<&- >&-", "<&- >&- 2>&-", ">/dev/full", "</dev/full")
     ),
-    Case("exec {sif} sh -c yes", under='"$@" | head -1; echo ${PIPESTATUS[*]}'),
-    Case("exec -p {sif} yes", under='"$@" | head -1; echo ${PIPESTATUS[*]}'),
+    *(
+        Case(
+            f"exec {options} cat /dev/zero", under='"$@" | head -c 1 | wc -c; echo ${PIPESTATUS[*]}'
+        )
+        for options in ("{sif}", "-p {sif}")
+    ),
     Case(
         "exec {sif} sh -c 'grep SigIgn /proc/self/status'",
         under="trap '' HUP INT PIPE",
