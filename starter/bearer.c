@@ -10,6 +10,7 @@
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -340,6 +341,19 @@ static void close_others(struct launch *l) {
     close_fd(&l->request_fd);
     close_fd(&l->config_fd);
     close_fd(&l->trace_file);
+}
+
+/* Answers a question about a place that waits already, while keeper gives up what it has: nothing
+ * of the user's runs, and stage 2 has dropped. */
+void bearer_enter_early(int socket) {
+    struct bearer_request q;
+    int passed;
+    if (recv(socket, &q, sizeof(q), MSG_PEEK | MSG_DONTWAIT) != (ssize_t)sizeof(q) ||
+        q.part != BEARER_PLACE)
+        return;
+    if (wire_receive(socket, &q, sizeof(q), &passed) != (ssize_t)sizeof(q))
+        malformed();
+    enter_place(&q, passed, socket);
 }
 
 /* Until it becomes the payload, or is told that there is none. */

@@ -3,6 +3,7 @@
 #include "config_value.h"
 
 #include <errno.h>
+#include <stddef.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -108,7 +109,10 @@ static void set_defaults(struct config *c, bool lists)
     static struct config_error none;
     const struct reading r = {c, &none, 0};
 
-    memset(c, 0, sizeof(*c));
+    /* What lies behind these is written before it is read: clearing it would touch each page. */
+    memset(c, 0, offsetof(struct config, order));
+    c->item_count = 0;
+    c->bytes[0] = '\0';
     c->used = 1;
     for (unsigned id = 0; id < CONFIG_COUNT; id++) {
         size_t size = strlen(config_rows[id].value) + 1;

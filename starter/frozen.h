@@ -41,6 +41,9 @@ void *stage_memory(size_t size);
 extern const struct _frozen frozen_modules[];
 extern const struct bundle bundles[];
 
+/* Load a built-in module, which may be a package's under its full name, without the import system;
+ * -1 and an exception. */
+int place_builtin(const char *name, const char *full_name);
 /* The root object of an image, each of which is loaded at most once; NULL and an exception. */
 PyObject *image_load(const struct image *image);
 /* The rows of a bundle; a new reference, or NULL and an exception. */

@@ -405,7 +405,14 @@ static enum step become(struct launch *l, enum stage stage) {
  * start_process would be here is data, carried out with the same identity. */
 NO_RETURN void stage_serve(struct launch *l) {
     (void)become(l, STAGE_START);
-    if (tell_sealed() < 0 || wait_for_go() < 0)
+    if (tell_sealed() < 0)
+        _exit(255);
+    if (stage_rpc_pid > 0) { /* else the shim waits, and keeper alone tells of a changed root */
+        if (stage_wait_for_rpc(l, stage_rpc_pid) < 0)
+            _exit(255);
+        bearer_enter_early(l->start_socket[0]);
+    }
+    if (stage_wait_for_go(l) < 0)
         _exit(255);
     enter_hook(HOOK_START_PROCESS);
     bearer_serve(l, l->start_socket[0]);

@@ -122,19 +122,22 @@ static PyStatus initialize(void) {
     return status;
 }
 
-/* A built-in module cannot belong to a package, except by its entry among the loaded ones. */
-static int place_module(const char *name, const char *full_name) {
-    PyObject *module = PyImport_ImportModule(name);
-    return module ? PyDict_SetItemString(PyImport_GetModuleDict(), full_name, module) : -1;
-}
-
 /* Only the flow in which the caller's own rights are used makes containers with _container. */
 static int place_modules(const struct stage_info *info) {
-    if (place_module("_starter", "apptainer_py.kernel._starter") < 0)
+    if (place_builtin("_starter", "apptainer_py.kernel._starter") < 0)
         return -1;
     if (info->flow != FLOW_CALLER)
         return 0;
-    return place_module("_container", "apptainer_py.kernel._container");
+    return place_builtin("_container", "apptainer_py.kernel._container");
+}
+
+/* What the bundle of a master imports of CPython's own beside that. */
+static int place_accounts(void) {
+    static const char *const names[] = {"binascii", "grp", "pwd"};
+    int placed = 0;
+    for (size_t i = 0; i < sizeof(names) / sizeof(names[0]) && placed == 0; i++)
+        placed = place_builtin(names[i], names[i]);
+    return placed;
 }
 
 /* The other stages are rare, and find their modules one by one. */
@@ -149,7 +152,7 @@ static int begin_bundles(const struct stage_info *info) {
         bool tenant = info->forecast & FORECAST_COMMAND;
         return bundle_run(&bundles[tenant ? BUNDLE_OCI_EXEC : BUNDLE_OCI_CREATE]);
     }
-    if (bundle_run(&bundles[BUNDLE_MASTER]) < 0)
+    if (place_accounts() < 0 || bundle_run(&bundles[BUNDLE_MASTER]) < 0)
         return -1;
     return info->forecast & FORECAST_FUSE ? bundle_run(&bundles[BUNDLE_IMAGE]) : 0;
 }

@@ -59,8 +59,35 @@ static int run_row(PyObject *row, PyObject *spec) {
     return result ? set_in_package(text, module) : -1;
 }
 
-/* The standard library's own part of `os`, which CPython brings frozen; all look for `os`. */
+/* What the interpreter was linked with, as its import system would load it (PEP 489). */
+static PyObject *make_builtin(const char *name, PyObject *spec) {
+    const struct _inittab *row = PyImport_Inittab;
+    while (row->name && strcmp(row->name, name) != 0)
+        row++;
+    PyObject *made = row->name ? row->initfunc() : NULL;
+    if (!made || !PyObject_TypeCheck(made, &PyModuleDef_Type))
+        return made;
+    PyModuleDef *definition = (PyModuleDef *)(void *)made; /* static: nobody owns it */
+    PyObject *module = PyModule_FromDefAndSpec(definition, spec);
+    if (module && (PyObject_SetAttrString(module, "__spec__", spec) < 0 ||
+                   PyModule_ExecDef(module, definition) < 0))
+        Py_CLEAR(module);
+    return module;
+}
+
+int place_builtin(const char *name, const char *full_name) {
+    PyObject *text = PyUnicode_FromString(name), *spec = text ? make_spec(text) : NULL;
+    PyObject *module = spec ? make_builtin(name, spec) : NULL;
+    int placed = module ? PyDict_SetItemString(PyImport_GetModuleDict(), full_name, module) : -1;
+    Py_XDECREF(module);
+    Py_XDECREF(spec);
+    Py_XDECREF(text);
+    return placed;
+}
+
+/* What the modules of a bundle import of CPython's own; `path` looks for `os`, which is ours. */
 static int run_paths(void) {
+    static const char *const builtin[] = {"posix", "_stat", "_struct"};
     static const char *const names[] = {"stat", "genericpath", "posixpath"};
     static bool done;
     if (done)
@@ -68,6 +95,9 @@ static int run_paths(void) {
     done = true;
     if (!PyImport_AddModule("os"))
         return -1;
+    for (size_t i = 0; i < sizeof(builtin) / sizeof(builtin[0]); i++)
+        if (place_builtin(builtin[i], builtin[i]) < 0)
+            return -1;
     for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++)
         if (PyImport_ImportFrozenModule(names[i]) <= 0)
             return -1;

@@ -335,6 +335,7 @@ void bearer_dismiss(const struct launch *l);
 MUST_USE int bearer_ask(const struct launch *l, const char *path, char *const argv[],
                         char *const envp[]);
 
+void bearer_enter_early(int socket);
 NO_RETURN void bearer_serve(const struct launch *l, int socket);
 /* janitor.c: undoes what outlives a launch of root's */
 MUST_USE pid_t janitor_start(struct launch *l, pid_t container, int socket, int signals);

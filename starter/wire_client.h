@@ -6,6 +6,7 @@
 #include <link.h>
 #include <linux/magic.h>
 #include <linux/openat2.h>
+#include <poll.h>
 #include <stdint.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
@@ -59,9 +60,13 @@ static int release_segments(struct dl_phdr_info *object, size_t size, void *unus
     return 0;
 }
 
-/* Before a sleep that may last for days. */
-static void wire_release_code(void) {
-    (void)dl_iterate_phdr(release_segments, NULL);
+/* Before a sleep that may last for days; a short one would only have the pages mapped again. */
+enum { SLEEP_IS_LONG_MS = 100 };
+
+static void wire_release_code(int fd) {
+    struct pollfd first = {.fd = fd, .events = POLLIN};
+    if (poll(&first, 1, SLEEP_IS_LONG_MS) == 0)
+        (void)dl_iterate_phdr(release_segments, NULL);
 }
 
 static uint64_t wire_bounding(void) {

@@ -41,6 +41,7 @@ _BUNDLES = {
         "apptainer_py.cli.parse",
         "apptainer_py.engines.apptainer",
         "apptainer_py.engines.apptainer.prepare",
+        "apptainer_py.runtime.bearer",
         "apptainer_py.runtime.mounting",
         "apptainer_py.engines.apptainer.create",
     ),

@@ -13,7 +13,7 @@ else:
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 class RecordType(type):
-    """Turns the annotations of a class body into slots and a keyword-only constructor."""
+    """Turns the annotations of a class body into the fields of a keyword-only constructor."""
 
     def __new__(
         mcs, name: str, bases: tuple[type, ...], body: dict[str, Any], **options: Any
@@ -24,14 +24,17 @@ class RecordType(type):
         for base in bases:
             inherited += getattr(base, "_fields", ())
             defaults = {**getattr(base, "_defaults", {}), **defaults}
-        body["__slots__"] = own
         body["_fields"] = inherited + own
+        body["_known"] = frozenset(inherited + own)
         body["_defaults"] = defaults
         return super().__new__(mcs, name, bases, body, **options)
 
 
 class Record(metaclass=RecordType):
-    """A value: keyword-only, immutable, slotted, comparable, printable."""
+    """A value: keyword-only, immutable, comparable, printable.
+
+    Its fields are in its `__dict__`: a class with slots takes as long to make as a hundred values.
+    """
 
     if TYPE_CHECKING:
         _fields: ClassVar[tuple[str, ...]]
@@ -39,17 +42,18 @@ class Record(metaclass=RecordType):
     else:
 
         def __init__(self, **values):
-            put = object.__setattr__
-            defaults = self._defaults
+            own = self.__dict__
+            own.update(self._defaults)
+            own.update(values)
+            if own.keys() != self._known:
+                self._explain(own)
+
+        def _explain(self, own):
             for field in self._fields:
-                if field in values:
-                    put(self, field, values.pop(field))
-                elif field in defaults:
-                    put(self, field, defaults[field])
-                else:
+                if field not in own:
                     raise TypeError(f"{type(self).__name__}: missing field {field!r}")
-            if values:
-                raise TypeError(f"{type(self).__name__}: unknown field {min(values)!r}")
+            unknown = min(own.keys() - self._known)
+            raise TypeError(f"{type(self).__name__}: unknown field {unknown!r}")
 
         def __setattr__(self, field, value):
             raise AttributeError(f"{type(self).__name__}.{field} is read-only")
@@ -66,7 +70,8 @@ class Record(metaclass=RecordType):
 
     def asdict(self) -> dict[str, Any]:
         """Return the fields by name, in the order in which they were declared."""
-        return {field: getattr(self, field) for field in self._fields}
+        own = self.__dict__
+        return {field: own[field] for field in self._fields}
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and all(

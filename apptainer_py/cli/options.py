@@ -167,6 +167,8 @@ class Options:
         """Set what the command line left open; return messages about names of old."""
         notes: list[tuple[int, str]] = []
         found: dict[str, str] = {}
+        if not any(name.startswith(PREFIXES) for name in environ):
+            return ()
         for prefix in PREFIXES:
             for row in self.rows:
                 for key in row[4]:

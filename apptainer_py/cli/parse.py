@@ -25,7 +25,6 @@ from apptainer_py.cli.table import (
     REFUSED,
     TRANSPORTS,
     command_row,
-    options_of,
     transport,
 )
 from apptainer_py.cli.values import plain, to_int
@@ -122,7 +121,7 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str]) -> ActionRequest
     if command in ACTIONS or command in INSTANCES:
         if _is_fetched(rest[0], has_oci=bool(inner.values.get("oci"))):
             return Parsed(command=FETCH, options=inner.values, arguments=tuple(rest), **general)
-        return _action(command, inner.values, rest, general)
+        return _action(inner, rest, general)
     return Parsed(command=command, options=inner.values, arguments=tuple(rest), **general)
 
 
@@ -260,9 +259,8 @@ def _booted(wanted: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _action(
-    command: str, values: Mapping[str, Any], rest: list[str], general: dict[str, Any]
-) -> ActionRequest:
+def _action(found: Options, rest: list[str], general: dict[str, Any]) -> ActionRequest:
+    command, values = found.command, found.values
     image, *arguments = rest
     kind = transport(image)
     if kind == "instance" and command in INSTANCES:
@@ -286,7 +284,7 @@ def _action(
             wanted.update(_booted(wanted))
     fields = {name: wanted[name] for name in ("instance",) if name in wanted} | {
         row[0].replace("-", "_"): wanted[row[0]]
-        for row in options_of(command)
+        for row in found.rows
         if row[0] in wanted and row[6] not in (REFUSED, FETCHING)
     }
     return ActionRequest(

@@ -133,7 +133,7 @@ cdef extern from "wire_client.h" nogil:
     int wire_openat2(int directory, const char *path, uint64_t flags, uint64_t resolve)
     int wire_is_proc(int fd)
     uint64_t wire_bounding()
-    void wire_release_code()
+    void wire_release_code(int fd)
 
 
 cdef extern from "container_client.h" nogil:
@@ -522,10 +522,13 @@ def bounding_set():
     return wire_bounding()
 
 
-def release_code():
-    """Give the pages of program code back to the page cache, before a long sleep."""
+def release_code(int fd):
+    """Give the pages of program code back to the page cache, unless `fd` can be read soon.
+
+    For who sleeps until then; those who need a page again read it from the cache.
+    """
     with nogil:
-        wire_release_code()
+        wire_release_code(fd)
 
 
 def hook_run(bytes frame, int pid, list environment):

@@ -324,9 +324,12 @@ class MonitorContext:
 
         Until then who comes to a meeting has its answer.
         """
-        _starter.release_code()
         if self._keeper_fd < 0:
+            ended = os.pidfd_open(self.pid)
+            _starter.release_code(ended)
+            os.close(ended)
             return os.waitpid(self.pid, 0)[1]
+        _starter.release_code(self._keeper_fd)
         served = True
         while True:
             if meeting is not None:

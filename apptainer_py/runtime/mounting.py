@@ -260,6 +260,14 @@ class Mounting:
         """Put the layer over the image; returns a descriptor of the container's root."""
         return self._ask(what, protocol.OP_LAYER, numbers=(kind,))
 
+    def begin_layer(self, kind: int) -> None:
+        """Have the same done, and go on; `take` has the descriptor."""
+        self._send("cannot put a layer over the image", protocol.OP_LAYER, numbers=(kind,))
+
+    def take(self) -> int:
+        """Wait for what was begun first; returns its descriptor."""
+        return self._fetch()
+
     def mount(self, mount: Mount, on_failure: Callable[[int, int], None] | None) -> None:
         """Do one entry of the mount plan; `on_failure` gets code and errno instead of a raise."""
         flags = mount.flags | (protocol.BINDFLAG_MAY_FAIL if on_failure else 0)

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import os
+import pwd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from apptainer_py.engines.apptainer.mounts import User
 
 FILE_BYTES = 1 << 20
+_asked: dict[int, pwd.struct_passwd | None] = {}
+
+
+def entry_of(uid: int) -> pwd.struct_passwd | None:
+    """Return what the host's name services say of a user; they are asked once, for it takes time."""
+    if uid not in _asked:
+        try:
+            _asked[uid] = pwd.getpwuid(uid)
+        except KeyError:
+            _asked[uid] = None
+    return _asked[uid]
 
 
 def _field(text: str) -> bytes:
@@ -18,13 +30,8 @@ def _field(text: str) -> bytes:
 
 def passwd(before: bytes, user: User) -> bytes:
     """Return the file with the user's line: a uid that is there keeps its group and shell."""
-    import pwd
-
-    try:
-        entry = pwd.getpwuid(user.uid)
-        gecos, shell = entry.pw_gecos, entry.pw_shell
-    except KeyError:
-        gecos, shell = "", "/bin/sh"
+    entry = entry_of(user.uid)
+    gecos, shell = (entry.pw_gecos, entry.pw_shell) if entry else ("", "/bin/sh")
     lines = before.split(b"\n")
     wanted = b"%d" % user.uid
     for number, line in enumerate(lines):

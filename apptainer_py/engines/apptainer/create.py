@@ -75,7 +75,6 @@ class Creation:
 
             layering.show(self)
         self.stage_files()
-        self.stage_accounts()
         self.stage_targets()
         self.put_layer()
         try:
@@ -376,7 +375,9 @@ class Creation:
         if kind == protocol.LAYERKIND_UNDERLAY:
             self.build_underlay()
         try:
-            self.final = self.mounting.layer(kind, "cannot put a layer over the image")
+            self.mounting.begin_layer(kind)
+            self.stage_accounts()  # meanwhile: they need no target, being mounted over files
+            self.final = self.mounting.take()
             return
         except StarterRefused as error:
             if self.prepared.shown:
@@ -389,9 +390,8 @@ class Creation:
         self.prepared.layer = protocol.LAYERKIND_UNDERLAY
         self.stage_targets()
         self.build_underlay()
-        self.final = self.mounting.layer(
-            protocol.LAYERKIND_UNDERLAY, "cannot put a layer over the image"
-        )
+        self.mounting.begin_layer(protocol.LAYERKIND_UNDERLAY)
+        self.final = self.mounting.take()
 
     def build_underlay(self) -> None:
         """Show each entry of the image again beside the targets made for mounts."""

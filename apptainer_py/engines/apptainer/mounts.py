@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import pwd
 
 from apptainer_py.base import log
 from apptainer_py.base.errors import BindError, LaunchError
+from apptainer_py.engines.apptainer import accounts
 from apptainer_py.engines.apptainer.policy import NotPermitted
 from apptainer_py.model import protocol
 from apptainer_py.model.plan import Mount
@@ -70,9 +70,8 @@ def find_user(
         NotPermitted: the administrator lets no user choose what is bound.
         LaunchError: the account has no entry, or --home is not usable.
     """
-    try:
-        entry = pwd.getpwuid(facts.uid)
-    except KeyError:
+    entry = accounts.entry_of(facts.uid)
+    if entry is None:
         name, source = str(facts.uid), environment.get("HOME", "/")
     else:
         name, source = entry.pw_name, entry.pw_dir

@@ -81,7 +81,7 @@ def rehearse(message: Message) -> None:
 class Payload:
     """The payload of one launch; `message` is what `process.lists` says of it."""
 
-    __slots__ = ("_directory", "_entries", "_judged", "_message", "_view")
+    __slots__ = ("_directory", "_entries", "_found", "_judged", "_message", "_view")
 
     def __init__(self, message: Message, view: View) -> None:
         self._message = message
@@ -89,6 +89,7 @@ class Payload:
         self._directory = b"/"
         self._judged = b""
         self._entries: list[bytes] | None = None
+        self._found: bytes | None = None
 
     def enter(self) -> None:
         """Enter the directory, the first of the candidates that can be.
@@ -112,10 +113,11 @@ class Payload:
         self._directory = self._view.enter(b"/")
 
     def judge(self, directory: bytes) -> None:
-        """Evaluate the environment for a directory; `start` does so again if it is another."""
+        """Find environment and program for a directory; `start` does so again if it is another."""
         self._check_start()
         self._judged = directory
         self._entries = self._evaluate(directory)
+        self._found = self._find_ahead(directory)
 
     def start(self) -> None:
         """Begin it.
@@ -218,6 +220,15 @@ class Payload:
 
     # ---- the program ----
 
+    def _find_ahead(self, directory: bytes) -> bytes | None:
+        """Return the program, if that is clear; what is not is told when it is begun."""
+        if self._entries is None or self._message[b"action"][0] in _SCRIPTS:
+            return None
+        try:
+            return find(self._view, self._message[b"arguments"][0], _path(self._entries), directory)
+        except (NotSeen, NotStarted):
+            return None
+
     def _start_directly(self, entries: list[bytes]) -> bool:
         """Begin the command, or the runscript; False where the shell has to say more."""
         message, view = self._message, self._view
@@ -227,8 +238,7 @@ class Payload:
             if not is_program(view, script):
                 return False
             arguments = [script, *arguments]
-        path = next((entry[5:] for entry in entries if entry.startswith(b"PATH=")), b"")
-        program = find(view, arguments[0], path, self._directory)
+        program = self._found or find(view, arguments[0], _path(entries), self._directory)
         if message[b"prefix"]:
             arguments = [*message[b"prefix"], program, *arguments[1:]]
             program = arguments[0]
@@ -274,6 +284,10 @@ class Payload:
         problem = view.execute(program, [program, *arguments[1:]], entries)
         if problem is not None:
             raise NotStarted(text=explain(view, program, problem))
+
+
+def _path(entries: list[bytes]) -> bytes:
+    return next((entry[5:] for entry in entries if entry.startswith(b"PATH=")), b"")
 
 
 def _leaves_to_shell(message: Message) -> bool:

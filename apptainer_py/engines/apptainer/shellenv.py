@@ -33,8 +33,8 @@ _RESERVED = (
 _FILE_TESTS = ("-d", "-e", "-f", "-h", "-L", "-r", "-s", "-x")
 # What the script unsets first, because some shell sets it for itself.
 _FORGOTTEN = "PATH PS1 PS2 PS4 SHLVL OLDPWD TERM SHELL HOSTNAME HOSTTYPE MACHTYPE OSTYPE".split()
-# Length and checksum of 95-apps.sh as Apptainer 1.4 writes it.
-_FOR_APPS = {3052: 0xB03D1540}
+# Length and checksum of 95-apps.sh as Apptainer 1.4 writes it, and as our own builds do.
+_FOR_APPS = {3052: 0xB03D1540, 840: 0xF45344C9}
 # Every host has these, and they say nothing that a shell could mind.
 _HARMLESS = ("_", "SHLVL", "OLDPWD")
 

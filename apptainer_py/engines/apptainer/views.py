@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import os
-import time
 
 from apptainer_py.base.errors import ImageGone, is_gone
 from apptainer_py.engines.apptainer.shellwords import NotSimple
@@ -71,6 +70,8 @@ class Inside:
         try:
             os.listdir("/")  # a mount of the user's may be what is gone
         except OSError:
+            import time
+
             time.sleep(_STARTER_ENDS_S)
             raise ImageGone from None
 
