@@ -14,7 +14,7 @@ _asked: dict[int, pwd.struct_passwd | None] = {}
 
 
 def entry_of(uid: int) -> pwd.struct_passwd | None:
-    """Return what the host's name services say of a user; they are asked once, for it takes time."""
+    """Return what the host's name services say of a user; they are asked once."""
     if uid not in _asked:
         try:
             _asked[uid] = pwd.getpwuid(uid)
