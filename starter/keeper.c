@@ -33,6 +33,7 @@ struct keeper {
     bool in_userns;
     bool recorded;                     /* the plan as it stands is in the audit log */
     bool closed;                       /* so is that nothing came of it */
+    bool told_failure;                 /* master has, and ended before the container */
     char image[LIMIT_PATH_BYTES];      /* as the audit log shows it */
     int master_status, container_status;
     uint32_t uses[16];
@@ -786,6 +787,8 @@ static void child_ended(struct keeper *k, pid_t pid, int status) {
         k->master_alive = false;
         k->master = 0; /* a reaped number may be somebody else's next */
         k->master_status = status;
+        /* What has no payload behind it any more, as a shim, may take longer to end than master. */
+        k->told_failure = k->container_alive && WIFEXITED(status) && WEXITSTATUS(status) != 0;
         if (k->container_alive)
             (void)kill(k->container, SIGKILL);
     } else if (pid == k->container && k->phase == PREPARE) {
@@ -1002,9 +1005,9 @@ static void wait_for_writers(struct keeper *k) {
     }
 }
 
-/* The payload's own status; or master's, where no payload ever ran or master was killed. */
+/* The payload's own status; or master's, where no payload ever ran or master has told a failure. */
 NO_RETURN static void end_as_payload(struct keeper *k, bool ran) {
-    int status = ran ? k->container_status : k->master_status;
+    int status = ran && !k->told_failure ? k->container_status : k->master_status;
     if (!ran && (k->recorded || status != 0))
         record_failure(k);
     step_begin(STEP_KEEPER_END);

@@ -153,6 +153,21 @@ def test_a_root_that_cannot_be_changed_ends_it(own, sif, flow, options):
     assert err.count(b"FATAL") == 1, err
 
 
+def test_a_shim_that_ends_late_is_not_the_payload_s_end(world, monkeypatch):
+    """Where nothing could be started, master's word is the status, whoever of them ends first."""
+    words = ("apptainer-py", "exec", "-p", "{image}", "/nosuch")
+    monkeypatch.setitem(steps.FLOWS, "no program", (words, "", "sif", []))
+    with household() as home, steps.gate() as stop:
+        host = HostState(world.own.session, world.place)
+        place = f"{steps.number_of('RPC_DONE')}:-1:{steps.END}:{stop.fd}"
+        process = home.adopt(steps.launch(world, "no program", wait=place, inherited=[stop.fd]))
+        status, out, err = steps.finish(process)  # with a shim that waits until keeper kills it
+        assert stop.waiting() == "SHIM"
+        assert_nothing_left(home, host)
+    assert (status, out) == (255, b""), err
+    assert err.splitlines() == [b"FATAL:   stat /nosuch: no such file or directory"]
+
+
 def test_a_seal_is_its_own_container_s(world):
     """What is begun early and undone has sealed itself; the next stage 2 has not, while it loads.
 

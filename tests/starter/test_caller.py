@@ -2,52 +2,25 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import struct
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from apptainer_py.base import build
+from tests.own_install import request_bytes, sealed
 
 STARTER = Path(__file__).resolve().parents[2] / "build/starter"
-HEADER = struct.Struct("=8s2I64s3Ii8I4I")
-SEALS = 0x1 | 0x2 | 0x4 | 0x8
 CALLER, USERNS = 4, 2
 
 
-def request(flow: int, engine: bytes = b"oci") -> int:
-    parts = [b"apptainer-py-oci\0create\0", b"A=b\0", b"/\0", engine + b"\0", b"\0"]
-    ends = [HEADER.size]
-    for part in parts:
-        ends.append(ends[-1] + len(part))
-    head = HEADER.pack(
-        b"APYREQ1\0",
-        2,
-        HEADER.size,
-        build.BUILD_ID.encode(),
-        flow,
-        0,
-        0,
-        -1,
-        2,
-        1,
-        *ends,
-        0,
-        0,
-        0,
-        0,
-    )
-    fd = os.memfd_create("request", os.MFD_ALLOW_SEALING)
-    os.write(fd, head + b"".join(parts))
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
-    return fd
-
-
 def start(flow: int, *words: str) -> subprocess.CompletedProcess[str]:
-    fd = request(flow)
+    words_of_it = ["apptainer-py-oci", "create"]
+    content = request_bytes(
+        build.BUILD_ID, words_of_it, {"A": "b"}, flow=flow, cwd="/", engine="oci"
+    )
+    fd = sealed(content)
     try:
         return subprocess.run(
             [str(STARTER), str(fd), *words],

@@ -1030,3 +1030,12 @@ def test_the_files_of_real_images_are_simple(place: Path) -> None:
 def environment_of_tree(tree: Path, place: Path) -> Outcome:
     found = (tree / ".singularity.d/env").glob("*.sh")
     return answered(request_with({}), {file.name: file.read_text() for file in found}, place)
+
+
+def test_the_file_of_our_own_builds_is_known():
+    """Like Apptainer's: it does nothing unless an app was chosen, and is not read."""
+    from apptainer_py.builds import skeleton
+
+    text = skeleton._APPS
+    assert shellenv._is_for_apps(text)
+    assert not shellenv._is_for_apps(text.replace("exit 1", "exit 2"))
