@@ -64,7 +64,9 @@ static PyObject *make_builtin(const char *name, PyObject *spec) {
     const struct _inittab *row = PyImport_Inittab;
     while (row->name && strcmp(row->name, name) != 0)
         row++;
-    PyObject *made = row->name ? row->initfunc() : NULL;
+    if (!row->name || !row->initfunc)
+        return PyErr_Format(PyExc_ImportError, "%s is not built into libpython", name);
+    PyObject *made = row->initfunc();
     if (!made || !PyObject_TypeCheck(made, &PyModuleDef_Type))
         return made;
     PyModuleDef *definition = (PyModuleDef *)(void *)made; /* static: nobody owns it */

@@ -60,12 +60,13 @@ static int release_segments(struct dl_phdr_info *object, size_t size, void *unus
     return 0;
 }
 
-/* Before a sleep that may last for days; a short one would only have the pages mapped again. */
+/* Before a sleep that may last for days; a short one would only have the pages mapped again.  Who
+ * has waited that long already asks for no descriptor (-1). */
 enum { SLEEP_IS_LONG_MS = 100 };
 
 static void wire_release_code(int fd) {
     struct pollfd first = {.fd = fd, .events = POLLIN};
-    if (poll(&first, 1, SLEEP_IS_LONG_MS) == 0)
+    if (fd < 0 || poll(&first, 1, SLEEP_IS_LONG_MS) == 0)
         (void)dl_iterate_phdr(release_segments, NULL);
 }
 

@@ -525,7 +525,7 @@ def bounding_set():
 def release_code(int fd):
     """Give the pages of program code back to the page cache, unless `fd` can be read soon.
 
-    For who sleeps until then; those who need a page again read it from the cache.
+    For who sleeps until then (-1: has waited already); those who need a page again read it from the cache.
     """
     with nogil:
         wire_release_code(fd)

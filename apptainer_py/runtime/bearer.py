@@ -1,8 +1,8 @@
 """The process that waits in a container to become its payload, as calls (starter/bearer.c).
 
 That is a lean stage 2, or who joins a container that runs. It is C alone, with the payload's
-identity, and does what it is told once the starter has dropped: enter a directory, become a
-program. What it cannot do it says by number.
+identity, and does what it is told: enter a directory, and become a program once the starter has
+dropped. What it cannot do it says by number.
 """
 
 from __future__ import annotations

@@ -37,6 +37,8 @@ else:
 # The module `signal` is too heavy to be imported for a number; a shell adds 128.
 _SIGBUS = 7
 _BUS_ERRORS = (-_SIGBUS, 128 + _SIGBUS)
+# A sleep that is worth giving pages back for, as in starter/wire_client.h.
+_LONG_S = 0.1
 _SERVERS_END_S = 0.25
 
 
@@ -329,7 +331,10 @@ class MonitorContext:
             _starter.release_code(ended)
             os.close(ended)
             return os.waitpid(self.pid, 0)[1]
-        _starter.release_code(self._keeper_fd)
+        if meeting is None:
+            _starter.release_code(self._keeper_fd)
+        elif not meeting.until(self._keeper_fd, _LONG_S):
+            _starter.release_code(-1)
         served = True
         while True:
             if meeting is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pwd
@@ -138,6 +139,45 @@ def test_the_last_helper_cleans_up_behind_everybody(world, place):
         assert not ours(world.own)
         assert not folder.exists()
         finish(process)
+
+
+def test_what_nobody_lived_to_undo_goes_with_the_next_launch(world, sif):
+    """All are killed at once; beside it is the place of a launch that runs."""
+    name, _, rest = "ROOT_DIRECTORY:-1:1".partition(":")
+    with household() as home, gate() as stop:
+        host = HostState(world.own.session)
+        process = home.adopt(
+            launch(
+                world, "host image", wait=f"{number_of(name)}:{rest}:{stop.fd}",
+                inherited=[stop.fd],
+            )
+        )  # fmt: skip
+        eventually(lambda: stop.reached() or process.poll() is not None, "a process waits there")
+        assert stop.reached(), finish(process)
+        folder = Path(ours(world.own)[0].split()[4]).parent
+        everybody = home.alive()
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # nobody sees another's end
+            for pid in everybody:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
+        finish(process)
+        eventually(lambda: not home.alive(), "all have ended")
+        assert folder.exists()
+        assert len(ours(world.own)) == 1
+        used = folder.with_name(MARK[1:] + "used")
+        used.mkdir()
+        os.chown(used, world.own.user.pw_uid, world.own.user.pw_gid)
+        lock = os.open(used, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for path in (folder, used):
+            os.utime(path, (0, 0))  # no launch begins with these just now
+        done = world.own.run("exec", "-u", sif, "true", env={"TMPDIR": str(folder.parent)})
+        assert done.returncode == 0, done.stderr
+        assert not folder.exists()
+        assert not ours(world.own)
+        used.rmdir()
+        os.close(lock)
+        assert_nothing_left(home, host)
 
 
 def helper_of(keeper: int) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 
-from apptainer_py.base import log
+from apptainer_py.base import held, log
 from apptainer_py.base.errors import LaunchError
 from apptainer_py.base.files import read_at_most, temporary_directory
 from apptainer_py.kernel import _starter
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from apptainer_py.runtime.mounting import Mounting
 
 _PROGRAMS = ("/usr/bin/fusermount3", "/bin/fusermount3", "/usr/local/bin/fusermount3")
+_PREFIX = "apptainer-py-rootfs-"
 _FUSE_CONFIG = "/etc/fuse.conf"
 _OPTIONS = "ro,nosuid,nodev,fsname=squashfuse_ll,subtype=squashfuse"
 # The descriptor of fusermount3 on which it hands back the device, and how it is told so.
@@ -41,7 +42,7 @@ def plan(prepared: Prepared, context: PrepareContext) -> None:
     if _program() is None:
         raise CannotMount(reason="fusermount3 is not installed (package fuse3)")
     above = os.path.realpath(temporary_directory(context.environment))
-    folder = f"{above}/apptainer-py-rootfs-{os.urandom(8).hex()}"
+    folder = f"{above}/{_PREFIX}{os.urandom(8).hex()}"
     prepared.fuse = False
     prepared.host_root = f"{folder}/root"
     options = _OPTIONS
@@ -86,13 +87,24 @@ def mount(context: PrepareHostContext) -> None:
     """
     folder, options = context.message.split(b"\0")
     root = folder + b"/root"
+    _sweep(os.path.dirname(os.fsdecode(folder)))
     try:
         os.mkdir(folder, 0o700)
+        held.hold(os.fsdecode(folder))  # until this process ends, which undoes it first
         os.mkdir(root, 0o700)
     except OSError as error:
         reason = f"{os.fsdecode(folder)}: {(error.strerror or '').lower()}"
         raise CannotMount(reason=reason) from None
     context.hand_over(_device(options, root))
+
+
+def _sweep(above: str) -> None:
+    """Take away what launches have left there of which nobody lived to undo it."""
+    for folder in held.abandoned(above, _PREFIX):
+        try:
+            detach(os.fsencode(folder))
+        except CannotMount as error:
+            log.verbose(str(error))
 
 
 def _device(options: bytes, root: bytes) -> int:
