@@ -2,6 +2,7 @@
  * what this caller may have.  A forecast decides nothing; a plan that differs starts again. */
 #include <fcntl.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "starter.h"
@@ -70,7 +71,16 @@ const char *early_word(const struct launch *l, uint32_t which, char *out, size_t
     }
 }
 
-/* The image's path for the audit record: as the kernel knows it, if the caller can open it. */
+/* The kernel tells a path of the mount namespace in which a file was found, which may be one of the
+ * caller's, with any file in any place. */
+static bool leads_to(const char *path, int fd) {
+    struct stat there, open;
+    return lstat(path, &there) == 0 && fstat(fd, &open) == 0 && there.st_dev == open.st_dev &&
+           there.st_ino == open.st_ino;
+}
+
+/* The image's path for the audit record: as the kernel knows it, if the caller can open it; marked
+ * as image/detect.py does where nothing leads to it. */
 void early_image(const struct launch *l, char *out, size_t size) {
     char word[LIMIT_PATH_BYTES], link[32] = "/proc/self/fd/";
     if (!early_word(l, l->request.image_arg, word, sizeof(word)))
@@ -82,8 +92,11 @@ void early_image(const struct launch *l, char *out, size_t size) {
     append_number(link, sizeof(link), (uint64_t)fd);
     ssize_t length = readlink(link, word, sizeof(word) - 1);
     if (length > 0 && (size_t)length < size) {
-        memcpy(out, word, (size_t)length);
-        out[length] = '\0';
+        word[length] = '\0';
+        out[0] = '\0';
+        if (!leads_to(word, fd))
+            append_text(out, size, "(unreachable)");
+        append_text(out, size, word);
     }
     close(fd);
 }

@@ -49,6 +49,8 @@ _ADVICE = (
     ("path is empty", "name an image: a file, a directory, or an address such as docker://NAME"),
     ("permission denied", "ask its owner to let you read it, and all directories above it"),
 )
+# As the kernel says it of what lies outside of a root.
+UNREACHABLE = "(unreachable)"
 
 
 class CannotOpen(ImageError):
@@ -69,7 +71,10 @@ class RootRefused(ImageError):
 
 
 class OpenImage(Record):
-    """An image that is open for reading; `offset` is where a bare file system starts, in bytes."""
+    """An image that is open for reading; `offset` is where a bare file system starts, in bytes.
+
+    `realpath` begins with UNREACHABLE where it leads to no such file here.
+    """
 
     fd: int
     path: str
@@ -102,7 +107,7 @@ def open_image(path: str, *, allow_root: bool = False) -> OpenImage:
     try:
         facts = os.fstat(handle)
         kind = facts.st_mode & 0o170000
-        realpath = os.readlink(f"/proc/self/fd/{handle}")
+        realpath = _named(handle, facts)
         if kind not in (0o100000, 0o040000):
             raise CannotOpen(
                 image=_absolute(path),
@@ -131,6 +136,21 @@ def open_image(path: str, *, allow_root: bool = False) -> OpenImage:
         kind=found,  # type: ignore[arg-type]
         offset=offset,
     )
+
+
+def _named(handle: int, facts: os.stat_result) -> str:
+    """Return where an open file is, marked if nothing leads to it there.
+
+    The kernel tells a path of the mount namespace in which a file was found, which may be one of
+    the user's, with any file in any place.
+    """
+    path = os.readlink(f"/proc/self/fd/{handle}")
+    try:
+        found = os.stat(path, follow_symlinks=False)
+    except OSError:
+        return UNREACHABLE + path
+    same = (found.st_dev, found.st_ino) == (facts.st_dev, facts.st_ino)
+    return path if same else UNREACHABLE + path
 
 
 def _absolute(path: str) -> str:

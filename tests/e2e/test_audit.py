@@ -17,6 +17,7 @@ import pytest
 
 from tests import own_install
 from tests.own_install import Installation
+from tests.security import elsewhere
 
 HOSTILE = [
     "new\nline",
@@ -71,6 +72,17 @@ def test_one_record_for_each_launch(own, sif, sink):
     assert len({record["pid"] for record in found}) == 3
     facts = sink.stat()
     assert (facts.st_uid, facts.st_gid, facts.st_mode & 0o777) == (0, 0, 0o600)
+
+
+def test_an_image_of_another_namespace_is_recorded_as_such(own, sif, sink):
+    """There the user puts any file into any directory, and the kernel tells that path of it."""
+    script = f"mount -t tmpfs none /mnt && cp {sif} /mnt/image.sif"
+    with elsewhere.namespace(own, script) as root:
+        done = own.run("exec", f"{root}/mnt/image.sif", "true")
+    assert done.returncode == 0, done.stderr
+    begun, judged = records(sink)
+    assert begun["image"] == f"{root}/mnt/image.sif"  # as typed: keeper itself sees nothing there
+    assert judged["image"] == "(unreachable)/mnt/image.sif"
 
 
 def test_a_join_is_recorded_by_whom_it_enters(own, sif, sink):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 from apptainer_py.base import build
 from apptainer_py.base.errors import ApptainerError, NotSupported
 from apptainer_py.crypto import openpgp
 from apptainer_py.engines.apptainer.policy import NotPermitted
 from apptainer_py.host import ecl
 from apptainer_py.image import integrity
+from apptainer_py.image.detect import UNREACHABLE
 from apptainer_py.model import protocol
 
 TYPE_CHECKING = False
@@ -43,24 +42,12 @@ def check(facts: Caller, image: OpenImage) -> None:
         return
     if rules.legacy:
         raise NotSupported(what="`legacyinsecure = true` in ecl.toml")
-    rule = rules.group_for(image.realpath) if _is_named(image) else None
+    named = not image.realpath.startswith(UNREACHABLE)
+    rule = rules.group_for(image.realpath) if named else None
     if rule is None:
         raise NotByEcl(reason=f"{image.realpath} not part of any execgroup")
     program = CLOSED_GPGV if facts.flow == protocol.FLOW_SETUID else openpgp.GPGV
     _judge(rule, image.fd, ecl.read_keyring(of_root=of_root), program)
-
-
-def _is_named(image: OpenImage) -> bool:
-    """Return whether the image is what its path leads to here.
-
-    The kernel tells a path of the mount namespace in which the file was found, which may be one
-    of the user's, with any file in any place.
-    """
-    try:
-        found = os.stat(image.realpath, follow_symlinks=False)
-    except OSError:
-        return False
-    return (found.st_dev, found.st_ino) == (image.dev, image.ino)
 
 
 def _judge(rule: ExecGroup, fd: int, keyring: bytes, program: str = openpgp.GPGV) -> None:
