@@ -78,9 +78,12 @@ static PyObject *make_builtin(const char *name, PyObject *spec) {
 }
 
 int place_builtin(const char *name, const char *full_name) {
+    PyObject *modules = PyImport_GetModuleDict();
+    if (PyDict_GetItemString(modules, full_name))
+        return 0; /* what was placed before has imported it */
     PyObject *text = PyUnicode_FromString(name), *spec = text ? make_spec(text) : NULL;
     PyObject *module = spec ? make_builtin(name, spec) : NULL;
-    int placed = module ? PyDict_SetItemString(PyImport_GetModuleDict(), full_name, module) : -1;
+    int placed = module ? PyDict_SetItemString(modules, full_name, module) : -1;
     Py_XDECREF(module);
     Py_XDECREF(spec);
     Py_XDECREF(text);
