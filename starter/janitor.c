@@ -62,12 +62,12 @@ static int record_error;               /* why none can be made: an errno */
 static int add_networks(const struct op_request *q, struct op_reply *a) {
     if (q->length[0] || q->length[1] || networks.count == 0)
         return ERR_MALFORMED;
+    record_sweep(janitor_launch); /* who has too many has perhaps fewer the next time */
     if (record_error == EUSERS)
         return ERR_NETWORKS_MANY;
     a->error = record_error;
     if (record_error != 0)
         return ERR_NETWORKS_RECORD;
-    record_sweep(janitor_launch);
     int error = networks_connect(janitor_launch, SPACE_FD, &a->value, &network_said);
     a->error = error > 0 ? error : 0;
     return error == 0 ? ERR_OK : ERR_PLUGIN;

@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
+#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -21,6 +22,8 @@
 
 enum { FORMAT = 1, PAGE = 4096, RESULTS_AT = PAGE + (sizeof(struct networks) / PAGE + 1) * PAGE };
 enum { RECORD_BYTES = RESULTS_AT + 2 * NETWORKS_MAX * NETWORK_RESULT_BYTES };
+/* Of the networks, as many as there are: /run is small, and everybody's. */
+enum { NETWORKS_AT = offsetof(struct networks, at) };
 
 _Static_assert(sizeof(struct network_record) <= PAGE, "what is mapped has its place");
 
@@ -141,13 +144,18 @@ static int describe(struct network_record *r, pid_t container) {
     return 0;
 }
 
+static size_t size_of(size_t count) {
+    return NETWORKS_AT + count * sizeof(struct network);
+}
+
 /* A page that is there can be written in memory, whatever else is full. */
 static int begin(int fd, pid_t container) {
-    if (ftruncate(fd, 0) < 0 || ftruncate(fd, RECORD_BYTES) < 0 ||
+    const size_t size = size_of(networks.count);
+    if (ftruncate(fd, 0) < 0 || ftruncate(fd, PAGE) < 0 ||
         (fallocate(fd, 0, 0, PAGE) < 0 && errno != EOPNOTSUPP))
         return -errno;
-    ssize_t put = pwrite(fd, &networks, sizeof(networks), PAGE);
-    if (put != (ssize_t)sizeof(networks))
+    ssize_t put = pwrite(fd, &networks, size, PAGE);
+    if (put != (ssize_t)size)
         return put < 0 ? -errno : -ENOSPC;
     return map(fd) && describe(network_record, container) == 0 ? 0 : -errno;
 }
@@ -165,8 +173,9 @@ int record_open(const struct launch *l, pid_t container) {
     return fd < 0 ? -errno : begin(fd, container);
 }
 
-/* What was written down takes no room any more. */
+/* What was written down takes no room any more, and keeps no other version from its place. */
 void record_close(void) {
+    network_record->format = 0;
     (void)fallocate(record_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, PAGE,
                     RECORD_BYTES - PAGE);
 }
@@ -196,8 +205,9 @@ ssize_t record_result(size_t network, char *text, size_t size) {
 /* ---- what is left of others ---- */
 
 static bool load(int fd) {
-    if (pread(fd, &networks, sizeof(networks), PAGE) != (ssize_t)sizeof(networks) ||
-        networks.count == 0 || networks.count > NETWORKS_MAX || !map(fd))
+    ssize_t got = pread(fd, &networks, sizeof(networks), PAGE);
+    if (got < (ssize_t)NETWORKS_AT || networks.count == 0 || networks.count > NETWORKS_MAX ||
+        (size_t)got < size_of(networks.count) || !map(fd))
         return false;
     network_record->container[sizeof(network_record->container) - 1] = '\0';
     for (size_t i = 0; i < networks.count; i++)

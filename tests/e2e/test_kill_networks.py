@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -194,7 +194,7 @@ def test_nobody_undoes_the_network_of_a_container_that_runs(
 HOLDS = """
 import fcntl, os, struct, sys, time
 os.makedirs("/run/apptainer-py-networks", 0o700, exist_ok=True)
-for at in range(int(sys.argv[2])):
+for at in range(int(sys.argv[2]), int(sys.argv[3])):
     name = f"/run/apptainer-py-networks/{sys.argv[1]}.{at}"
     held = os.open(name, os.O_RDWR | os.O_CREAT, 0o600)
     fcntl.fcntl(held, fcntl.F_OFD_SETLK, struct.pack("hhqqi", fcntl.F_WRLCK, 0, 0, 0, 0))
@@ -203,29 +203,61 @@ time.sleep(600)
 """
 
 
-def test_a_user_has_so_many_networks_and_no_more(host: Host, world) -> None:
-    """Those are counted, too, that are undone after their launch was killed."""
-    host.installed.configure(steps.FLOWS["user's"][1])
-    numbers = [str(host.installed.user.pw_uid), str(protocol.LIMIT_USER_NETWORKS)]
+@contextmanager
+def held(host: Host, first: int) -> Iterator[None]:
+    """The records of one user from there on belong to containers."""
+    numbers = [str(host.installed.user.pw_uid), str(first), str(protocol.LIMIT_USER_NETWORKS)]
     line = [*host.inside, "/usr/bin/python3", "-c", HOLDS, *numbers]
     with subprocess.Popen(line, stdout=subprocess.PIPE) as holder:
         try:
             assert holder.stdout is not None
             assert holder.stdout.readline() == b"held\n"
-            status, out, err = host.run("--net", host.sif, "echo", "ran", user=True)
-            assert (status, out) == (255, "")
-            assert len(err.splitlines()) == 1, err
-            assert "as many containers of this user have networks as one user's may" in err
-            assert host.run("--net", host.sif, "echo", "ran") == (0, "ran\n", "")
+            yield
         finally:
             holder.kill()
+
+
+def assert_too_many(host: Host) -> None:
+    status, out, err = host.run("--net", host.sif, "echo", "ran", user=True)
+    assert (status, out) == (255, "")
+    assert len(err.splitlines()) == 1, err
+    assert "as many containers of this user have networks as one user's may" in err
+
+
+def test_a_user_has_so_many_networks_and_no_more(host: Host, world) -> None:
+    """Those are counted, too, that are undone after their launch was killed."""
+    host.installed.configure(steps.FLOWS["user's"][1])
+    with held(host, 0):
+        assert_too_many(host)
+        assert host.run("--net", host.sif, "echo", "ran") == (0, "ran\n", "")
     assert host.run("--net", host.sif, "echo", "ran", user=True) == (0, "ran\n", "")
     assert host.traces() == []
 
 
+def test_whom_only_what_is_left_keeps_from_a_network_has_one_next(
+    host: Host, connected: SimpleNamespace
+) -> None:
+    kill_both(connected)
+    connected.process.terminate()
+    steps.finish(connected.process)
+    assert len(host.traces()) > 2
+    with held(host, 1):
+        assert_too_many(host)
+        assert host.traces() == []
+        assert host.run("--net", host.sif, "echo", "ran", user=True) == (0, "ran\n", "")
+
+
+def test_a_record_without_anything_to_undo_is_of_no_version(host: Host, world) -> None:
+    """Otherwise another version's would count for as long as the host runs."""
+    host.installed.configure(steps.FLOWS["user's"][1])
+    assert host.run("--net", host.sif, "echo", "ran", user=True) == (0, "ran\n", "")
+    name = f"/run/apptainer-py-networks/{host.installed.user.pw_uid}.0"
+    assert host.sh(f"od -An -tu4 -N4 {name}").split() == ["0"]
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
-    [("ro", "read-only file system"), ("size=64k", "no space left on device"),
+    [("ro", "read-only file system"), ("size=16k", "no space left on device"),
      ("mode=0755,nr_inodes=1", "no space left on device")],
 )  # fmt: skip
 def test_where_nothing_can_be_written_down_root_alone_has_networks(
