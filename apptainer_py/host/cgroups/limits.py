@@ -131,6 +131,9 @@ def _memory(flags: dict[str, Any]) -> dict[str, Any]:
         if text:
             endless = name == "memory_swap" and text.strip() == "-1"
             memory[key] = -1 if endless else size(name.replace("_", "-"), text)
+    page = os.sysconf("SC_PAGESIZE")
+    if 0 < memory.get("limit", 0) < page:  # the kernel would make it none at all
+        raise LimitWrong(text=f"invalid memory value: nothing runs in less than {page} bytes")
     if flags["oom_kill_disable"]:
         memory["disableOOMKiller"] = True
     return memory

@@ -87,6 +87,7 @@ def test_flags_end_in_the_keys_of_config_json() -> None:
         ({"blkio_weight_device": ("/dev/null:10",)}, "/dev/null is not a block device"),
         ({"pids_limit": -2}, "invalid pids-limit: -2"),
         ({"memory_swap": "-2"}, "invalid memory-swap value"),
+        ({"memory": "64"}, "invalid memory value: nothing runs in less than 4096 bytes"),
         ({"memory_reservation": "-1"}, "invalid memory-reservation value"),
     ],
 )  # fmt: skip
