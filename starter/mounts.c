@@ -76,12 +76,20 @@ int op_session(struct rpc *r, const struct op_request *q, struct op_reply *a, in
     return r->session_fd < 0 ? answer(a, ERR_MOUNT, errno) : ERR_OK;
 }
 
+/* By the kernel's own numbers: a file system that a program serves may give two files one inode. */
+static int find_mount(int fd, struct statx *found) {
+    if (statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_MNT_ID, found) < 0)
+        return -1;
+    return found->stx_mask & STATX_MNT_ID ? 0 : -1;
+}
+
 /* Never the root itself: what is mounted over it would not be the root that is changed to. */
 int open_target(const struct rpc *r, const char *path) {
-    struct stat target, root;
+    struct statx target, root;
     int fd = open2(r->final_fd, path, O_PATH, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS);
-    if (fd >= 0 && (fstat(fd, &target) < 0 || fstat(r->final_fd, &root) < 0 ||
-                    (target.st_dev == root.st_dev && target.st_ino == root.st_ino))) {
+    if (fd >= 0 && (find_mount(fd, &target) < 0 || find_mount(r->final_fd, &root) < 0 ||
+                    (target.stx_mnt_id == root.stx_mnt_id &&
+                     target.stx_attributes & STATX_ATTR_MOUNT_ROOT))) {
         close(fd);
         errno = EBUSY;
         return -1;

@@ -125,6 +125,10 @@ class Mounting:
         paths: tuple[bytes, ...] = (),
     ) -> int:
         self._send(what, op, flags=flags, numbers=numbers, paths=paths)
+        return self.take()
+
+    def take(self) -> int:
+        """Wait for all that was begun; returns the descriptor of the last, or -1."""
         fd = -1
         while self._flight:
             fd = self._fetch()
@@ -263,10 +267,6 @@ class Mounting:
     def begin_layer(self, kind: int) -> None:
         """Have the same done, and go on; `take` has the descriptor."""
         self._send("cannot put a layer over the image", protocol.OP_LAYER, numbers=(kind,))
-
-    def take(self) -> int:
-        """Wait for what was begun first; returns its descriptor."""
-        return self._fetch()
 
     def mount(self, mount: Mount, on_failure: Callable[[int, int], None] | None) -> None:
         """Do one entry of the mount plan; `on_failure` gets code and errno instead of a raise."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time  # noqa: F401  views.py wants it after the seal; a master without that does not
 
 from apptainer_py.base import log
 from apptainer_py.engines.apptainer import payload
