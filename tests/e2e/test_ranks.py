@@ -408,7 +408,9 @@ def test_a_launcher_that_is_not_understood(
     compiled(folder, launcher)
     lines, said = launched(mpi, root, launcher, program, options)
     assert [line.rpartition(" ")[0] for line in lines] == ["rank 0 of 1 sum 0"] * 2
-    assert UNDERSTANDS.findall(said) == [told], "once a job"
+    # Once a container: such ranks do not wait for each other, and the second may come too late.
+    spaces = {line.rpartition(" ")[2] for line in lines}
+    assert UNDERSTANDS.findall(said) == [told] * (len(spaces) if options else 1)
 
 
 def test_memory_and_descriptors_of_another_rank(mpi: Jobs, root: Path) -> None:

@@ -85,9 +85,11 @@ def test_what_mpich_does_not_understand(
     program = compiled(folder, "mpich")
     lines, said = hello(mpi, conf, ["--mpi=pmix", "-N1"], ours, root, program)
     assert lines == ["rank 0 of 1 sum 0"] * 2
-    assert UNDERSTANDS.findall(said) == [("MPICH", "PMIx")]
+    # Once a container: such ranks do not wait for each other, and the second may come too late.
+    assert 1 <= UNDERSTANDS.findall(said).count(("MPICH", "PMIx")) <= (2 if ours else 1)
     lines, said = hello(mpi, conf, ["--mpi=none", "-N1"], ours, root, program)
-    assert said.count("WARNING: The image's MPICH is not told its rank: ") == 1
+    told = said.count("WARNING: The image's MPICH is not told its rank: ")
+    assert 1 <= told <= (2 if ours else 1)
 
 
 @pytest.mark.parametrize("ours", [[], ["-u"]])
