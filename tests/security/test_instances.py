@@ -224,8 +224,10 @@ def test_no_name_leads_elsewhere(own: Instances, image: Path, name: str) -> None
     assert own.run("instance", "stats", name).returncode == 1
 
 
-def test_a_directory_of_records_is_no_link(own: Instances, image: Path, user_tmp: Path) -> None:
-    """What root lists for a user lies in that user's home."""
+def test_a_link_to_records_leads_to_the_users_own(
+    own: Instances, image: Path, user_tmp: Path
+) -> None:
+    """What root lists for a user is that user's, though a link may lead to it."""
     assert own.start(image, NAME).stderr == STARTED
     folder = own.record(NAME).parent
     moved = user_tmp / "moved"
@@ -234,9 +236,13 @@ def test_a_directory_of_records_is_no_link(own: Instances, image: Path, user_tmp
     try:
         root = Instances("", "root")
         root.program = own.program
-        done = root.run("instance", "list", "-u", own.account.pw_name, "--json")
-        assert json.loads(done.stdout) == {"instances": []}
+        words = ("instance", "list", "-u", own.account.pw_name, "--json")
+        shown = json.loads(root.run(*words).stdout)["instances"]
+        assert [one["instance"] for one in shown] == [NAME]
+        os.chown(moved, 0, 0)
+        assert json.loads(root.run(*words).stdout) == {"instances": []}
     finally:
+        os.chown(moved, own.account.pw_uid, own.account.pw_gid)
         folder.unlink()
         moved.rename(folder)
 
