@@ -318,7 +318,9 @@ static void take_fair_share(void) {
     (void)sched_setscheduler(0, SCHED_OTHER, &none);
     /* SAFE: as above. */
     (void)setpriority(PRIO_PROCESS, 0, 0);
+    /* SAFE: as above. */
     (void)sched_setaffinity(0, sizeof(all), &all);
+    /* SAFE: as above. */
     (void)syscall(SYS_ioprio_set, IO_OF_PROCESS, 0, 0); /* by its niceness */
     privs_lower(raised);
 }

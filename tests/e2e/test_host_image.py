@@ -112,29 +112,37 @@ def test_without_the_directive_nobody_helps(own, sif, user_tmp):
     assert "HOST_HELPER" not in trace.read_text()
 
 
+def launched(world, home, stop, place: str):
+    """Launch, and return the process once somebody waits at that step."""
+    name, _, rest = place.partition(":")
+    wait = f"{number_of(name)}:{rest}:{stop.fd}"
+    process = home.adopt(launch(world, "host image", wait=wait, inherited=[stop.fd]))
+    eventually(lambda: stop.reached() or process.poll() is not None, "a process waits there")
+    assert stop.reached(), finish(process)
+    return process
+
+
+def kill_at_once(pids) -> None:
+    """Kill them, so that none sees another's end."""
+    victims = list(pids)
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in victims:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+
 @pytest.mark.parametrize("place", ["FUSE_DEVICE:-1:1", "ROOT_DIRECTORY:-1:1", "PIVOT:-1:0"])
 def test_the_last_helper_cleans_up_behind_everybody(world, place):
     """All but one are killed at once, while the image is mounted on the host."""
-    name, _, rest = place.partition(":")
     with household() as home, gate() as stop:
         host = HostState(world.own.session)
-        process = home.adopt(
-            launch(
-                world, "host image", wait=f"{number_of(name)}:{rest}:{stop.fd}",
-                inherited=[stop.fd],
-            )
-        )  # fmt: skip
-        eventually(lambda: stop.reached() or process.poll() is not None, "a process waits there")
-        assert stop.reached(), finish(process)
+        process = launched(world, home, stop, place)
         assert len(ours(world.own)) == 1
         folder = Path(ours(world.own)[0].split()[4]).parent
         # The pair are keeper's youngest children before the server: the second of them stays.
         last = helper_of(process.pid)
         others = [pid for pid in home.alive() if pid != last]
-        for number in (signal.SIGSTOP, signal.SIGKILL):  # nobody sees another's end
-            for pid in others:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, number)
+        kill_at_once(others)
         assert_nothing_left(home, host)
         assert not ours(world.own)
         assert not folder.exists()
@@ -143,23 +151,11 @@ def test_the_last_helper_cleans_up_behind_everybody(world, place):
 
 def test_what_nobody_lived_to_undo_goes_with_the_next_launch(world, sif):
     """All are killed at once; beside it is the place of a launch that runs."""
-    name, _, rest = "ROOT_DIRECTORY:-1:1".partition(":")
     with household() as home, gate() as stop:
         host = HostState(world.own.session)
-        process = home.adopt(
-            launch(
-                world, "host image", wait=f"{number_of(name)}:{rest}:{stop.fd}",
-                inherited=[stop.fd],
-            )
-        )  # fmt: skip
-        eventually(lambda: stop.reached() or process.poll() is not None, "a process waits there")
-        assert stop.reached(), finish(process)
+        process = launched(world, home, stop, "ROOT_DIRECTORY:-1:1")
         folder = Path(ours(world.own)[0].split()[4]).parent
-        everybody = home.alive()
-        for number in (signal.SIGSTOP, signal.SIGKILL):  # nobody sees another's end
-            for pid in everybody:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, number)
+        kill_at_once(home.alive())
         finish(process)
         eventually(lambda: not home.alive(), "all have ended")
         assert folder.exists()
